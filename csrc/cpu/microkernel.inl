@@ -1,0 +1,58 @@
+// acc [rows, cols] += a [rows, depth] * b [depth, cols], the product that all three kernels share.
+// b has its columns contiguous and padded to a multiple of kLanes; a has any strides.
+
+constexpr int64_t kPanel = 2 * kLanes;  // columns held in registers: 6 x 2 accumulators, 2 of b, 1 of a
+constexpr int64_t kRows = 6;            // fill the 16 vector registers of AVX2
+
+template <int Rows, int Vecs>
+inline void multiply_block(const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t ldb,
+                           int64_t depth, float* acc, int64_t ldacc) {
+  Vec sum[Rows][Vecs] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec bv[Vecs];
+#pragma GCC unroll 2
+    for (int v = 0; v < Vecs; ++v) bv[v] = load(b + k * ldb + v * kLanes);
+#pragma GCC unroll 6
+    for (int i = 0; i < Rows; ++i) {
+      const float av = a[i * a_row + k * a_depth];
+#pragma GCC unroll 2
+      for (int v = 0; v < Vecs; ++v) sum[i][v] += av * bv[v];
+    }
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < Vecs; ++v) {
+      float* out = acc + i * ldacc + v * kLanes;
+      store(out, load(out) + sum[i][v]);
+    }
+}
+
+template <int Vecs>
+inline void multiply_panel(const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t ldb,
+                           int64_t rows, int64_t depth, float* acc, int64_t ldacc) {
+  int64_t i = 0;
+  for (; i + kRows <= rows; i += kRows)
+    multiply_block<kRows, Vecs>(a + i * a_row, a_row, a_depth, b, ldb, depth, acc + i * ldacc, ldacc);
+  a += i * a_row, acc += i * ldacc;
+  switch (rows - i) {
+    case 5: return multiply_block<5, Vecs>(a, a_row, a_depth, b, ldb, depth, acc, ldacc);
+    case 4: return multiply_block<4, Vecs>(a, a_row, a_depth, b, ldb, depth, acc, ldacc);
+    case 3: return multiply_block<3, Vecs>(a, a_row, a_depth, b, ldb, depth, acc, ldacc);
+    case 2: return multiply_block<2, Vecs>(a, a_row, a_depth, b, ldb, depth, acc, ldacc);
+    case 1: return multiply_block<1, Vecs>(a, a_row, a_depth, b, ldb, depth, acc, ldacc);
+  }
+}
+
+// to [depth, ld] = rows [first, first + count) of m, transposed and padded with zeros.
+inline void pack_transposed(const Matrix& m, int64_t first, int64_t count, int64_t depth_begin,
+                            int64_t depth, float* to, int64_t ld) {
+  if (count < ld) fill_zero(to, depth * ld);
+  with_type(m.dtype, [&](auto* type) {
+    auto* from = static_cast<decltype(type)>(m.data);
+    for (int64_t i = 0; i < count; ++i) {
+      auto* row = from + (first + i) * m.row_stride + depth_begin * m.col_stride;
+      for (int64_t k = 0; k < depth; ++k) to[k * ld + i] = to_float(row[k * m.col_stride]);
+    }
+  });
+}

@@ -1,0 +1,22 @@
+"""LoRA linear layers at the price of the frozen linear. See `fused_lora_linear`."""
+
+from . import flops, reference
+from .backend import Backend, Explanation, backends, explain, use_backend
+from .dropout import dropout_mask, keep_probability
+from .functional import fused_lora_linear
+from .linear import LoRALinear
+
+__version__ = "0.1.0"
+__all__ = [
+    "Backend",
+    "Explanation",
+    "LoRALinear",
+    "backends",
+    "dropout_mask",
+    "explain",
+    "flops",
+    "fused_lora_linear",
+    "keep_probability",
+    "reference",
+    "use_backend",
+]

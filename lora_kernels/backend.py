@@ -1,0 +1,292 @@
+"""Which backend serves a call, and why the others do not.
+
+A backend is a pair of functions with the signatures of `lora_kernels::forward` and `::backward`
+(`ops.SCHEMAS`), whose operands share one dtype. `register` is the seam: the C++ backends fill it as soon as
+their library registers those two ops for a device.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from . import composed
+
+ENV = "LORA_KERNELS_BACKEND"
+EXTENSION_ERROR: str | None = None  # why the C++ library could not be imported; set by ops.py
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run the op.
+
+    Args:
+        name: what the `backend` argument calls it.
+        summary: one line on what it runs.
+        forward, backward: as `composed.forward` and `composed.backward`.
+        missing: None if it can run on this machine, else what is missing and how to get it.
+        refuses: None if it serves an x of this kind, else why not.
+        prefers: None if the automatic choice may take it for such an x, else why not.
+    """
+
+    name: str
+    summary: str
+    forward: Callable
+    backward: Callable
+    missing: Callable[[], str | None] = lambda: None
+    refuses: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
+    prefers: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found: the backend that would run, and a reason for each one that would not."""
+
+    backend: str
+    plan: str
+    reason: str
+    passed_over: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{self.backend}: {self.plan}", f"  chosen: {self.reason}"]
+        lines += [f"  not {name}: {why}" for name, why in self.passed_over.items()]
+        return "\n".join(lines)
+
+
+_REGISTRY: dict[str, Backend] = {}
+_ORDER = ["cuda", "cpu", "triton", "composed", "reference"]
+_AUTO: dict[tuple[torch.device, torch.dtype], Backend] = {}
+_selected: str | None = None
+
+
+def register(backend: Backend, before: str = "composed") -> None:
+    """Adds a backend, or replaces the one of that name. In the automatic order it stands ahead of `before`."""
+    if backend.name not in _ORDER:
+        _ORDER.insert(_ORDER.index(before), backend.name)
+    _REGISTRY[backend.name] = backend
+    _AUTO.clear()
+
+
+def unregister(name: str) -> None:
+    """Takes a registered backend away again."""
+    del _REGISTRY[name]
+    _ORDER.remove(name)
+    _AUTO.clear()
+
+
+def selected() -> str | None:
+    """The name given to `use_backend` or LORA_KERNELS_BACKEND; None where the choice is automatic."""
+    return _selected
+
+
+class use_backend:
+    """Forces a backend for every call that names none, from now on or within a `with` block.
+
+    Args:
+        name: a backend's name, or None for the automatic choice.
+
+    Raises:
+        ValueError: there is no such backend. RuntimeError: it cannot run here.
+    """
+
+    def __init__(self, name: str | None):
+        global _selected
+        if name is not None:
+            _named(name)
+        self._before = _selected
+        _selected = name
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        global _selected
+        _selected = self._before
+
+
+def choose(name: str, x: Tensor) -> Backend:
+    """The backend for this x: `name`, which must serve or raise, or by the fixed order if ""."""
+    if name == "":
+        key = (x.device, x.dtype)
+        found = _AUTO.get(key)
+        if found is None:
+            found = _AUTO[key] = _REGISTRY[_automatic(*key)[0]]
+        return found
+    found = _named(name)
+    why = found.refuses(x.device, x.dtype)
+    if why is not None:
+        raise RuntimeError(
+            f"fused_lora_linear: backend={name!r} was asked for but cannot serve this call: {why}; "
+            "pass backend=None for the best that can"
+        )
+    return found
+
+
+def _named(name: str) -> Backend:
+    if name not in _REGISTRY:
+        raise ValueError(
+            f"fused_lora_linear: unknown backend {name!r}; expected one of {', '.join(_REGISTRY)}, or None"
+        )
+    found = _REGISTRY[name]
+    why = found.missing()
+    if why is not None:
+        raise RuntimeError(f"fused_lora_linear: backend {name!r} cannot run here: {why}")
+    return found
+
+
+def _automatic(device: torch.device, dtype: torch.dtype) -> tuple[str, dict[str, str]]:
+    """The first backend of the order that serves, and why those before it do not."""
+    passed_over: dict[str, str] = {}
+    for name in _ORDER:
+        backend = _REGISTRY[name]
+        why = backend.missing() or backend.refuses(device, dtype) or backend.prefers(device, dtype)
+        if why is None:
+            return name, passed_over
+        passed_over[name] = why
+    raise RuntimeError(f"fused_lora_linear: no backend serves {dtype} on {device}: {passed_over}")
+
+
+def explain(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    backend: str | None = None,
+) -> Explanation:
+    """Which backend `fused_lora_linear` would run with these arguments, and why each other would not.
+
+    Args: as `fused_lora_linear`.
+
+    Returns:
+        Explanation with `backend`, `plan`, `reason`, `passed_over`; str() prints it.
+
+    Raises:
+        As `fused_lora_linear` would for the same arguments.
+    """
+    from . import checks
+    from .reference import autocast_operands
+
+    checks.validate(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
+    x = autocast_operands(x, weight, bias)[0]
+    name, passed_over = _automatic(x.device, x.dtype)
+    reason = f"first in the fixed order that serves {x.dtype} on {x.device}"
+    forced = backend or _selected
+    if forced is not None:
+        name = choose(forced, x).name
+        source = "the backend argument" if backend else f"use_backend or {ENV}"
+        reason = f"forced by {source}"
+        passed_over = {n: w for n, w in passed_over.items() if n != name}
+    return Explanation(name, _REGISTRY[name].summary, reason, passed_over)
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend by name: None if it can run here, else what is missing and how to get it."""
+    return {name: _REGISTRY[name].missing() for name in _ORDER}
+
+
+# ---- the backends of this package ----------------------------------------------------------------
+
+_REBUILD = "reinstall with a C++ compiler on PATH: pip install --no-build-isolation lora-kernels"
+
+
+def _has_kernel(op: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"lora_kernels::{op}", key)
+
+
+def _native_forward(*args):
+    return torch.ops.lora_kernels.forward.default(*args)
+
+
+def _native_backward(*args):
+    return torch.ops.lora_kernels.backward.default(*args)
+
+
+def _cpu_missing() -> str | None:
+    if _has_kernel("forward", "CPU"):
+        return None
+    return f"the C++ extension is not loaded ({EXTENSION_ERROR}); {_REBUILD}"
+
+
+def _cpu_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return f"x is on {device}, not on the CPU"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it has no {dtype} kernels"
+    return None
+
+
+def _cpu_prefers(device: torch.device, dtype: torch.dtype) -> str | None:
+    fast = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    if dtype in fast and fast[dtype]():
+        return f"this processor multiplies {dtype} natively, and the cpu backend would go through float32"
+    return None
+
+
+def _cuda_missing() -> str | None:
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if not _has_kernel("dropout_mask", "CUDA"):
+        return "the extension was built without nvcc; set CUDA_HOME and reinstall with LORA_KERNELS_BUILD=cuda"
+    if not _has_kernel("forward", "CUDA"):
+        return "this version has no fused CUDA kernels yet, only the dropout mask"
+    return None
+
+
+def _on_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda":
+        return f"x is on {device}, not on a CUDA device"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it has no {dtype} kernels"
+    return None
+
+
+def _no_evidence(device: torch.device, dtype: torch.dtype) -> str | None:
+    return "no passing GPU evidence for this device is part of this version"
+
+
+def _reference_only(*args):
+    raise RuntimeError("fused_lora_linear: backend 'reference' is plain PyTorch and has no operator")
+
+
+def _register_all() -> None:
+    native = dict(forward=_native_forward, backward=_native_backward)
+    register(
+        Backend("cuda", "C++/CUDA kernels", **native, missing=_cuda_missing, refuses=_on_cuda,
+                prefers=_no_evidence)
+    )  # fmt: skip
+    register(
+        Backend("cpu", "C++ down_proj and weight_grad, mask in registers, frozen product by the "
+                "vendor's fp32 GEMM", **native, missing=_cpu_missing, refuses=_cpu_refuses,
+                prefers=_cpu_prefers)
+    )  # fmt: skip
+    register(
+        Backend("triton", "Triton kernels", _reference_only, _reference_only,
+                missing=lambda: "this version has no Triton kernels yet")
+    )  # fmt: skip
+    register(
+        Backend("composed", "the vendor's GEMMs, up projection accumulated in place by addmm",
+                composed.forward, composed.backward,
+                prefers=lambda device, dtype: "float64 goes to the reference"
+                if dtype == torch.float64 else None)
+    )  # fmt: skip
+    register(
+        Backend("reference", "plain PyTorch, accumulated in fp32 (fp64 for fp64)", _reference_only,
+                _reference_only)
+    )  # fmt: skip
+
+
+_register_all()
+if os.environ.get(ENV):
+    _selected = os.environ[ENV]

@@ -1,0 +1,178 @@
+"""Bad input to `fused_lora_linear`: one cheap test on the hot path, one clear message when it fails."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+OP = "fused_lora_linear"
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SIXTEEN_BIT = (torch.float16, torch.bfloat16)
+_PLAIN = (Tensor, Parameter)
+
+
+def valid(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed) -> bool:
+    """True for the usual good call; whatever it is unsure of goes to `validate`."""
+    if type(x) is not Tensor or type(weight) not in _PLAIN:
+        return False
+    if type(lora_a) not in _PLAIN or type(lora_b) not in _PLAIN:
+        return False
+    if bias is not None and type(bias) not in _PLAIN:
+        return False
+    w, a, b, dtype, device = weight.shape, lora_a.shape, lora_b.shape, x.dtype, x.device
+    adapter = lora_a.dtype
+    return (
+        len(w) == 2
+        and len(a) == 2
+        and len(b) == 2
+        and x.dim() > 0
+        and x.shape[-1] == w[1] == a[1]
+        and w[0] == b[0]
+        and a[0] == b[1]
+        and dtype in DTYPES
+        and weight.dtype is dtype
+        and lora_b.dtype is adapter
+        and (adapter is dtype or (adapter is torch.float32 and dtype in SIXTEEN_BIT))
+        and weight.device == device
+        and lora_a.device == device
+        and lora_b.device == device
+        and (
+            bias is None
+            or (bias.dtype is dtype and bias.device == device and bias.shape == (w[0],))
+        )
+        and not weight.requires_grad
+        and type(scaling) is float
+        and math.isfinite(scaling)
+        and type(dropout_p) is float
+        and 0.0 <= dropout_p <= 1.0
+        and seed is None
+    )
+
+
+def validate(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed) -> None:
+    """Raises the error that a bad call deserves; returns for a good one.
+
+    Raises:
+        TypeError: an argument is of the wrong type, or DTensor and Tensor are mixed.
+        ValueError: a shape, device, dtype, probability or scaling that cannot be served.
+        RuntimeError: the frozen weight requires grad.
+    """
+    tensors = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b}
+    for name, extra in (("bias", bias), ("seed", seed)):
+        if extra is not None:
+            tensors[name] = extra
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{OP}: {name} must be a Tensor, but got {type(t).__name__}")
+    _check_no_mixed_dtensor(tensors)
+    _check_scalars(scaling, dropout_p)
+    _check_shapes(x, weight, lora_a, lora_b, bias)
+    for name, t in tensors.items():
+        if t.device != x.device:
+            raise ValueError(
+                f"{OP}: all tensors must be on one device; x is on {x.device} but {name} is on "
+                f"{t.device}; move it with {name}.to(x.device)"
+            )
+    _check_dtypes(x, weight, lora_a, lora_b, bias)
+    if seed is not None:
+        from .dropout import check_seed
+
+        check_seed(seed, OP)
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{OP}: weight requires grad, but this op treats it as frozen and gives it no gradient; "
+            "call weight.requires_grad_(False), or use torch.nn.functional.linear to train it"
+        )
+
+
+def _check_scalars(scaling, dropout_p) -> None:
+    if isinstance(scaling, Tensor):
+        raise TypeError(
+            f"{OP}: scaling must be a number, but got a Tensor; pass scaling=1.0 and lora_b * scaling"
+        )
+    if not isinstance(scaling, (Real, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{OP}: scaling must be a number, but got {type(scaling).__name__}")
+    if not math.isfinite(scaling):
+        raise ValueError(f"{OP}: scaling must be finite, but got {scaling}")
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (Real, torch.SymFloat)):
+        raise TypeError(f"{OP}: dropout_p must be a number, but got {type(dropout_p).__name__}")
+    from .dropout import check_probability
+
+    check_probability(dropout_p, OP)
+
+
+def _check_shapes(x, weight, lora_a, lora_b, bias) -> None:
+    if x.dim() == 0:
+        raise ValueError(f"{OP}: x must have at least one dimension, but got a 0-d tensor")
+    if weight.dim() != 2:
+        raise ValueError(
+            f"{OP}: weight must be [out_features, in_features], but got shape {list(weight.shape)}: the "
+            "parameter looks sharded, flattened or packed; unshard or dequantise it first"
+        )
+    n, k = weight.shape
+    if x.shape[-1] != k:
+        raise ValueError(
+            f"{OP}: x.size(-1) = {x.shape[-1]} must equal weight.size(1) = {k}"
+            + _transposed_hint(x.shape[-1] == n, "weight")
+        )
+    if lora_a.dim() != 2 or lora_a.shape[1] != k:
+        raise ValueError(
+            f"{OP}: lora_a must be [r, in_features={k}], but got {list(lora_a.shape)}"
+            + _transposed_hint(lora_a.dim() == 2 and lora_a.shape[0] == k, "lora_a")
+        )
+    r = lora_a.shape[0]
+    if lora_b.dim() != 2 or lora_b.shape[0] != n or lora_b.shape[1] != r:
+        raise ValueError(
+            f"{OP}: lora_b must be [out_features={n}, r={r}], but got {list(lora_b.shape)}"
+            + _transposed_hint(tuple(lora_b.shape) == (r, n), "lora_b")
+        )
+    if bias is not None and tuple(bias.shape) != (n,):
+        raise ValueError(f"{OP}: bias must be [out_features={n}], but got {list(bias.shape)}")
+
+
+def _transposed_hint(swapped: bool, name: str) -> str:
+    return f"; it looks transposed: pass {name}.t()" if swapped else ""
+
+
+def _check_dtypes(x, weight, lora_a, lora_b, bias) -> None:
+    for name, t in (("x", x), ("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
+        if t.dtype not in DTYPES:
+            raise ValueError(
+                f"{OP}: dtype {t.dtype} is not supported for {name}; use float16, bfloat16, float32 "
+                "or float64"
+            )
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    # fp64 is left alone by autocast, as by F.linear
+    cast = autocast and x.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(device) if cast else x.dtype
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is None or t.dtype == dtype or (cast and t.dtype in DTYPES[:3]):
+            continue
+        raise ValueError(
+            f"{OP}: {name} must have x's dtype {dtype}, but got {t.dtype}; convert one of them, or run "
+            "under torch.autocast"
+        )
+    for name, t in (("lora_a", lora_a), ("lora_b", lora_b)):
+        if t.dtype != dtype and not (t.dtype == torch.float32 and dtype in SIXTEEN_BIT):
+            raise ValueError(
+                f"{OP}: {name} must have x's dtype {dtype}, or float32 with a 16-bit x, but got {t.dtype}"
+            )
+
+
+def _check_no_mixed_dtensor(tensors) -> None:
+    if all(type(t) in _PLAIN for t in tensors.values()):
+        return
+    from torch.distributed.tensor import DTensor
+
+    kinds = {name: isinstance(t, DTensor) for name, t in tensors.items()}
+    if any(kinds.values()):
+        which = ", ".join(name for name, is_dtensor in kinds.items() if is_dtensor)
+        raise TypeError(
+            f"{OP}: got DTensor for {which}, which this op has no sharding rule for; pass local tensors "
+            "(for example inside torch.distributed.tensor.experimental.local_map)"
+        )

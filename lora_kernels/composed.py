@@ -1,0 +1,126 @@
+"""Backend `composed`: the vendor's GEMMs, with the up projection accumulated in place by addmm.
+
+Serves every device, dtype and shape that torch.mm does. The frozen product is rounded once before the
+rank-r term is added, and with dropout a mask and a dropped copy of x live for the length of one GEMM;
+neither is saved.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import dropout
+
+Grads = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def down_proj(x: Tensor, down: Tensor, seed: Tensor | None, threshold: int, scale: float) -> Tensor:
+    """h [M, r] = scale · dropout(x) · downᵀ, scaled before its one rounding."""
+    x = _rows(x)
+    if seed is not None:
+        mask = torch.ops.lora_kernels.dropout_mask(seed, x.shape[0], x.shape[1], threshold)
+        x = torch.where(mask, x, 0)
+        scale *= _inverse_keep(threshold)
+    h = x.new_empty(x.shape[0], down.shape[0])
+    return h.addmm_(x, down.t(), beta=0, alpha=scale)
+
+
+def fused_gemm(
+    x: Tensor,
+    weight: Tensor,
+    h: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    threshold: int,
+    scale: float,
+) -> Tensor:
+    """y [..., N] = x · weightᵀ + mask/q ∘ (scale · h · upᵀ) + bias."""
+    y = torch.nn.functional.linear(x, weight, bias)
+    rows = y.view(h.shape[0], weight.shape[0])
+    if seed is None:
+        rows.addmm_(h, up.t(), alpha=scale)
+    else:
+        mask = torch.ops.lora_kernels.dropout_mask(seed, rows.shape[0], rows.shape[1], threshold)
+        term = rows.new_empty(rows.shape)
+        term.addmm_(h, up.t(), beta=0, alpha=scale * _inverse_keep(threshold))
+        rows.add_(torch.where(mask, term, 0))
+    return y
+
+
+def weight_grad(
+    h: Tensor,
+    x: Tensor,
+    seed: Tensor | None,
+    threshold: int,
+    scale: float,
+    dtype: torch.dtype,
+    transpose: bool,
+) -> Tensor:
+    """grad [r, K] = scale · hᵀ · dropout(x), or its transpose."""
+    x = _rows(x)
+    if seed is not None:
+        mask = torch.ops.lora_kernels.dropout_mask(seed, x.shape[0], x.shape[1], threshold)
+        x = torch.where(mask, x, 0)
+        scale *= _inverse_keep(threshold)
+    left, right = (x, h) if transpose else (h, x)
+    grad = x.new_empty(left.shape[1], right.shape[1])
+    return grad.addmm_(left.t(), right, beta=0, alpha=scale).to(dtype)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    threshold: int,
+    h_scale: float,
+    up_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """(y, h): the forward half of the data flow in `lora_kernels.ops`."""
+    h = down_proj(x, lora_a, seed, threshold, h_scale)
+    return fused_gemm(x, weight, h, lora_b, bias, None, 0, up_scale), h
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    h: Tensor,
+    seed: Tensor | None,
+    threshold: int,
+    h_scale: float,
+    up_scale: float,
+    a_dtype: torch.dtype,
+    b_dtype: torch.dtype,
+    need_x: bool,
+    need_a: bool,
+    need_b: bool,
+    need_bias: bool,
+) -> Grads:
+    """(dx, dA, dB, dbias); an empty tensor where a gradient is not needed."""
+    dx = da = db = dbias = x.new_empty(0)
+    if need_x or need_a:
+        dh = down_proj(dy, lora_b.t(), None, 0, h_scale)
+        if need_x:
+            dx = fused_gemm(dy, weight.t(), dh, lora_a.t(), None, seed, threshold, up_scale)
+        if need_a:
+            da = weight_grad(dh, x, seed, threshold, up_scale, a_dtype, False)
+    if need_b:
+        db = weight_grad(h, dy, None, 0, up_scale, b_dtype, True)
+    if need_bias:
+        dbias = _rows(dy).sum(0)
+    return dx, da, db, dbias
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def _inverse_keep(threshold: int) -> float:
+    return dropout.RANGE / (dropout.RANGE - threshold)

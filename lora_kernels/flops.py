@@ -1,0 +1,53 @@
+"""FLOPs of the operators for torch.utils.flop_counter: 2 per multiply-add, GEMMs only, as torch counts."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+_OPS = torch.ops.lora_kernels
+
+
+def _gemm(rows: int, cols: int, depth: int) -> int:
+    return 2 * rows * cols * depth
+
+
+def _rows(shape) -> int:
+    return math.prod(shape[:-1])
+
+
+@register_flop_formula(_OPS.dropout_mask)
+def dropout_mask(*args, **kwargs) -> int:
+    return 0
+
+
+@register_flop_formula(_OPS.down_proj)
+def down_proj(x, down, *args, **kwargs) -> int:
+    return _gemm(_rows(x), down[0], down[1])
+
+
+@register_flop_formula(_OPS.fused_gemm)
+def fused_gemm(x, weight, h, up, *args, **kwargs) -> int:
+    return _gemm(_rows(x), weight[0], weight[1]) + _gemm(_rows(x), up[0], up[1])
+
+
+@register_flop_formula(_OPS.weight_grad)
+def weight_grad(h, x, *args, **kwargs) -> int:
+    return _gemm(h[1], x[-1], h[0])
+
+
+@register_flop_formula([_OPS.forward, _OPS.lora_linear])
+def forward(x, weight, lora_a, lora_b, *args, **kwargs) -> int:
+    n, k = weight
+    return _gemm(_rows(x), n, k) + _gemm(_rows(x), lora_a[0], k + n)
+
+
+@register_flop_formula([_OPS.backward, _OPS.lora_linear_backward])
+def backward(dy, x, weight, lora_a, lora_b, *args, **kwargs) -> int:
+    need_x, need_a, need_b = args[-4:-1]
+    (n, k), r, m = weight, lora_a[0], _rows(x)
+    dh = _gemm(m, r, n) if need_x or need_a else 0
+    dx = _gemm(m, k, n) + _gemm(m, k, r) if need_x else 0
+    return dh + dx + (_gemm(m, r, k) if need_a else 0) + (_gemm(m, r, n) if need_b else 0)

@@ -1,0 +1,174 @@
+"""`LoRALinear`: a frozen nn.Linear with a trainable rank-r update."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .functional import fused_lora_linear
+
+
+class LoRALinear(nn.Module):
+    """y = x·weightᵀ + bias + scaling · dropout(x)·lora_aᵀ·lora_bᵀ; only lora_a and lora_b train.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        r: rank, >= 0.
+        lora_alpha: scaling = lora_alpha / r; None means lora_alpha = r, scaling 1.
+        lora_dropout: drop probability of x in the LoRA term, in training mode only.
+        bias: whether there is a frozen bias.
+        use_rslora: scaling = lora_alpha / sqrt(r) instead.
+        adapter_dtype: dtype of lora_a and lora_b; None means the weight's. float32 adapters on a 16-bit
+            weight are what PEFT trains by default.
+        device, dtype: of the frozen parameters.
+
+    Shapes: weight [N, K], bias [N], lora_a [r, K], lora_b [N, r]; x [..., K] -> [..., N]. lora_a starts
+    Kaiming-uniform (PEFT's default), lora_b zero, so a new layer equals the frozen linear.
+
+    Raises:
+        ValueError: r < 0 or lora_dropout outside [0, 1].
+
+    Equivalent to::
+
+        F.linear(x, weight, bias) + scaling * F.linear(F.linear(F.dropout(x, p), lora_a), lora_b)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int,
+        *,
+        lora_alpha: float | None = None,
+        lora_dropout: float = 0.0,
+        bias: bool = True,
+        use_rslora: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        linear = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self._take(linear.weight, linear.bias)
+        self._attach(r, lora_alpha, lora_dropout, use_rslora, adapter_dtype)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        r: int,
+        *,
+        lora_alpha: float | None = None,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> LoRALinear:
+        """A LoRALinear on the weight and bias of `linear`: the memory is shared, not copied.
+
+        `linear` itself is left as it was, its requires_grad included.
+        """
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self._take(linear.weight, linear.bias)
+        self._attach(r, lora_alpha, lora_dropout, use_rslora, adapter_dtype)
+        return self.train(linear.training)
+
+    def _take(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.out_features, self.in_features = weight.shape
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        frozen_bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_parameter("bias", frozen_bias)
+
+    def _attach(self, r, lora_alpha, lora_dropout, use_rslora, adapter_dtype) -> None:
+        if r < 0:
+            raise ValueError(f"LoRALinear: r must be >= 0, but got {r}")
+        if not 0.0 <= lora_dropout <= 1.0:
+            raise ValueError(f"LoRALinear: lora_dropout must be in [0, 1], but got {lora_dropout}")
+        self.r = r
+        self.lora_alpha = r if lora_alpha is None else lora_alpha
+        self.lora_dropout = float(lora_dropout)
+        self.use_rslora = use_rslora
+        self.scaling = 0.0 if r == 0 else self.lora_alpha / (math.sqrt(r) if use_rslora else r)
+        like = dict(device=self.weight.device, dtype=adapter_dtype or self.weight.dtype)
+        self.lora_a = nn.Parameter(torch.empty(r, self.in_features, **like))
+        self.lora_b = nn.Parameter(torch.empty(self.out_features, r, **like))
+        self._frozen: Tensor | None = None  # the weight before merge()
+        self.reset_lora_parameters()
+
+    def reset_lora_parameters(self, init: str = "kaiming_uniform") -> None:
+        """lora_b = 0; lora_a Kaiming-uniform with a = sqrt(5), or "gaussian": normal with std 1/r."""
+        if init not in ("kaiming_uniform", "gaussian"):
+            raise ValueError(
+                f"LoRALinear: init must be 'kaiming_uniform' or 'gaussian', but got {init!r}"
+            )
+        if self.r > 0 and self.in_features > 0:
+            if init == "gaussian":
+                nn.init.normal_(self.lora_a, std=1 / self.r)
+            else:
+                nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_b)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._frozen is not None:
+            return nn.functional.linear(x, self.weight, self.bias)
+        return fused_lora_linear(
+            x,
+            self.weight,
+            self.lora_a,
+            self.lora_b,
+            self.bias,
+            scaling=self.scaling,
+            dropout_p=self.lora_dropout if self.training else 0.0,
+        )
+
+    @property
+    def merged(self) -> bool:
+        """Whether weight currently holds W0 + scaling · B·A."""
+        return self._frozen is not None
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """weight <- W0 + scaling · B·A, in fp32, rounded once. W0 is kept, for an exact `unmerge`.
+
+        While merged, the adapters take no part in forward and get no gradient. state_dict holds W0.
+        """
+        if self.merged:
+            return
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        delta = self.lora_b.to(wide) @ self.lora_a.to(wide)
+        merged = torch.add(self.weight.to(wide), delta, alpha=self.scaling).to(self.weight.dtype)
+        self._frozen, self.weight.data = self.weight.data, merged
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """weight <- W0, the same bits as before `merge`."""
+        if self.merged:
+            self.weight.data, self._frozen = self._frozen, None
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self._frozen is not None:
+            self._frozen = fn(self._frozen)
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._frozen is not None:
+            destination[prefix + "weight"] = self._frozen
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        was_merged = self.merged
+        self.unmerge()
+        super()._load_from_state_dict(*args, **kwargs)
+        if was_merged:
+            self.merge()
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
+            f"scaling={self.scaling:g}, lora_dropout={self.lora_dropout:g}, bias={self.bias is not None}"
+            + (", merged" if self.merged else "")
+        )

@@ -1,0 +1,114 @@
+"""Builds lora_kernels._C if torch and a C++ compiler are found, with its CUDA kernels if nvcc is.
+
+LORA_KERNELS_BUILD    auto (default) | cuda | cpu | python: anything but auto must succeed
+TORCH_CUDA_ARCH_LIST  default "8.0+PTX;9.0a"; a "+PTX" suffix embeds PTX for newer devices
+CUDA_HOME, MAX_JOBS   as in torch
+"""
+
+import os
+import shutil
+import sys
+import sysconfig
+from glob import glob
+from pathlib import Path
+
+from setuptools import setup
+
+BUILD = os.environ.get("LORA_KERNELS_BUILD", "auto")
+ARCHS = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0+PTX;9.0a"
+TORCH_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # loads in any torch from 2.11 on
+
+
+def cuda_home():
+    """The first CUDA root that has both the compiler and its headers.
+
+    nvcc on PATH can be a wrapper outside the toolkit, so a guess is checked; CUDA_HOME is taken at
+    its word and never replaced by a guess.
+    """
+    nvcc = shutil.which("nvcc")
+    guesses = [nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda"]
+    guesses += sorted(glob("/usr/local/cuda-*"), reverse=True)
+    given = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    for root in [given] if given else guesses:
+        if root and Path(root, "bin/nvcc").exists() and Path(root, "include/cuda_runtime.h").exists():
+            return str(root)
+    return None
+
+
+def gencode(archs):
+    flags = []
+    for arch in archs.replace(",", ";").replace(" ", ";").split(";"):
+        number, _, ptx = arch.partition("+")
+        sm = number.replace(".", "")
+        codes = f"[sm_{sm},compute_{sm}]" if ptx else f"sm_{sm}"
+        flags.append(f"-gencode=arch=compute_{sm},code={codes}")
+    return flags
+
+
+def remove_stale_objects(headers):
+    """Without CUDA in torch, BuildExtension tracks no header of a .cu file: do it here."""
+    newest = max(map(os.path.getmtime, headers), default=0)
+    for obj in glob("build/temp*/csrc/cuda/*.o"):
+        if os.path.getmtime(obj) < newest:
+            os.remove(obj)
+
+
+def extension():
+    """(Extension, build command), or (None, what is missing)."""
+    sys.path.append(sysconfig.get_path("purelib"))  # pip's isolated build hides the installed torch
+    try:
+        import torch
+        from torch.utils import cpp_extension as cpp
+    except ImportError:
+        return None, "torch is not visible to the build"
+    if not shutil.which(os.environ.get("CXX", "c++")):
+        return None, "no C++ compiler"
+    home = cuda_home() if BUILD != "cpu" else None
+    if BUILD == "cuda" and not home:
+        return None, "no CUDA toolkit (set CUDA_HOME)"
+
+    cpp.CUDA_HOME = home  # a CPU-only torch leaves it None, though our kernels need no torch CUDA header
+    headers = [h for ending in ("h", "inl", "cuh") for h in glob(f"csrc/**/*.{ending}", recursive=True)]
+    if torch.version.cuda is None:
+        remove_stale_objects(headers)
+
+    sources = ["csrc/torch/module.cpp", "csrc/torch/cpu.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
+    options = {}
+    if home:
+        sources += ["csrc/torch/cuda.cpp", *sorted(glob("csrc/cuda/*.cu"))]
+        options = dict(
+            include_dirs=[f"{home}/include"],
+            library_dirs=[f"{home}/lib64"],
+            libraries=["cudart_static", "rt", "dl", "pthread"],
+        )
+    ext = cpp.CppExtension(
+        "lora_kernels._C",
+        sources,
+        py_limited_api=True,
+        depends=headers,
+        extra_compile_args=dict(
+            cxx=["-O3", "-std=c++17", "-fvisibility=hidden", "-g0", TORCH_ABI],
+            nvcc=["-O3", "-std=c++17", "-lineinfo", "-Xptxas=-v,-warn-spills",
+                  "-Xcompiler=-fvisibility=hidden", *gencode(ARCHS)],
+        ),
+        # libtorch.so pulls in libtorch_cuda.so where there is one: it resolves the weak stream symbol
+        extra_link_args=["-Wl,--no-as-needed,-ltorch,--as-needed", "-Wl,--exclude-libs,ALL"],
+        **options,
+    )  # fmt: skip
+    return ext, cpp.BuildExtension
+
+
+if BUILD not in ("auto", "cuda", "cpu", "python"):
+    raise SystemExit(f"LORA_KERNELS_BUILD={BUILD}: expected auto, cuda, cpu or python")
+ext, command = (None, "LORA_KERNELS_BUILD=python") if BUILD == "python" else extension()
+if ext:
+    setup(
+        ext_modules=[ext],
+        cmdclass={"build_ext": command},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )
+elif BUILD in ("auto", "python"):
+    print(f"lora_kernels: {command}: installing the PyTorch backends only", file=sys.stderr)
+    setup()
+else:
+    raise SystemExit(f"LORA_KERNELS_BUILD={BUILD}: {command}")
