@@ -1,7 +1,7 @@
 """Which backend serves a call, and why the others do not.
 
 A backend is a pair of functions with the signatures of `lora_kernels::forward` and `::backward`
-(`ops.SCHEMAS`), whose operands share one dtype. `register` is the seam: the C++ backends fill it as soon as
+(`schemas`), whose operands share one dtype. `register` is the seam: the C++ backends fill it as soon as
 their library registers those two ops for a device.
 """
 
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from . import composed
+from .schemas import EXTENSION_ERROR, has_kernel
 
 ENV = "LORA_KERNELS_BACKEND"
-EXTENSION_ERROR: str | None = None  # why the C++ library could not be imported; set by ops.py
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Explanation:
 
 _REGISTRY: dict[str, Backend] = {}
 _ORDER = ["cuda", "cpu", "triton", "composed", "reference"]
-_AUTO: dict[tuple[torch.device, torch.dtype], Backend] = {}
+_LISTENERS: list[Callable[[], None]] = []
 _selected: str | None = None
 
 
@@ -68,14 +68,24 @@ def register(backend: Backend, before: str = "composed") -> None:
     if backend.name not in _ORDER:
         _ORDER.insert(_ORDER.index(before), backend.name)
     _REGISTRY[backend.name] = backend
-    _AUTO.clear()
+    _changed()
 
 
 def unregister(name: str) -> None:
     """Takes a registered backend away again."""
     del _REGISTRY[name]
     _ORDER.remove(name)
-    _AUTO.clear()
+    _changed()
+
+
+def on_change(listener: Callable[[], None]) -> None:
+    """Calls `listener` whenever a backend comes or goes: caches of choices must be dropped then."""
+    _LISTENERS.append(listener)
+
+
+def _changed() -> None:
+    for listener in _LISTENERS:
+        listener()
 
 
 def selected() -> str | None:
@@ -108,16 +118,12 @@ class use_backend:
         _selected = self._before
 
 
-def choose(name: str, x: Tensor) -> Backend:
-    """The backend for this x: `name`, which must serve or raise, or by the fixed order if ""."""
+def choose(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend for such an x: `name`, which must serve or raise, or by the fixed order if ""."""
     if name == "":
-        key = (x.device, x.dtype)
-        found = _AUTO.get(key)
-        if found is None:
-            found = _AUTO[key] = _REGISTRY[_automatic(*key)[0]]
-        return found
+        return _REGISTRY[_automatic(device, dtype)[0]]
     found = _named(name)
-    why = found.refuses(x.device, x.dtype)
+    why = found.refuses(device, dtype)
     if why is not None:
         raise RuntimeError(
             f"fused_lora_linear: backend={name!r} was asked for but cannot serve this call: {why}; "
@@ -181,7 +187,7 @@ def explain(
     reason = f"first in the fixed order that serves {x.dtype} on {x.device}"
     forced = backend or _selected
     if forced is not None:
-        name = choose(forced, x).name
+        name = choose(forced, x.device, x.dtype).name
         source = "the backend argument" if backend else f"use_backend or {ENV}"
         reason = f"forced by {source}"
         passed_over = {n: w for n, w in passed_over.items() if n != name}
@@ -198,20 +204,8 @@ def backends() -> dict[str, str | None]:
 _REBUILD = "reinstall with a C++ compiler on PATH: pip install --no-build-isolation lora-kernels"
 
 
-def _has_kernel(op: str, key: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"lora_kernels::{op}", key)
-
-
-def _native_forward(*args):
-    return torch.ops.lora_kernels.forward.default(*args)
-
-
-def _native_backward(*args):
-    return torch.ops.lora_kernels.backward.default(*args)
-
-
 def _cpu_missing() -> str | None:
-    if _has_kernel("forward", "CPU"):
+    if has_kernel("forward", "CPU"):
         return None
     return f"the C++ extension is not loaded ({EXTENSION_ERROR}); {_REBUILD}"
 
@@ -237,9 +231,9 @@ def _cpu_prefers(device: torch.device, dtype: torch.dtype) -> str | None:
 def _cuda_missing() -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    if not _has_kernel("dropout_mask", "CUDA"):
+    if not has_kernel("dropout_mask", "CUDA"):
         return "the extension was built without nvcc; set CUDA_HOME and reinstall with LORA_KERNELS_BUILD=cuda"
-    if not _has_kernel("forward", "CUDA"):
+    if not has_kernel("forward", "CUDA"):
         return "this version has no fused CUDA kernels yet, only the dropout mask"
     return None
 
@@ -261,7 +255,10 @@ def _reference_only(*args):
 
 
 def _register_all() -> None:
-    native = dict(forward=_native_forward, backward=_native_backward)
+    native = dict(
+        forward=torch.ops.lora_kernels.forward.default,
+        backward=torch.ops.lora_kernels.backward.default,
+    )
     register(
         Backend("cuda", "C++/CUDA kernels", **native, missing=_cuda_missing, refuses=_on_cuda,
                 prefers=_no_evidence)

@@ -23,16 +23,18 @@ def valid(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed) -> bool:
         return False
     if bias is not None and type(bias) not in _PLAIN:
         return False
-    w, a, b, dtype, device = weight.shape, lora_a.shape, lora_b.shape, x.dtype, x.device
-    adapter = lora_a.dtype
+    try:
+        width = x.shape[-1]
+        n, k = weight.shape
+        r, k_a = lora_a.shape
+        n_b, r_b = lora_b.shape
+    except (IndexError, ValueError):  # not as many dimensions as expected
+        return False
+    dtype, device, adapter = x.dtype, x.device, lora_a.dtype
     return (
-        len(w) == 2
-        and len(a) == 2
-        and len(b) == 2
-        and x.dim() > 0
-        and x.shape[-1] == w[1] == a[1]
-        and w[0] == b[0]
-        and a[0] == b[1]
+        width == k == k_a
+        and n == n_b
+        and r == r_b
         and dtype in DTYPES
         and weight.dtype is dtype
         and lora_b.dtype is adapter
@@ -40,10 +42,7 @@ def valid(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed) -> bool:
         and weight.device == device
         and lora_a.device == device
         and lora_b.device == device
-        and (
-            bias is None
-            or (bias.dtype is dtype and bias.device == device and bias.shape == (w[0],))
-        )
+        and (bias is None or (bias.shape == (n,) and bias.dtype is dtype and bias.device == device))
         and not weight.requires_grad
         and type(scaling) is float
         and math.isfinite(scaling)

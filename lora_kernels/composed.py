@@ -7,12 +7,29 @@ neither is saved.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from . import dropout
 
 Grads = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _outside_autocast(run: Callable) -> Callable:
+    """Operands are cast before they come here: inside, autocast would cast fp32 ones once more."""
+
+    @functools.wraps(run)
+    def wrapper(first: Tensor, *args):
+        device = first.device.type
+        if not torch.is_autocast_enabled(device):
+            return run(first, *args)
+        with torch.autocast(device, enabled=False):
+            return run(first, *args)
+
+    return wrapper
 
 
 def down_proj(x: Tensor, down: Tensor, seed: Tensor | None, threshold: int, scale: float) -> Tensor:
@@ -55,7 +72,7 @@ def weight_grad(
     seed: Tensor | None,
     threshold: int,
     scale: float,
-    dtype: torch.dtype,
+    wide: bool,
     transpose: bool,
 ) -> Tensor:
     """grad [r, K] = scale · hᵀ · dropout(x), or its transpose."""
@@ -66,9 +83,11 @@ def weight_grad(
         scale *= _inverse_keep(threshold)
     left, right = (x, h) if transpose else (h, x)
     grad = x.new_empty(left.shape[1], right.shape[1])
-    return grad.addmm_(left.t(), right, beta=0, alpha=scale).to(dtype)
+    grad.addmm_(left.t(), right, beta=0, alpha=scale)
+    return grad.float() if wide else grad
 
 
+@_outside_autocast
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -85,6 +104,7 @@ def forward(
     return fused_gemm(x, weight, h, lora_b, bias, None, 0, up_scale), h
 
 
+@_outside_autocast
 def backward(
     dy: Tensor,
     x: Tensor,
@@ -96,8 +116,8 @@ def backward(
     threshold: int,
     h_scale: float,
     up_scale: float,
-    a_dtype: torch.dtype,
-    b_dtype: torch.dtype,
+    wide_a: bool,
+    wide_b: bool,
     need_x: bool,
     need_a: bool,
     need_b: bool,
@@ -110,9 +130,9 @@ def backward(
         if need_x:
             dx = fused_gemm(dy, weight.t(), dh, lora_a.t(), None, seed, threshold, up_scale)
         if need_a:
-            da = weight_grad(dh, x, seed, threshold, up_scale, a_dtype, False)
+            da = weight_grad(dh, x, seed, threshold, up_scale, wide_a, False)
     if need_b:
-        db = weight_grad(h, dy, None, 0, up_scale, b_dtype, True)
+        db = weight_grad(h, dy, None, 0, up_scale, wide_b, True)
     if need_bias:
         dbias = _rows(dy).sum(0)
     return dx, da, db, dbias

@@ -7,6 +7,8 @@ import math
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from . import schemas  # noqa: F401  defines them
+
 _OPS = torch.ops.lora_kernels
 
 

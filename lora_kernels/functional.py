@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import backend as backends
 from . import checks, dropout, reference
-from .ops import LoraLinear
+from .ops import LoraLinear, make_plan
 
 
 def fused_lora_linear(
@@ -64,7 +64,7 @@ def fused_lora_linear(
     if not checks.valid(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed):
         checks.validate(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
     name = backend or backends.selected() or ""
-    if dropout.drop_threshold(dropout_p) == 0:
+    if dropout_p == 0 or dropout.drop_threshold(dropout_p) == 0:
         seed = None
     elif seed is None:
         seed = dropout.draw_seed(x.device)
@@ -80,6 +80,5 @@ def fused_lora_linear(
     if torch.is_autocast_enabled(x.device.type):
         # The weight is cast inside, so that backward saves the parameter and not a 16-bit copy.
         x, _, bias = reference.autocast_operands(x, weight, bias)
-    return LoraLinear.apply(
-        x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, backends.choose(name, x)
-    )
+    plan = make_plan(name, x.device, x.dtype, scaling, dropout_p, seed is not None)
+    return LoraLinear.apply(x, weight, lora_a, lora_b, bias, seed, plan)

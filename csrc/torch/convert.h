@@ -25,14 +25,51 @@ inline Dtype dtype_of(const Tensor& t, const char* op, const char* name) {
   STD_TORCH_CHECK(false, op, ": ", name, " must be float32, bfloat16 or float16");
 }
 
-// A [rows, cols] tensor as it lies in memory.
-inline Matrix matrix(const Tensor& t, const char* op, const char* name, int64_t rows, int64_t cols) {
-  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols, op, ": ", name, " must be [",
-                  rows, ", ", cols, "]");
-  return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), dtype_of(t, op, name)};
+// A matrix in memory together with the tensor that owns it.
+struct Operand {
+  Tensor tensor;
+  Matrix matrix;
+  int64_t rows, cols;
+};
+
+inline Operand transposed(const Operand& a) {
+  const Matrix& m = a.matrix;
+  return {a.tensor, {m.data, m.col_stride, m.row_stride, m.dtype}, a.cols, a.rows};
 }
 
-inline Matrix transposed(const Matrix& m) { return {m.data, m.col_stride, m.row_stride, m.dtype}; }
+inline Operand operand(const Tensor& t, const char* op, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 2, op, ": ", name, " must have two dimensions, but has ", t.dim());
+  const Matrix matrix{const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1),
+                      dtype_of(t, op, name)};
+  return {t, matrix, t.size(0), t.size(1)};
+}
+
+// [..., width] as [rows, width]: in place where the leading strides allow it, else a copy.
+inline Operand flatten_rows(const Tensor& t, const char* op, const char* name) {
+  const int64_t dim = t.dim();
+  if (dim == 2) return operand(t, op, name);
+  STD_TORCH_CHECK(dim >= 1, op, ": ", name, " must have at least one dimension");
+  const int64_t width = t.size(dim - 1);
+  int64_t rows = 1, row_stride = width;
+  bool in_place = true;
+  for (int64_t i = dim - 2; i >= 0; --i) {
+    if (t.size(i) != 1) {
+      if (rows == 1) row_stride = t.stride(i);
+      in_place = in_place && t.stride(i) == rows * row_stride;
+    }
+    rows *= t.size(i);
+  }
+  if (in_place || rows == 0) {
+    const Matrix matrix{const_cast<void*>(t.const_data_ptr()), row_stride, t.stride(dim - 1),
+                        dtype_of(t, op, name)};
+    return {t, matrix, rows, width};
+  }
+  return operand(torch::stable::reshape(t, std::vector<int64_t>{rows, width}), op, name);
+}
+
+inline void check_size(int64_t got, int64_t expected, const char* op, const char* what) {
+  STD_TORCH_CHECK(got == expected, op, ": ", what, " is ", got, " but must be ", expected);
+}
 
 inline Dropout dropout_of(const OptionalTensor& seed, int64_t threshold, const char* op) {
   if (!seed.has_value()) return {nullptr, 0, 0};
@@ -44,31 +81,10 @@ inline Dropout dropout_of(const OptionalTensor& seed, int64_t threshold, const c
           static_cast<uint32_t>(threshold)};
 }
 
-// 1/q of the mask: the factor that dropout multiplies the survivors by.
+// 1/q of the mask: the factor that dropout multiplies the survivors by. Nothing survives q = 0.
 inline double inverse_keep(const Dropout& d) {
-  return d.seed == nullptr ? 1.0 : double(kMaskRange) / double(kMaskRange - d.threshold);
-}
-
-inline std::vector<int64_t> sizes(const Tensor& t) {
-  std::vector<int64_t> result(t.dim());
-  for (int64_t i = 0; i < t.dim(); ++i) result[i] = t.size(i);
-  return result;
-}
-
-// [..., width] -> [rows, width]; a view wherever the strides allow one.
-inline Tensor flatten_rows(const Tensor& t) {
-  if (t.dim() == 2) return t;
-  STD_TORCH_CHECK(t.dim() >= 1, "lora_kernels: expected at least one dimension");
-  int64_t rows = 1;
-  for (int64_t i = 0; i + 1 < t.dim(); ++i) rows *= t.size(i);
-  return torch::stable::reshape(t, std::vector<int64_t>{rows, t.size(t.dim() - 1)});
-}
-
-// A contiguous [..., width] tensor with the leading dimensions of `like`.
-inline Tensor empty_rows(const Tensor& like, int64_t width) {
-  std::vector<int64_t> shape = sizes(like);
-  shape.back() = width;
-  return torch::stable::new_empty(like, shape);
+  if (d.seed == nullptr || d.threshold == kMaskRange) return 1.0;
+  return double(kMaskRange) / double(kMaskRange - d.threshold);
 }
 
 }  // namespace lora_kernels

@@ -1,7 +1,8 @@
-// The CPU ops: frozen products by the vendor's GEMM, everything LoRA by csrc/cpu.
-#include <algorithm>
-
+// The CPU ops: frozen products by the vendor's fp32 GEMM, everything LoRA by csrc/cpu.
 #include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <vector>
 
 #include "../cpu/kernels.h"
 #include "aten.h"
@@ -14,8 +15,9 @@ using cpu::kColUnit;
 using cpu::kernels;
 using cpu::kRowUnit;
 
-constexpr int64_t kTaskFlops = 1 << 17;         // below this a second thread costs more than it saves
-constexpr int64_t kPanelElements = 1 << 22;     // of an fp32 copy of a 16-bit operand: 16 MiB
+constexpr int64_t kTaskFlops = 1 << 17;      // below this a second thread costs more than it saves
+constexpr int64_t kSmallFlops = 1 << 18;     // below this the vendor's call overhead outweighs its GEMM
+constexpr int64_t kPanelElements = 1 << 22;  // of an fp32 copy of a 16-bit operand: 16 MiB
 
 // f(begin, end) over 0..extent in ranges that start at multiples of unit.
 template <class F>
@@ -28,33 +30,22 @@ void parallel(int64_t extent, int64_t unit, int64_t flops_per_unit, const F& f) 
   });
 }
 
-Tensor dropout_mask(const Tensor& seed, int64_t rows, int64_t cols, int64_t threshold) {
-  STD_TORCH_CHECK(rows >= 0 && cols >= 0, "dropout_mask: rows and cols must not be negative");
-  Tensor mask = torch::stable::empty({rows, cols}, ScalarType::Bool);
-  DropoutMaskArgs args{static_cast<bool*>(mask.mutable_data_ptr()), rows, cols,
-                       dropout_of(seed, threshold, "dropout_mask")};
-  parallel(rows, 16, 16 * 8 * cols,
-           [&](int64_t begin, int64_t end) { kernels().dropout_mask(args, begin, end); });
-  return mask;
+// ---- down_proj -----------------------------------------------------------------------------------
+
+void run_down_proj(const DownProjArgs& args) {
+  parallel(args.M, kRowUnit, 2 * kRowUnit * args.K * std::max<int64_t>(args.r, 4),
+           [&](int64_t begin, int64_t end) { kernels().down_proj(args, begin, end); });
 }
 
-Tensor down_proj(const Tensor& x, const Tensor& down, const OptionalTensor& seed, int64_t threshold,
-                 double scale) {
-  NoGrad no_grad;
-  const Tensor rows = flatten_rows(x);
-  const int64_t M = rows.size(0), K = rows.size(1), r = down.size(0);
-  Tensor h = torch::stable::new_empty(rows, std::vector<int64_t>{M, r});
-  const Dropout dropout = dropout_of(seed, threshold, "down_proj");
-  DownProjArgs args{matrix(rows, "down_proj", "x", M, K),
-                    matrix(down, "down_proj", "down", r, K),
-                    matrix(h, "down_proj", "h", M, r),
-                    M, K, r,
-                    static_cast<float>(scale * inverse_keep(dropout)),
-                    dropout};
-  parallel(M, kRowUnit, 2 * kRowUnit * K * std::max<int64_t>(r, 4),
-           [&](int64_t begin, int64_t end) { kernels().down_proj(args, begin, end); });
+Operand down_proj(const Operand& x, const Operand& down, const Dropout& dropout, double scale) {
+  check_size(down.cols, x.cols, "down_proj", "down.size(1)");
+  Operand h = operand(empty_cpu({x.rows, down.rows}, x.tensor.scalar_type()), "down_proj", "h");
+  run_down_proj({x.matrix, down.matrix, h.matrix, x.rows, x.cols, down.rows,
+                 static_cast<float>(scale * inverse_keep(dropout)), dropout});
   return h;
 }
+
+// ---- fused_gemm ----------------------------------------------------------------------------------
 
 // Adds the rank-r term and bias to a part of the frozen product, and rounds it into y.
 void epilogue(const FusedGemmArgs& args, int64_t row, int64_t rows, int64_t col, int64_t cols) {
@@ -70,135 +61,212 @@ void epilogue(const FusedGemmArgs& args, int64_t row, int64_t rows, int64_t col,
   }
 }
 
+Tensor as_tensor(const Operand& a) {
+  return view_2d(a.tensor, a.rows, a.cols, a.matrix.row_stride, a.matrix.col_stride,
+                 a.tensor.storage_offset());
+}
+
+// Small: the microkernel multiplies too, so no call leaves this library.
+void fused_gemm_small(FusedGemmArgs& args, const Operand& x, const Operand& weight) {
+  std::vector<float> product;
+  args.product = args.y;
+  if (args.y.dtype != Dtype::f32) {
+    product.resize(args.M * args.N);
+    args.product = {product.data(), args.N, 1, Dtype::f32};
+  }
+  kernels().down_proj({x.matrix, weight.matrix, args.product, args.M, x.cols, args.N, 1.0f, {}}, 0,
+                      args.M);
+  kernels().fused_gemm(args, 0, args.M, 0, args.N);
+}
+
 // fp32: the vendor writes y and adds the rank-r term to it; under a mask the epilogue adds it.
-void fused_gemm_f32(FusedGemmArgs& args, const Tensor& x, const Tensor& weight, const Tensor& h,
-                    const Tensor& up, const OptionalTensor& bias, const Tensor& y, double scale) {
-  const Tensor weight_t = torch::stable::transpose(weight, 0, 1);
+void fused_gemm_f32(FusedGemmArgs& args, const Operand& x, const Operand& weight, const Operand& h,
+                    const Operand& up, const OptionalTensor& bias, const Tensor& y) {
+  const Tensor x_t = as_tensor(x), weight_t = as_tensor(transposed(weight));
   if (args.dropout.seed != nullptr) {
-    mm_out(y, x, weight_t);
+    mm_out(y, x_t, weight_t);
     args.product = args.y;
     return epilogue(args, 0, args.M, 0, args.N);
   }
   if (bias.has_value())
-    addmm_out(y, *bias, x, weight_t, 1.0);
+    addmm_out(y, *bias, x_t, weight_t, 1.0);
   else
-    mm_out(y, x, weight_t);
-  if (args.r > 0) addmm_out(y, y, h, torch::stable::transpose(up, 0, 1), scale);
+    mm_out(y, x_t, weight_t);
+  if (args.r > 0) addmm_out(y, y, as_tensor(h), as_tensor(transposed(up)), args.scale);
+}
+
+// rows [begin, begin + count) of a 16-bit operand, in fp32.
+Tensor fp32_rows(const Operand& a, int64_t begin, int64_t count) {
+  const Matrix& m = a.matrix;
+  const Tensor rows = view_2d(a.tensor, count, a.cols, m.row_stride, m.col_stride,
+                              a.tensor.storage_offset() + begin * m.row_stride);
+  return torch::stable::to(rows, ScalarType::Float);
 }
 
 // 16 bits: panels of both operands go to fp32 and through the vendor's fp32 GEMM, so the rank-r term
 // meets an unrounded product. Processors with 16-bit GEMM instructions take `composed` instead.
-void fused_gemm_16bit(FusedGemmArgs& args, const Tensor& x, const Tensor& weight) {
-  const int64_t K = x.size(1);
-  const int64_t row_panel = std::clamp<int64_t>(kPanelElements / std::max<int64_t>(K, 1), 128, 4096);
+void fused_gemm_16bit(FusedGemmArgs& args, const Operand& x, const Operand& weight) {
+  const int64_t K = std::max<int64_t>(x.cols, 1);
+  const int64_t row_panel = std::clamp<int64_t>(kPanelElements / K, 128, 4096);
   const int64_t col_panel =
-      std::clamp<int64_t>(kPanelElements / std::max(K, row_panel), kColUnit, 4096) / kColUnit * kColUnit;
+      std::clamp<int64_t>(kPanelElements / std::max(K, row_panel) / kColUnit, 1, 64) * kColUnit;
   for (int64_t row = 0; row < args.M; row += row_panel) {
     const int64_t rows = std::min(row_panel, args.M - row);
-    Tensor x_panel = torch::stable::narrow(const_cast<Tensor&>(x), 0, row, rows);
-    x_panel = torch::stable::to(x_panel, ScalarType::Float);
+    const Tensor x_panel = fp32_rows(x, row, rows);
     for (int64_t col = 0; col < args.N; col += col_panel) {
       const int64_t cols = std::min(col_panel, args.N - col);
-      Tensor w_panel = torch::stable::narrow(const_cast<Tensor&>(weight), 0, col, cols);
-      w_panel = torch::stable::to(w_panel, ScalarType::Float);
-      Tensor product = torch::stable::new_empty(x_panel, std::vector<int64_t>{rows, cols});
-      mm_out(product, x_panel, torch::stable::transpose(w_panel, 0, 1));
-      args.product = matrix(product, "fused_gemm", "product", rows, cols);
+      const Tensor w_panel = fp32_rows(weight, col, cols);
+      const Operand product =
+          operand(empty_cpu({rows, cols}, ScalarType::Float), "fused_gemm", "product");
+      mm_out(product.tensor, x_panel, torch::stable::transpose(w_panel, 0, 1));
+      args.product = product.matrix;
       args.product_row = row, args.product_col = col;
       epilogue(args, row, rows, col, cols);
     }
   }
 }
 
-Tensor fused_gemm(const Tensor& x, const Tensor& weight, const Tensor& h, const Tensor& up,
-                  const OptionalTensor& bias, const OptionalTensor& seed, int64_t threshold,
-                  double scale) {
-  NoGrad no_grad;
+// y [..., N], where x_shape gives the leading dimensions.
+Tensor fused_gemm(const Tensor& x_shape, const Operand& x, const Operand& weight, const Operand& h,
+                  const Operand& up, const OptionalTensor& bias, const Dropout& dropout, double scale) {
   const char* op = "fused_gemm";
-  const Tensor rows = flatten_rows(x);
-  const int64_t M = rows.size(0), K = rows.size(1), N = weight.size(0), r = h.size(1);
-  matrix(weight, op, "weight", N, K);
-  STD_TORCH_CHECK(x.scalar_type() == weight.scalar_type(), op, ": x and weight must share a dtype");
-  Tensor y = empty_rows(x, N);
-  Tensor y_rows = torch::stable::view(y, std::vector<int64_t>{M, N});
+  const int64_t M = x.rows, N = weight.rows, r = h.cols, dim = x_shape.dim();
+  check_size(weight.cols, x.cols, op, "weight.size(1)");
+  check_size(h.rows, M, op, "h.size(0)");
+  check_size(up.rows, N, op, "up.size(0)");
+  check_size(up.cols, r, op, "up.size(1)");
+  STD_TORCH_CHECK(x.matrix.dtype == weight.matrix.dtype, op, ": x and weight must share a dtype");
   Matrix bias_row{nullptr, 0, 0, Dtype::f32};
   if (bias.has_value()) {
     STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == N, op, ": bias must be [", N, "]");
     bias_row = {const_cast<void*>(bias->const_data_ptr()), 0, bias->stride(0), dtype_of(*bias, op, "bias")};
   }
-  const Dropout dropout = dropout_of(seed, threshold, op);
-  FusedGemmArgs args{{}, 0, 0,
-                     matrix(h, op, "h", M, r),
-                     matrix(up, op, "up", N, r),
-                     bias_row,
-                     matrix(y_rows, op, "y", M, N),
-                     M, N, r,
-                     static_cast<float>(scale * inverse_keep(dropout)),
-                     dropout};
-  if (args.y.dtype == Dtype::f32)
-    fused_gemm_f32(args, rows, weight, h, up, bias, y_rows, scale);
+
+  std::vector<int64_t> sizes(dim);
+  for (int64_t i = 0; i < dim - 1; ++i) sizes[i] = x_shape.size(i);
+  sizes[dim - 1] = N;
+  Tensor y = empty_cpu(sizes.data(), dim, x.tensor.scalar_type());
+  if (M == 0 || N == 0) return y;
+  const Matrix y_rows{y.mutable_data_ptr(), N, 1, x.matrix.dtype};
+  FusedGemmArgs args{{}, 0, 0, h.matrix, up.matrix, bias_row, y_rows, M, N, r,
+                     static_cast<float>(scale * inverse_keep(dropout)), dropout};
+  if (2 * M * N * x.cols <= kSmallFlops)
+    fused_gemm_small(args, x, weight);
+  else if (x.matrix.dtype == Dtype::f32 && h.matrix.dtype == Dtype::f32 && up.matrix.dtype == Dtype::f32)
+    fused_gemm_f32(args, x, weight, h, up, bias, view_2d(y, M, N, N, 1));
   else
-    fused_gemm_16bit(args, rows, weight);
+    fused_gemm_16bit(args, x, weight);
   return y;
 }
 
-Tensor weight_grad(const Tensor& h, const Tensor& x, const OptionalTensor& seed, int64_t threshold,
-                   double scale, ScalarType dtype, bool transpose) {
-  NoGrad no_grad;
-  const Tensor rows = flatten_rows(x);
-  const int64_t M = rows.size(0), K = rows.size(1), r = h.size(1);
-  Tensor grad = torch::stable::empty(transpose ? std::vector<int64_t>{K, r} : std::vector<int64_t>{r, K},
-                                     dtype);
-  const Matrix out = matrix(grad, "weight_grad", "grad", grad.size(0), grad.size(1));
-  const Dropout dropout = dropout_of(seed, threshold, "weight_grad");
-  WeightGradArgs args{matrix(h, "weight_grad", "h", M, r),
-                      matrix(rows, "weight_grad", "x", M, K),
-                      transpose ? transposed(out) : out,
-                      M, K, r,
-                      static_cast<float>(scale * inverse_keep(dropout)),
-                      dropout};
-  parallel(K, kColUnit, 2 * kColUnit * M * std::max<int64_t>(r, 4),
+// ---- weight_grad ---------------------------------------------------------------------------------
+
+void run_weight_grad(const WeightGradArgs& args) {
+  parallel(args.K, kColUnit, 2 * kColUnit * args.M * std::max<int64_t>(args.r, 4),
            [&](int64_t begin, int64_t end) { kernels().weight_grad(args, begin, end); });
-  return grad;
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const Tensor& lora_a,
-                                   const Tensor& lora_b, const OptionalTensor& bias,
-                                   const OptionalTensor& seed, int64_t threshold, double h_scale,
-                                   double up_scale) {
-  Tensor h = down_proj(x, lora_a, seed, threshold, h_scale);
-  Tensor y = fused_gemm(x, weight, h, lora_b, bias, std::nullopt, 0, up_scale);
-  return {y, h};
+Tensor weight_grad(const Operand& h, const Operand& x, const Dropout& dropout, double scale,
+                   bool wide, bool transpose) {
+  check_size(h.rows, x.rows, "weight_grad", "h.size(0)");
+  const int64_t r = h.cols, K = x.cols;
+  const ScalarType dtype = wide ? ScalarType::Float : x.tensor.scalar_type();
+  Operand grad = operand(transpose ? empty_cpu({K, r}, dtype) : empty_cpu({r, K}, dtype), "weight_grad",
+                         "grad");
+  run_weight_grad({h.matrix, x.matrix, transpose ? transposed(grad).matrix : grad.matrix, x.rows, K, r,
+                   static_cast<float>(scale * inverse_keep(dropout)), dropout});
+  return grad.tensor;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+// dbias [N] = column sums of dy: a weight gradient whose h is a column of ones.
+Tensor column_sums(const Operand& dy) {
+  static float one = 1.0f;
+  Tensor sums = empty_cpu({dy.cols}, dy.tensor.scalar_type());
+  const Matrix row{sums.mutable_data_ptr(), dy.cols, 1, dy.matrix.dtype};
+  run_weight_grad({{&one, 0, 0, Dtype::f32}, dy.matrix, row, dy.rows, dy.cols, 1, 1.0f, {}});
+  return sums;
+}
+
+// ---- the operators -------------------------------------------------------------------------------
+
+Tensor dropout_mask_op(const Tensor& seed, int64_t rows, int64_t cols, int64_t threshold) {
+  STD_TORCH_CHECK(rows >= 0 && cols >= 0, "dropout_mask: rows and cols must not be negative");
+  Tensor mask = empty_cpu({rows, cols}, ScalarType::Bool);
+  DropoutMaskArgs args{static_cast<bool*>(mask.mutable_data_ptr()), rows, cols,
+                       dropout_of(seed, threshold, "dropout_mask")};
+  parallel(rows, 16, 16 * 8 * cols,
+           [&](int64_t begin, int64_t end) { kernels().dropout_mask(args, begin, end); });
+  return mask;
+}
+
+Tensor down_proj_op(const Tensor& x, const Tensor& down, const OptionalTensor& seed, int64_t threshold,
+                    double scale) {
+  return down_proj(flatten_rows(x, "down_proj", "x"), operand(down, "down_proj", "down"),
+                   dropout_of(seed, threshold, "down_proj"), scale)
+      .tensor;
+}
+
+Tensor fused_gemm_op(const Tensor& x, const Tensor& weight, const Tensor& h, const Tensor& up,
+                     const OptionalTensor& bias, const OptionalTensor& seed, int64_t threshold,
+                     double scale) {
+  NoGrad no_grad;
+  const char* op = "fused_gemm";
+  return fused_gemm(x, flatten_rows(x, op, "x"), operand(weight, op, "weight"), operand(h, op, "h"),
+                    operand(up, op, "up"), bias, dropout_of(seed, threshold, op), scale);
+}
+
+Tensor weight_grad_op(const Tensor& h, const Tensor& x, const OptionalTensor& seed, int64_t threshold,
+                      double scale, bool wide, bool transpose) {
+  return weight_grad(operand(h, "weight_grad", "h"), flatten_rows(x, "weight_grad", "x"),
+                     dropout_of(seed, threshold, "weight_grad"), scale, wide, transpose);
+}
+
+std::tuple<Tensor, Tensor> forward_op(const Tensor& x, const Tensor& weight, const Tensor& lora_a,
+                                      const Tensor& lora_b, const OptionalTensor& bias,
+                                      const OptionalTensor& seed, int64_t threshold, double h_scale,
+                                      double up_scale) {
+  NoGrad no_grad;
+  const char* op = "forward";
+  const Operand x_rows = flatten_rows(x, op, "x");
+  const Operand h =
+      down_proj(x_rows, operand(lora_a, op, "lora_a"), dropout_of(seed, threshold, op), h_scale);
+  Tensor y = fused_gemm(x, x_rows, operand(weight, op, "weight"), h, operand(lora_b, op, "lora_b"), bias,
+                        {}, up_scale);
+  return {y, h.tensor};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_op(
     const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
     const Tensor& h, const OptionalTensor& seed, int64_t threshold, double h_scale, double up_scale,
-    ScalarType a_dtype, ScalarType b_dtype, bool need_x, bool need_a, bool need_b, bool need_bias) {
+    bool wide_a, bool wide_b, bool need_x, bool need_a, bool need_b, bool need_bias) {
   NoGrad no_grad;
-  const Tensor dy_rows = flatten_rows(dy);
-  Tensor dx = torch::stable::empty({0}, x.scalar_type()), da = dx, db = dx, dbias = dx;
-  auto t = [](const Tensor& m) { return torch::stable::transpose(m, 0, 1); };
+  const char* op = "backward";
+  const Operand dy_rows = flatten_rows(dy, op, "dy"), a = operand(lora_a, op, "lora_a");
+  const Operand b = operand(lora_b, op, "lora_b");
+  const Dropout dropout = dropout_of(seed, threshold, op);
+  // Every output is a tensor of its own: results of an op must not share memory.
+  auto none = [&] { return empty_cpu({0}, x.scalar_type()); };
 
-  if (need_x || need_a) {
-    const Tensor dh = down_proj(dy_rows, t(lora_b), std::nullopt, 0, h_scale);
-    if (need_x) dx = fused_gemm(dy, t(weight), dh, t(lora_a), std::nullopt, seed, threshold, up_scale);
-    if (need_a) da = weight_grad(dh, x, seed, threshold, up_scale, a_dtype, false);
-  }
-  if (need_b) db = weight_grad(h, dy_rows, std::nullopt, 0, up_scale, b_dtype, true);
-  if (need_bias) dbias = torch::stable::sum(dy_rows, std::vector<int64_t>{0});
+  Operand dh{};
+  if (need_x || need_a) dh = down_proj(dy_rows, transposed(b), {}, h_scale);
+  Tensor dx = need_x ? fused_gemm(dy, dy_rows, transposed(operand(weight, op, "weight")), dh,
+                                  transposed(a), std::nullopt, dropout, up_scale)
+                     : none();
+  Tensor da = need_a ? weight_grad(dh, flatten_rows(x, op, "x"), dropout, up_scale, wide_a, false) : none();
+  Tensor db = need_b ? weight_grad(operand(h, op, "h"), dy_rows, {}, up_scale, wide_b, true) : none();
+  Tensor dbias = need_bias ? column_sums(dy_rows) : none();
   return {dx, da, db, dbias};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CPU, m) {
-  m.impl("dropout_mask", TORCH_BOX(&dropout_mask));
-  m.impl("down_proj", TORCH_BOX(&down_proj));
-  m.impl("fused_gemm", TORCH_BOX(&fused_gemm));
-  m.impl("weight_grad", TORCH_BOX(&weight_grad));
-  m.impl("forward", TORCH_BOX(&forward));
-  m.impl("backward", TORCH_BOX(&backward));
+  m.impl("dropout_mask", TORCH_BOX(&dropout_mask_op));
+  m.impl("down_proj", TORCH_BOX(&down_proj_op));
+  m.impl("fused_gemm", TORCH_BOX(&fused_gemm_op));
+  m.impl("weight_grad", TORCH_BOX(&weight_grad_op));
+  m.impl("forward", TORCH_BOX(&forward_op));
+  m.impl("backward", TORCH_BOX(&backward_op));
 }
 
 }  // namespace lora_kernels

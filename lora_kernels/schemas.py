@@ -1,0 +1,53 @@
+"""The operators' schemas, written here and nowhere else, and their C++ kernels if those are built.
+
+    forward    h  = down_proj(x, A)              y  = fused_gemm(x, W0, h, B) + bias
+    backward   dh = down_proj(dy, Bᵀ)            dx = fused_gemm(dy, W0ᵀ, dh, Aᵀ)
+               dA = weight_grad(dh, x)           dB = weight_grad(h, dy)ᵀ
+
+`forward` and `backward` run one of these lines in C++ (csrc/torch); a device serves them as soon as
+its library registers them. `lora_linear` and `lora_linear_backward` are what torch.compile, export
+and FlopCounterMode see: opaque, any backend, differentiable once.
+
+Scales: h = h_scale · dropout(x)·Aᵀ is what is rounded and saved, and y = ... + up_scale · h·Bᵀ, with
+h_scale · up_scale = scaling. `threshold` is T of the mask (`lora_kernels.dropout`). `wide`: the gradient
+is float32 although x has 16 bits.
+"""
+
+from __future__ import annotations
+
+import torch
+
+SCHEMAS = (
+    "dropout_mask(Tensor seed, SymInt rows, SymInt cols, int threshold) -> Tensor",
+    "down_proj(Tensor x, Tensor down, Tensor? seed, int threshold, float scale) -> Tensor",
+    "fused_gemm(Tensor x, Tensor weight, Tensor h, Tensor up, Tensor? bias, Tensor? seed, "
+    "int threshold, float scale) -> Tensor",
+    "weight_grad(Tensor h, Tensor x, Tensor? seed, int threshold, float scale, bool wide, "
+    "bool transpose) -> Tensor",
+    "forward(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor? seed, "
+    "int threshold, float h_scale, float up_scale) -> (Tensor y, Tensor h)",
+    "backward(Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor h, "
+    "Tensor? seed, int threshold, float h_scale, float up_scale, bool wide_a, "
+    "bool wide_b, bool need_x, bool need_a, bool need_b, bool need_bias) "
+    "-> (Tensor dx, Tensor da, Tensor db, Tensor dbias)",
+    "lora_linear(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor? seed, "
+    "float scaling, float dropout_p, str backend) -> (Tensor y, Tensor h)",
+    "lora_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor h, "
+    "Tensor? seed, float scaling, float dropout_p, str backend, bool need_x, bool need_a, bool need_b, "
+    "bool need_bias) -> (Tensor dx, Tensor da, Tensor db, Tensor dbias)",
+)
+LIBRARY = torch.library.Library("lora_kernels", "DEF")
+for schema in SCHEMAS:
+    # Any stride is served, so the compiler may choose; outputs are always contiguous.
+    LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
+
+EXTENSION_ERROR: str | None = None
+try:
+    from . import _C  # noqa: F401  its import registers the C++ kernels
+except ImportError as error:  # not built, or built for another system: every op still has Python
+    EXTENSION_ERROR = str(error)
+
+
+def has_kernel(op: str, device: str) -> bool:
+    """Whether C++ serves this op on "CPU" or "CUDA"."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"lora_kernels::{op}", device)
