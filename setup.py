@@ -30,7 +30,11 @@ def cuda_home():
     guesses += sorted(glob("/usr/local/cuda-*"), reverse=True)
     given = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     for root in [given] if given else guesses:
-        if root and Path(root, "bin/nvcc").exists() and Path(root, "include/cuda_runtime.h").exists():
+        if (
+            root
+            and Path(root, "bin/nvcc").exists()
+            and Path(root, "include/cuda_runtime.h").exists()
+        ):
             return str(root)
     return None
 
@@ -67,8 +71,12 @@ def extension():
     if BUILD == "cuda" and not home:
         return None, "no CUDA toolkit (set CUDA_HOME)"
 
-    cpp.CUDA_HOME = home  # a CPU-only torch leaves it None, though our kernels need no torch CUDA header
-    headers = [h for ending in ("h", "inl", "cuh") for h in glob(f"csrc/**/*.{ending}", recursive=True)]
+    cpp.CUDA_HOME = (
+        home  # a CPU-only torch leaves it None, though our kernels need no torch CUDA header
+    )
+    headers = [
+        h for ending in ("h", "inl", "cuh") for h in glob(f"csrc/**/*.{ending}", recursive=True)
+    ]
     if torch.version.cuda is None:
         remove_stale_objects(headers)
 
@@ -91,7 +99,8 @@ def extension():
             nvcc=["-O3", "-std=c++17", "-lineinfo", "-Xptxas=-v,-warn-spills",
                   "-Xcompiler=-fvisibility=hidden", *gencode(ARCHS)],
         ),
-        # libtorch.so pulls in libtorch_cuda.so where there is one: it resolves the weak stream symbol
+        # libtorch.so pulls in libtorch_cuda.so where there is one: it resolves the weak stream
+        # symbol
         extra_link_args=["-Wl,--no-as-needed,-ltorch,--as-needed", "-Wl,--exclude-libs,ALL"],
         **options,
     )  # fmt: skip

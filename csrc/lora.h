@@ -46,10 +46,10 @@ struct DownProjArgs {
 struct FusedGemmArgs {
   Matrix product;  // fp32, the part of the frozen product that starts at (product_row, product_col)
   int64_t product_row, product_col;
-  Matrix h;        // [M, r]
-  Matrix up;       // [N, r]
-  Matrix bias;     // [1, N], data may be null
-  Matrix y;        // [M, N]
+  Matrix h;     // [M, r]
+  Matrix up;    // [N, r]
+  Matrix bias;  // [1, N], data may be null
+  Matrix y;     // [M, N]
   int64_t M, N, r;
   float scale;
   Dropout dropout;

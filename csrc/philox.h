@@ -19,9 +19,9 @@
 
 namespace lora_kernels {
 
-constexpr int kPhiloxRounds = 7;            // the fewest that pass BigCrush (Salmon et al., SC 2011)
-constexpr uint32_t kMaskBits = 0x3fff;      // 14 bits: as fp16 bit patterns they are finite and ordered
-constexpr uint32_t kMaskRange = 1u << 14;   // so HSET2 compares two elements at once
+constexpr int kPhiloxRounds = 7;        // the fewest that pass BigCrush (Salmon et al., SC 2011)
+constexpr uint32_t kMaskBits = 0x3fff;  // 14 bits: as fp16 bit patterns they are finite and ordered
+constexpr uint32_t kMaskRange = 1u << 14;  // so HSET2 compares two elements at once
 
 struct PhiloxWords {
   uint32_t v[4];

@@ -1,8 +1,8 @@
 """Which backend serves a call, and why the others do not.
 
 A backend is a pair of functions with the signatures of `lora_kernels::forward` and `::backward`
-(`schemas`), whose operands share one dtype. `register` is the seam: the C++ backends fill it as soon as
-their library registers those two ops for a device.
+(`schemas`), whose operands share one dtype. `register` is the seam: the C++ backends fill it as
+soon as their library registers those two ops for a device.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Backend:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found: the backend that would run, and a reason for each one that would not."""
+    """What `explain` found: the backend that would run, and why each other would not."""
 
     backend: str
     plan: str
@@ -64,7 +64,7 @@ _selected: str | None = None
 
 
 def register(backend: Backend, before: str = "composed") -> None:
-    """Adds a backend, or replaces the one of that name. In the automatic order it stands ahead of `before`."""
+    """Adds a backend, ahead of `before` in the automatic order, or replaces the one of its name."""
     if backend.name not in _ORDER:
         _ORDER.insert(_ORDER.index(before), backend.name)
     _REGISTRY[backend.name] = backend
@@ -89,7 +89,7 @@ def _changed() -> None:
 
 
 def selected() -> str | None:
-    """The name given to `use_backend` or LORA_KERNELS_BACKEND; None where the choice is automatic."""
+    """The name given to `use_backend` or LORA_KERNELS_BACKEND; None: the choice is automatic."""
     return _selected
 
 
@@ -135,7 +135,8 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
 def _named(name: str) -> Backend:
     if name not in _REGISTRY:
         raise ValueError(
-            f"fused_lora_linear: unknown backend {name!r}; expected one of {', '.join(_REGISTRY)}, or None"
+            f"fused_lora_linear: unknown backend {name!r}; expected None or one of "
+            f"{', '.join(_REGISTRY)}"
         )
     found = _REGISTRY[name]
     why = found.missing()
@@ -168,7 +169,7 @@ def explain(
     seed: Tensor | None = None,
     backend: str | None = None,
 ) -> Explanation:
-    """Which backend `fused_lora_linear` would run with these arguments, and why each other would not.
+    """Which backend `fused_lora_linear` would run for this call, and why each other would not.
 
     Args: as `fused_lora_linear`.
 
@@ -224,7 +225,7 @@ def _cpu_prefers(device: torch.device, dtype: torch.dtype) -> str | None:
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
     }
     if dtype in fast and fast[dtype]():
-        return f"this processor multiplies {dtype} natively, and the cpu backend would go through float32"
+        return f"this processor multiplies {dtype} natively; the cpu backend goes through float32"
     return None
 
 
@@ -232,7 +233,10 @@ def _cuda_missing() -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     if not has_kernel("dropout_mask", "CUDA"):
-        return "the extension was built without nvcc; set CUDA_HOME and reinstall with LORA_KERNELS_BUILD=cuda"
+        return (
+            "the extension was built without nvcc; set CUDA_HOME and reinstall with "
+            "LORA_KERNELS_BUILD=cuda"
+        )
     if not has_kernel("forward", "CUDA"):
         return "this version has no fused CUDA kernels yet, only the dropout mask"
     return None
@@ -251,7 +255,9 @@ def _no_evidence(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _reference_only(*args):
-    raise RuntimeError("fused_lora_linear: backend 'reference' is plain PyTorch and has no operator")
+    raise RuntimeError(
+        "fused_lora_linear: backend 'reference' is plain PyTorch and has no operator"
+    )
 
 
 def _register_all() -> None:

@@ -1,4 +1,4 @@
-"""Bad input to `fused_lora_linear`: one cheap test on the hot path, one clear message when it fails."""
+"""Bad input to `fused_lora_linear`: a cheap test on the hot path, a clear message when it fails."""
 
 from __future__ import annotations
 
@@ -83,15 +83,17 @@ def validate(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed) -> None:
         check_seed(seed, OP)
     if weight.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
-            f"{OP}: weight requires grad, but this op treats it as frozen and gives it no gradient; "
-            "call weight.requires_grad_(False), or use torch.nn.functional.linear to train it"
+            f"{OP}: weight requires grad, but this op treats it as frozen and gives it "
+            "no gradient; call weight.requires_grad_(False), or use torch.nn.functional.linear to "
+            "train it"
         )
 
 
 def _check_scalars(scaling, dropout_p) -> None:
     if isinstance(scaling, Tensor):
         raise TypeError(
-            f"{OP}: scaling must be a number, but got a Tensor; pass scaling=1.0 and lora_b * scaling"
+            f"{OP}: scaling must be a number, but got a Tensor; pass scaling=1.0 and "
+            "lora_b * scaling"
         )
     if not isinstance(scaling, (Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{OP}: scaling must be a number, but got {type(scaling).__name__}")
@@ -109,8 +111,9 @@ def _check_shapes(x, weight, lora_a, lora_b, bias) -> None:
         raise ValueError(f"{OP}: x must have at least one dimension, but got a 0-d tensor")
     if weight.dim() != 2:
         raise ValueError(
-            f"{OP}: weight must be [out_features, in_features], but got shape {list(weight.shape)}: the "
-            "parameter looks sharded, flattened or packed; unshard or dequantise it first"
+            f"{OP}: weight must be [out_features, in_features], but got shape "
+            f"{list(weight.shape)}: the parameter looks sharded, flattened or packed; unshard or "
+            "dequantise it first"
         )
     n, k = weight.shape
     if x.shape[-1] != k:
@@ -141,8 +144,8 @@ def _check_dtypes(x, weight, lora_a, lora_b, bias) -> None:
     for name, t in (("x", x), ("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
         if t.dtype not in DTYPES:
             raise ValueError(
-                f"{OP}: dtype {t.dtype} is not supported for {name}; use float16, bfloat16, float32 "
-                "or float64"
+                f"{OP}: dtype {t.dtype} is not supported for {name}; use float16, bfloat16, "
+                "float32 or float64"
             )
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)
@@ -153,13 +156,14 @@ def _check_dtypes(x, weight, lora_a, lora_b, bias) -> None:
         if t is None or t.dtype == dtype or (cast and t.dtype in DTYPES[:3]):
             continue
         raise ValueError(
-            f"{OP}: {name} must have x's dtype {dtype}, but got {t.dtype}; convert one of them, or run "
-            "under torch.autocast"
+            f"{OP}: {name} must have x's dtype {dtype}, but got {t.dtype}; convert one of them, or "
+            "run under torch.autocast"
         )
     for name, t in (("lora_a", lora_a), ("lora_b", lora_b)):
         if t.dtype != dtype and not (t.dtype == torch.float32 and dtype in SIXTEEN_BIT):
             raise ValueError(
-                f"{OP}: {name} must have x's dtype {dtype}, or float32 with a 16-bit x, but got {t.dtype}"
+                f"{OP}: {name} must have x's dtype {dtype}, or float32 with a 16-bit x, but got "
+                f"{t.dtype}"
             )
 
 
@@ -172,6 +176,6 @@ def _check_no_mixed_dtensor(tensors) -> None:
     if any(kinds.values()):
         which = ", ".join(name for name, is_dtensor in kinds.items() if is_dtensor)
         raise TypeError(
-            f"{OP}: got DTensor for {which}, which this op has no sharding rule for; pass local tensors "
-            "(for example inside torch.distributed.tensor.experimental.local_map)"
+            f"{OP}: got DTensor for {which}, which this op has no sharding rule for; pass local "
+            "tensors (for example inside torch.distributed.tensor.experimental.local_map)"
         )

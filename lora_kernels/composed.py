@@ -1,8 +1,8 @@
 """Backend `composed`: the vendor's GEMMs, with the up projection accumulated in place by addmm.
 
-Serves every device, dtype and shape that torch.mm does. The frozen product is rounded once before the
-rank-r term is added, and with dropout a mask and a dropped copy of x live for the length of one GEMM;
-neither is saved.
+Serves every device, dtype and shape that torch.mm does. The frozen product is rounded once before
+the rank-r term is added, and with dropout a mask and a dropped copy of x live for the length of
+one GEMM; neither is saved.
 """
 
 from __future__ import annotations

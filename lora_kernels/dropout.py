@@ -2,8 +2,8 @@
 
 Specification
 -------------
-x [M, K] (leading dimensions flattened) is a window of a global matrix; its element (i, j) lies at row
-R = row0 + i, column C = col0 + j. The seed tensor is int64 [2] = (seed, offset), which means
+x [M, K] (leading dimensions flattened) is a window of a global matrix; its element (i, j) lies at
+row R = row0 + i, column C = col0 + j. The seed tensor is int64 [2] = (seed, offset), which means
 row0 = col0 = 0, or int64 [4] = (seed, offset, row0, col0), with R < 2**33 and C < 2**34.
 
 1. Philox4x32 with 7 rounds, key = (low, high word of seed), counter = (column group, row group,
@@ -12,20 +12,22 @@ row0 = col0 = 0, or int64 [4] = (seed, offset, row0, col0), with R < 2**33 and C
        row group    = R // 16 * 8 + R % 8
        column group = C // 16 * 4 + C % 8 // 2
 
-   One call serves 8 elements: rows {g, g+8} by columns {2t, 2t+1, 2t+8, 2t+9} of a 16x16 block. That
-   is what lane 4g+t of a warp holds of a tensor-core fragment (A operand of mma.sync and wgmma, and
-   two n8 blocks of an accumulator), so kernels of any tile shape draw the mask in registers.
+   One call serves 8 elements: rows {g, g+8} by columns {2t, 2t+1, 2t+8, 2t+9} of a 16x16 block.
+   That is what lane 4g+t of a warp holds of a tensor-core fragment (A operand of mma.sync and
+   wgmma, and two n8 blocks of an accumulator), so kernels of any tile shape draw the mask in
+   registers.
 2. Element (R, C) takes 14 bits: word v = R // 8 % 2 + 2 * (C // 8 % 2), its low half for even C and
    its high half for odd C, the low 14 bits of that half.
 3. It is kept iff those bits >= T, where T = round(p * 16384), halves to even.
 
 So the mask keeps an element with probability exactly q = 1 - T / 16384 (`keep_probability`), and
-survivors are scaled by 1/q, not by 1/(1-p). |q - (1-p)| <= 2**-15. A p > 0 for which T = 0 (p at most
-2**-15) drops nothing, q = 1, and draws nothing; a p for which T = 16384 (p at least 1 - 2**-15) drops
-everything, q = 0: the LoRA term and its gradients are exactly zero.
+survivors are scaled by 1/q, not by 1/(1-p). |q - (1-p)| <= 2**-15. A p > 0 for which T = 0 (p at
+most 2**-15) drops nothing, q = 1, and draws nothing; a p for which T = 16384 (p at least 1 -
+2**-15) drops everything, q = 0: the LoRA term and its gradients are exactly zero.
 
-Sources: Philox, Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), where 7 rounds
-are the fewest that pass BigCrush; fragment layouts, PTX ISA, matrix fragments for mma.m16n8k16.
+Sources: Philox, Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), where 7
+rounds are the fewest that pass BigCrush; fragment layouts, PTX ISA, matrix fragments for
+mma.m16n8k16.
 """
 
 from __future__ import annotations
@@ -68,7 +70,7 @@ def check_probability(p: float, op: str) -> None:
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """(seed, offset) from torch's default generator of `device`: one small launch, no synchronisation.
+    """(seed, offset) from torch's default generator of `device`: one small launch, no host sync.
 
     Being an ordinary draw, it obeys torch.manual_seed, is replayed by activation checkpointing, and
     advances with every replay of a CUDA graph.
@@ -113,8 +115,8 @@ def dropout_mask(
 def check_seed(seed: Tensor, op: str) -> None:
     if seed.dtype != torch.int64 or seed.dim() != 1 or seed.shape[0] not in (2, 4):
         raise ValueError(
-            f"{op}: seed must be an int64 tensor [2] = (seed, offset) or [4] = (seed, offset, row0, "
-            f"col0), but got {seed.dtype} {list(seed.shape)}"
+            f"{op}: seed must be an int64 tensor [2] = (seed, offset) or [4] = (seed, offset, "
+            f"row0, col0), but got {seed.dtype} {list(seed.shape)}"
         )
 
 

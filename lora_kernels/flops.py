@@ -1,4 +1,4 @@
-"""FLOPs of the operators for torch.utils.flop_counter: 2 per multiply-add, GEMMs only, as torch counts."""
+"""FLOPs of the operators for torch.utils.flop_counter: 2 per multiply-add, GEMMs only."""
 
 from __future__ import annotations
 

@@ -22,24 +22,29 @@ def fused_lora_linear(
     seed: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """y = x·weightᵀ + scaling · dropout(x)·lora_aᵀ·lora_bᵀ + bias, with gradients for x, lora_a, lora_b, bias.
+    """y = x·weightᵀ + scaling · dropout(x)·lora_aᵀ·lora_bᵀ + bias.
+
+    Gradients go to x, lora_a, lora_b and bias, each only if it requires one; never to weight.
 
     Args:
         x: [..., K], float16, bfloat16, float32 or float64, any strides.
         weight: [N, K] in x's dtype, frozen: it gets no gradient and no gradient buffer.
-        lora_a: [r, K] and lora_b: [N, r], any r >= 0, in x's dtype, or float32 with a 16-bit x: then they
-            are cast to x's dtype (x never is) and their gradients come back in float32, rounded once.
+        lora_a: [r, K] and lora_b: [N, r], any r >= 0, in x's dtype, or float32 with a 16-bit x:
+            then they are cast to x's dtype (x never is) and their gradients come back in float32,
+            rounded once.
         bias: [N] in x's dtype, or None.
-        scaling: finite factor of the LoRA term. 0 switches it off: y is exactly the frozen linear, and
-            the gradients of lora_a and lora_b are exactly zero.
-        dropout_p: drop probability of x in the LoRA term; it applies whenever it is > 0, so pass 0 in
-            eval mode, as to scaled_dot_product_attention. Dropped elements are selected to zero (an Inf
-            or NaN under one vanishes), survivors scaled by 1 / `keep_probability(dropout_p)`.
-        seed: int64 tensor [2] = (seed, offset) or [4] = (seed, offset, row0, col0) on x's device, which
-            fixes the mask (`dropout_mask`); row0 and col0 place x in a larger matrix that is sharded.
-            None draws one from torch's default generator of that device if dropout_p > 0.
-        backend: None for the best available (`explain` says which and why), or a name, which then serves
-            or raises. `use_backend` and LORA_KERNELS_BACKEND set it for all calls.
+        scaling: finite factor of the LoRA term. 0 switches it off: y is exactly the frozen
+            linear, and the gradients of lora_a and lora_b are exactly zero.
+        dropout_p: drop probability of x in the LoRA term; it applies whenever it is > 0, so pass
+            0 in eval mode, as to scaled_dot_product_attention. Dropped elements are selected to
+            zero (an Inf or NaN under one vanishes), survivors scaled by 1 /
+            `keep_probability(dropout_p)`.
+        seed: int64 tensor [2] = (seed, offset) or [4] = (seed, offset, row0, col0) on x's device,
+            which fixes the mask (`dropout_mask`); row0 and col0 place x in a larger matrix that
+            is sharded. None draws one from torch's default generator of that device if dropout_p
+            > 0.
+        backend: None for the best available (`explain` says which and why), or a name, which then
+            serves or raises. `use_backend` and LORA_KERNELS_BACKEND set it for all calls.
 
     Returns:
         [..., N], contiguous, in x's dtype. Under torch.autocast x, weight and bias are cast as
@@ -47,10 +52,11 @@ def fused_lora_linear(
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape, device, dtype or range.
-        RuntimeError: weight requires grad, or the named backend cannot serve the call; later, a double
-            backward, which only backend="reference" supports.
+        RuntimeError: weight requires grad, or the named backend cannot serve the call; later, a
+            double backward, which only backend="reference" supports.
 
-    Saved for backward: x, weight, lora_a, lora_b, h [M, r], seed. Never a mask or a dropped copy of x.
+    Saved for backward: x, weight, lora_a, lora_b, h [M, r], seed. Never a mask or a dropped copy
+    of x.
 
     Equivalent to::
 
@@ -58,8 +64,8 @@ def fused_lora_linear(
         x_dropped = torch.where(mask, x / lora_kernels.keep_probability(dropout_p), 0)
         y = F.linear(x, weight, bias) + scaling * F.linear(F.linear(x_dropped, lora_a), lora_b)
 
-    Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021), section 4.1; dropout
-    placed as in PEFT and loralib.
+    Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021), section 4.1;
+    dropout placed as in PEFT and loralib.
     """
     if not checks.valid(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed):
         checks.validate(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)

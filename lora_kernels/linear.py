@@ -21,12 +21,12 @@ class LoRALinear(nn.Module):
         lora_dropout: drop probability of x in the LoRA term, in training mode only.
         bias: whether there is a frozen bias.
         use_rslora: scaling = lora_alpha / sqrt(r) instead.
-        adapter_dtype: dtype of lora_a and lora_b; None means the weight's. float32 adapters on a 16-bit
-            weight are what PEFT trains by default.
+        adapter_dtype: dtype of lora_a and lora_b; None means the weight's. float32 adapters on a
+            16-bit weight are what PEFT trains by default.
         device, dtype: of the frozen parameters.
 
-    Shapes: weight [N, K], bias [N], lora_a [r, K], lora_b [N, r]; x [..., K] -> [..., N]. lora_a starts
-    Kaiming-uniform (PEFT's default), lora_b zero, so a new layer equals the frozen linear.
+    Shapes: weight [N, K], bias [N], lora_a [r, K], lora_b [N, r]; x [..., K] -> [..., N]. lora_a
+    starts Kaiming-uniform (PEFT's default), lora_b zero, so a new layer equals the frozen linear.
 
     Raises:
         ValueError: r < 0 or lora_dropout outside [0, 1].
@@ -99,7 +99,7 @@ class LoRALinear(nn.Module):
         self.reset_lora_parameters()
 
     def reset_lora_parameters(self, init: str = "kaiming_uniform") -> None:
-        """lora_b = 0; lora_a Kaiming-uniform with a = sqrt(5), or "gaussian": normal with std 1/r."""
+        """lora_b = 0; lora_a Kaiming-uniform with a = sqrt(5), or "gaussian": normal, std 1/r."""
         if init not in ("kaiming_uniform", "gaussian"):
             raise ValueError(
                 f"LoRALinear: init must be 'kaiming_uniform' or 'gaussian', but got {init!r}"
@@ -169,6 +169,6 @@ class LoRALinear(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
-            f"scaling={self.scaling:g}, lora_dropout={self.lora_dropout:g}, bias={self.bias is not None}"
-            + (", merged" if self.merged else "")
+            f"scaling={self.scaling:g}, lora_dropout={self.lora_dropout:g}, "
+            f"bias={self.bias is not None}" + (", merged" if self.merged else "")
         )

@@ -1,4 +1,4 @@
-"""What the operators do: the run of one call, autograd, autocast, fakes. Schemas are in `schemas`."""
+"""What the operators of `schemas` do: the run of one call, autograd, autocast, fakes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def make_plan(
     dropout_p: float,
     dropped: bool,
 ) -> Plan:
-    """`name`: of the backend, "" for the automatic choice. `dropped`: whether there is a mask at all."""
+    """`name`: of the backend, "" for the automatic choice. `dropped`: whether there is a mask."""
     backend = backends.choose(name, device, dtype)
     threshold = dropout.drop_threshold(dropout_p) if dropped else 0
     h_scale, up_scale = split_scaling(scaling, dtype)
@@ -62,8 +62,9 @@ backends.on_change(make_plan.cache_clear)
 def split_scaling(scaling: float, dtype: torch.dtype) -> tuple[float, float]:
     """(h_scale, up_scale), h_scale · up_scale = scaling.
 
-    In fp16, where h might overflow although y does not, the smallest power of two >= |scaling| is left
-    for the up projection: |h_scale| is in (1/2, 1], so h is finite wherever an unscaled one is.
+    In fp16, where h might overflow although y does not, the smallest power of two >= |scaling| is
+    left for the up projection: |h_scale| is in (1/2, 1], so h is finite wherever an unscaled one
+    is.
     """
     if dtype != torch.float16 or scaling == 0:
         return scaling, 1.0

@@ -1,4 +1,4 @@
-"""The contract in plain PyTorch: differentiable any number of times, fp64 capable. The definition."""
+"""The definition: the contract in plain PyTorch, differentiable any number of times, fp64 too."""
 
 from __future__ import annotations
 
@@ -48,15 +48,28 @@ def lora_linear(
         wide_x, wide_w = x.to(wide), weight.detach().to(x.dtype).to(wide)
         y = torch.nn.functional.linear(wide_x, wide_w, None if bias is None else bias.to(wide))
         if scaling != 0 and (keep := dropout.keep_probability(dropout_p)) > 0:
-            a, b = lora_a.to(x.dtype).to(wide), lora_b.to(x.dtype).to(wide)
+            a, b = (_Rounded.apply(t.to(wide), x.dtype) for t in (lora_a, lora_b))
             if keep < 1:
                 wide_x = _drop(wide_x, seed, dropout_p) / keep
             h = (scaling * torch.nn.functional.linear(wide_x, a)).to(x.dtype)
             y = y + torch.nn.functional.linear(h.to(wide), b)
         elif lora_a.requires_grad or lora_b.requires_grad:
-            # Switched off: gradients are exactly zero, not absent, and no Inf or NaN leaks from A or B.
+            # Switched off: gradients are exactly zero, not absent, and no Inf or NaN leaks from A
+            # or B.
             y = y + 0 * (_zero(lora_a) + _zero(lora_b)).to(wide)
         return y.to(x.dtype)
+
+
+class _Rounded(torch.autograd.Function):
+    """Values as `dtype` holds them, in the dtype they have; the gradient passes unrounded."""
+
+    @staticmethod
+    def forward(ctx, t, dtype):
+        return t.to(dtype).to(t.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
 
 
 def autocast_operands(
@@ -83,4 +96,6 @@ def _drop(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
 
 
 def _zero(parameter: Tensor) -> Tensor:
-    return torch.where(torch.zeros((), dtype=torch.bool, device=parameter.device), parameter, 0).sum()
+    return torch.where(
+        torch.zeros((), dtype=torch.bool, device=parameter.device), parameter, 0
+    ).sum()

@@ -8,9 +8,9 @@
 its library registers them. `lora_linear` and `lora_linear_backward` are what torch.compile, export
 and FlopCounterMode see: opaque, any backend, differentiable once.
 
-Scales: h = h_scale · dropout(x)·Aᵀ is what is rounded and saved, and y = ... + up_scale · h·Bᵀ, with
-h_scale · up_scale = scaling. `threshold` is T of the mask (`lora_kernels.dropout`). `wide`: the gradient
-is float32 although x has 16 bits.
+Scales: h = h_scale · dropout(x)·Aᵀ is what is rounded and saved, and y = ... + up_scale · h·Bᵀ,
+with h_scale · up_scale = scaling. `threshold` is T of the mask (`lora_kernels.dropout`). `wide`:
+the gradient is float32 although x has 16 bits.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ SCHEMAS = (
     "Tensor? seed, int threshold, float h_scale, float up_scale, bool wide_a, "
     "bool wide_b, bool need_x, bool need_a, bool need_b, bool need_bias) "
     "-> (Tensor dx, Tensor da, Tensor db, Tensor dbias)",
-    "lora_linear(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor? seed, "
-    "float scaling, float dropout_p, str backend) -> (Tensor y, Tensor h)",
-    "lora_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor h, "
-    "Tensor? seed, float scaling, float dropout_p, str backend, bool need_x, bool need_a, bool need_b, "
-    "bool need_bias) -> (Tensor dx, Tensor da, Tensor db, Tensor dbias)",
+    "lora_linear(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, "
+    "Tensor? seed, float scaling, float dropout_p, str backend) -> (Tensor y, Tensor h)",
+    "lora_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, "
+    "Tensor h, Tensor? seed, float scaling, float dropout_p, str backend, bool need_x, "
+    "bool need_a, bool need_b, bool need_bias) -> (Tensor dx, Tensor da, Tensor db, Tensor dbias)",
 )
 LIBRARY = torch.library.Library("lora_kernels", "DEF")
 for schema in SCHEMAS:

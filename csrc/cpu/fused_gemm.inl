@@ -1,9 +1,10 @@
 // y [M, N] = product + select(mask, scale * h * up^T, 0) + bias: the epilogue of the frozen GEMM.
 // The frozen product comes from the vendor's library in fp32; this pass adds the rank-r term while
-// it rounds, so y is rounded once. Up projections are packed for as many columns as fit the L1 or L2.
+// it rounds, so y is rounded once. Up projections are packed for as many columns as fit the L1 or
+// L2.
 
-inline void epilogue_strip(const FusedGemmArgs& a, int64_t row, int64_t rows, int64_t col, int64_t cols,
-                           const float* lora, int64_t ld) {
+inline void epilogue_strip(const FusedGemmArgs& a, int64_t row, int64_t rows, int64_t col,
+                           int64_t cols, const float* lora, int64_t ld) {
   float bias[kPanel] = {};
   if (a.bias.data != nullptr) read_tile(a.bias, 0, col, 1, cols, bias, kPanel);
   with_type(a.y.dtype, [&](auto* type) {
@@ -18,8 +19,8 @@ inline void epilogue_strip(const FusedGemmArgs& a, int64_t row, int64_t rows, in
   });
 }
 
-inline void fused_gemm(const FusedGemmArgs& a, int64_t row_begin, int64_t row_end, int64_t col_begin,
-                       int64_t col_end) {
+inline void fused_gemm(const FusedGemmArgs& a, int64_t row_begin, int64_t row_end,
+                       int64_t col_begin, int64_t col_end) {
   constexpr int64_t kRowBlock = 48, kRank = 128, kPacked = 1 << 15;
   float h[kRowBlock * kRank], packed[kPacked], lora[kRowBlock * kPanel];
   const int64_t depth = min(max(a.r, 1), kRank);

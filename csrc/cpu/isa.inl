@@ -1,15 +1,16 @@
 // The kernels for one instruction set; included once by each isa_*.cpp, which sets the target.
 // The namespace keeps the copies apart, and nothing here instantiates a template of the standard
-// library: such code would be shared between the copies and could run where its instructions do not.
+// library: such code would be shared between the copies and could run where its instructions do
+// not.
 namespace lora_kernels::cpu {
 namespace LK_ISA {
 
-#include "simd.inl"
-#include "mask.inl"
-#include "tile.inl"
-#include "microkernel.inl"
 #include "down_proj.inl"
 #include "fused_gemm.inl"
+#include "mask.inl"
+#include "microkernel.inl"
+#include "simd.inl"
+#include "tile.inl"
 #include "weight_grad.inl"
 
 extern const Kernels table;

@@ -6,7 +6,8 @@
 
 namespace lora_kernels::cpu {
 
-constexpr int64_t kRowUnit = 48;  // a multiple of the 6 rows of the microkernel and of a mask group's 16
+constexpr int64_t kRowUnit =
+    48;  // a multiple of the 6 rows of the microkernel and of a mask group's 16
 constexpr int64_t kColUnit = 64;  // a cache line of 16-bit elements or more, and 16 mask groups
 
 struct Kernels {

@@ -1,7 +1,7 @@
 // keep [rows, cols] of the mask at (row, col) of x, one byte an element, 1 = kept.
 // Drawn in blocks of 16 rows by 64 columns of the *global* matrix, and cut to the window.
-inline void mask_window(const Dropout& dropout, int64_t row, int64_t col, int64_t rows, int64_t cols,
-                        uint8_t* keep, int64_t ld) {
+inline void mask_window(const Dropout& dropout, int64_t row, int64_t col, int64_t rows,
+                        int64_t cols, uint8_t* keep, int64_t ld) {
   constexpr int kGroups = 16, kWidth = 64;
   const uint64_t seed = static_cast<uint64_t>(dropout.seed[0]);
   const uint64_t offset = static_cast<uint64_t>(dropout.seed[1]);

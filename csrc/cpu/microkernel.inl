@@ -1,12 +1,13 @@
 // acc [rows, cols] += a [rows, depth] * b [depth, cols], the product that all three kernels share.
 // b has its columns contiguous and padded to a multiple of kLanes; a has any strides.
 
-constexpr int64_t kPanel = 2 * kLanes;  // columns held in registers: 6 x 2 accumulators, 2 of b, 1 of a
-constexpr int64_t kRows = 6;            // fill the 16 vector registers of AVX2
+constexpr int64_t kPanel =
+    2 * kLanes;               // columns held in registers: 6 x 2 accumulators, 2 of b, 1 of a
+constexpr int64_t kRows = 6;  // fill the 16 vector registers of AVX2
 
 template <int Rows, int Vecs>
-inline void multiply_block(const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t ldb,
-                           int64_t depth, float* acc, int64_t ldacc) {
+inline void multiply_block(const float* a, int64_t a_row, int64_t a_depth, const float* b,
+                           int64_t ldb, int64_t depth, float* acc, int64_t ldacc) {
   Vec sum[Rows][Vecs] = {};
   for (int64_t k = 0; k < depth; ++k) {
     Vec bv[Vecs];
@@ -29,11 +30,12 @@ inline void multiply_block(const float* a, int64_t a_row, int64_t a_depth, const
 }
 
 template <int Vecs>
-inline void multiply_panel(const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t ldb,
-                           int64_t rows, int64_t depth, float* acc, int64_t ldacc) {
+inline void multiply_panel(const float* a, int64_t a_row, int64_t a_depth, const float* b,
+                           int64_t ldb, int64_t rows, int64_t depth, float* acc, int64_t ldacc) {
   int64_t i = 0;
   for (; i + kRows <= rows; i += kRows)
-    multiply_block<kRows, Vecs>(a + i * a_row, a_row, a_depth, b, ldb, depth, acc + i * ldacc, ldacc);
+    multiply_block<kRows, Vecs>(a + i * a_row, a_row, a_depth, b, ldb, depth, acc + i * ldacc,
+                                ldacc);
   a += i * a_row, acc += i * ldacc;
   switch (rows - i) {
     case 5: return multiply_block<5, Vecs>(a, a_row, a_depth, b, ldb, depth, acc, ldacc);

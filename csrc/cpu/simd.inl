@@ -21,7 +21,8 @@ inline To bit_cast(From from) {
   return to;
 }
 
-// Arithmetic selection: GCC leaves a branch, and no vector loop, where ?: would be read as control flow.
+// Arithmetic selection: GCC leaves a branch, and no vector loop, where ?: would be read as control
+// flow.
 inline uint32_t select(bool condition, uint32_t yes, uint32_t no) {
   const uint32_t mask = -static_cast<uint32_t>(condition);
   return (yes & mask) | (no & ~mask);
@@ -62,7 +63,8 @@ inline void from_float(float v, Half& out) {
   // Below 2^-14 the sum with 0.5 leaves the rounded subnormal in the low mantissa bits.
   uint32_t subnormal =
       bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - bit_cast<uint32_t>(0.5f);
-  uint32_t special = select(magnitude > 0x7f800000, 0x7e00, 0x7c00);  // NaN, or infinity by overflow
+  uint32_t special =
+      select(magnitude > 0x7f800000, 0x7e00, 0x7c00);  // NaN, or infinity by overflow
   uint32_t half = select(magnitude >= uint32_t{127 + 16} << 23, special,
                          select(magnitude < uint32_t{127 - 14} << 23, subnormal, normal));
   out.bits = static_cast<uint16_t>(half | sign);

@@ -1,8 +1,8 @@
-// grad [r, K] = scale * h^T * dropout(x). Columns of x are independent, so threads share them and no
-// partial sums are exchanged; each column adds up chunks of 128 rows in order.
+// grad [r, K] = scale * h^T * dropout(x). Columns of x are independent, so threads share them and
+// no partial sums are exchanged; each column adds up chunks of 128 rows in order.
 
-inline void weight_grad_chunk(const WeightGradArgs& a, int64_t col, int64_t cols, int64_t rank_begin,
-                              int64_t rank) {
+inline void weight_grad_chunk(const WeightGradArgs& a, int64_t col, int64_t cols,
+                              int64_t rank_begin, int64_t rank) {
   constexpr int64_t kChunk = 128, kCols = 4 * kColUnit, kRank = 128;
   float tile[kChunk * kCols], h[kChunk * kRank], acc[kRank * kCols];
   const int64_t ld = round_up(cols, kPanel);
@@ -36,6 +36,5 @@ inline void weight_grad_chunk(const WeightGradArgs& a, int64_t col, int64_t cols
 inline void weight_grad(const WeightGradArgs& a, int64_t col_begin, int64_t col_end) {
   for (int64_t rank = 0; rank < a.r; rank += 128)
     for (int64_t col = col_begin; col < col_end; col += 4 * kColUnit)
-      weight_grad_chunk(a, col, min(4 * kColUnit, col_end - col), rank,
-                        min(128, a.r - rank));
+      weight_grad_chunk(a, col, min(4 * kColUnit, col_end - col), rank, min(128, a.r - rank));
 }

@@ -35,7 +35,8 @@ inline Tensor view_2d(const Tensor& t, int64_t rows, int64_t cols, int64_t row_s
                       int64_t col_stride, int64_t offset = 0) {
   const int64_t sizes[] = {rows, cols}, strides[] = {row_stride, col_stride};
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 2, sizes, strides, offset, &handle));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(t.get(), 2, sizes, strides, offset, &handle));
   return Tensor(handle);
 }
 
@@ -47,7 +48,8 @@ inline void mm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
 // out = c + alpha * a * b, where c may be out itself or a row to broadcast.
 inline void addmm_out(const Tensor& out, const Tensor& c, const Tensor& a, const Tensor& b,
                       double alpha) {
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), c.get(), a.get(), b.get(), 1.0, alpha));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu_addmm_out(out.get(), c.get(), a.get(), b.get(), 1.0, alpha));
 }
 
 // Ops below autograd record nothing, whatever mode their caller is in.

@@ -73,10 +73,11 @@ inline void check_size(int64_t got, int64_t expected, const char* op, const char
 
 inline Dropout dropout_of(const OptionalTensor& seed, int64_t threshold, const char* op) {
   if (!seed.has_value()) return {nullptr, 0, 0};
-  STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long && seed->dim() == 1 && seed->is_contiguous() &&
-                      (seed->size(0) == 2 || seed->size(0) == 4),
+  STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long && seed->dim() == 1 &&
+                      seed->is_contiguous() && (seed->size(0) == 2 || seed->size(0) == 4),
                   op, ": seed must be a contiguous int64 tensor [2] or [4]");
-  STD_TORCH_CHECK(threshold >= 0 && threshold <= kMaskRange, op, ": threshold must be in 0..", kMaskRange);
+  STD_TORCH_CHECK(threshold >= 0 && threshold <= kMaskRange, op, ": threshold must be in 0..",
+                  kMaskRange);
   return {static_cast<const int64_t*>(seed->const_data_ptr()), static_cast<int>(seed->size(0)),
           static_cast<uint32_t>(threshold)};
 }

@@ -15,8 +15,9 @@ using cpu::kColUnit;
 using cpu::kernels;
 using cpu::kRowUnit;
 
-constexpr int64_t kTaskFlops = 1 << 17;      // below this a second thread costs more than it saves
-constexpr int64_t kSmallFlops = 1 << 18;     // below this the vendor's call overhead outweighs its GEMM
+constexpr int64_t kTaskFlops = 1 << 17;  // below this a second thread costs more than it saves
+constexpr int64_t kSmallFlops =
+    1 << 18;  // below this the vendor's call overhead outweighs its GEMM
 constexpr int64_t kPanelElements = 1 << 22;  // of an fp32 copy of a 16-bit operand: 16 MiB
 
 // f(begin, end) over 0..extent in ranges that start at multiples of unit.
@@ -30,7 +31,8 @@ void parallel(int64_t extent, int64_t unit, int64_t flops_per_unit, const F& f) 
   });
 }
 
-// ---- down_proj -----------------------------------------------------------------------------------
+// ---- down_proj
+// -----------------------------------------------------------------------------------
 
 void run_down_proj(const DownProjArgs& args) {
   parallel(args.M, kRowUnit, 2 * kRowUnit * args.K * std::max<int64_t>(args.r, 4),
@@ -45,7 +47,8 @@ Operand down_proj(const Operand& x, const Operand& down, const Dropout& dropout,
   return h;
 }
 
-// ---- fused_gemm ----------------------------------------------------------------------------------
+// ---- fused_gemm
+// ----------------------------------------------------------------------------------
 
 // Adds the rank-r term and bias to a part of the frozen product, and rounds it into y.
 void epilogue(const FusedGemmArgs& args, int64_t row, int64_t rows, int64_t col, int64_t cols) {
@@ -103,8 +106,9 @@ Tensor fp32_rows(const Operand& a, int64_t begin, int64_t count) {
   return torch::stable::to(rows, ScalarType::Float);
 }
 
-// 16 bits: panels of both operands go to fp32 and through the vendor's fp32 GEMM, so the rank-r term
-// meets an unrounded product. Processors with 16-bit GEMM instructions take `composed` instead.
+// 16 bits: panels of both operands go to fp32 and through the vendor's fp32 GEMM, so the rank-r
+// term meets an unrounded product. Processors with 16-bit GEMM instructions take `composed`
+// instead.
 void fused_gemm_16bit(FusedGemmArgs& args, const Operand& x, const Operand& weight) {
   const int64_t K = std::max<int64_t>(x.cols, 1);
   const int64_t row_panel = std::clamp<int64_t>(kPanelElements / K, 128, 4096);
@@ -128,7 +132,8 @@ void fused_gemm_16bit(FusedGemmArgs& args, const Operand& x, const Operand& weig
 
 // y [..., N], where x_shape gives the leading dimensions.
 Tensor fused_gemm(const Tensor& x_shape, const Operand& x, const Operand& weight, const Operand& h,
-                  const Operand& up, const OptionalTensor& bias, const Dropout& dropout, double scale) {
+                  const Operand& up, const OptionalTensor& bias, const Dropout& dropout,
+                  double scale) {
   const char* op = "fused_gemm";
   const int64_t M = x.rows, N = weight.rows, r = h.cols, dim = x_shape.dim();
   check_size(weight.cols, x.cols, op, "weight.size(1)");
@@ -139,7 +144,8 @@ Tensor fused_gemm(const Tensor& x_shape, const Operand& x, const Operand& weight
   Matrix bias_row{nullptr, 0, 0, Dtype::f32};
   if (bias.has_value()) {
     STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == N, op, ": bias must be [", N, "]");
-    bias_row = {const_cast<void*>(bias->const_data_ptr()), 0, bias->stride(0), dtype_of(*bias, op, "bias")};
+    bias_row = {const_cast<void*>(bias->const_data_ptr()), 0, bias->stride(0),
+                dtype_of(*bias, op, "bias")};
   }
 
   std::vector<int64_t> sizes(dim);
@@ -148,18 +154,30 @@ Tensor fused_gemm(const Tensor& x_shape, const Operand& x, const Operand& weight
   Tensor y = empty_cpu(sizes.data(), dim, x.tensor.scalar_type());
   if (M == 0 || N == 0) return y;
   const Matrix y_rows{y.mutable_data_ptr(), N, 1, x.matrix.dtype};
-  FusedGemmArgs args{{}, 0, 0, h.matrix, up.matrix, bias_row, y_rows, M, N, r,
-                     static_cast<float>(scale * inverse_keep(dropout)), dropout};
+  FusedGemmArgs args{{},
+                     0,
+                     0,
+                     h.matrix,
+                     up.matrix,
+                     bias_row,
+                     y_rows,
+                     M,
+                     N,
+                     r,
+                     static_cast<float>(scale * inverse_keep(dropout)),
+                     dropout};
   if (2 * M * N * x.cols <= kSmallFlops)
     fused_gemm_small(args, x, weight);
-  else if (x.matrix.dtype == Dtype::f32 && h.matrix.dtype == Dtype::f32 && up.matrix.dtype == Dtype::f32)
+  else if (x.matrix.dtype == Dtype::f32 && h.matrix.dtype == Dtype::f32 &&
+           up.matrix.dtype == Dtype::f32)
     fused_gemm_f32(args, x, weight, h, up, bias, view_2d(y, M, N, N, 1));
   else
     fused_gemm_16bit(args, x, weight);
   return y;
 }
 
-// ---- weight_grad ---------------------------------------------------------------------------------
+// ---- weight_grad
+// ---------------------------------------------------------------------------------
 
 void run_weight_grad(const WeightGradArgs& args) {
   parallel(args.K, kColUnit, 2 * kColUnit * args.M * std::max<int64_t>(args.r, 4),
@@ -171,10 +189,10 @@ Tensor weight_grad(const Operand& h, const Operand& x, const Dropout& dropout, d
   check_size(h.rows, x.rows, "weight_grad", "h.size(0)");
   const int64_t r = h.cols, K = x.cols;
   const ScalarType dtype = wide ? ScalarType::Float : x.tensor.scalar_type();
-  Operand grad = operand(transpose ? empty_cpu({K, r}, dtype) : empty_cpu({r, K}, dtype), "weight_grad",
-                         "grad");
-  run_weight_grad({h.matrix, x.matrix, transpose ? transposed(grad).matrix : grad.matrix, x.rows, K, r,
-                   static_cast<float>(scale * inverse_keep(dropout)), dropout});
+  Operand grad = operand(transpose ? empty_cpu({K, r}, dtype) : empty_cpu({r, K}, dtype),
+                         "weight_grad", "grad");
+  run_weight_grad({h.matrix, x.matrix, transpose ? transposed(grad).matrix : grad.matrix, x.rows, K,
+                   r, static_cast<float>(scale * inverse_keep(dropout)), dropout});
   return grad.tensor;
 }
 
@@ -187,7 +205,8 @@ Tensor column_sums(const Operand& dy) {
   return sums;
 }
 
-// ---- the operators -------------------------------------------------------------------------------
+// ---- the operators
+// -------------------------------------------------------------------------------
 
 Tensor dropout_mask_op(const Tensor& seed, int64_t rows, int64_t cols, int64_t threshold) {
   STD_TORCH_CHECK(rows >= 0 && cols >= 0, "dropout_mask: rows and cols must not be negative");
@@ -199,8 +218,8 @@ Tensor dropout_mask_op(const Tensor& seed, int64_t rows, int64_t cols, int64_t t
   return mask;
 }
 
-Tensor down_proj_op(const Tensor& x, const Tensor& down, const OptionalTensor& seed, int64_t threshold,
-                    double scale) {
+Tensor down_proj_op(const Tensor& x, const Tensor& down, const OptionalTensor& seed,
+                    int64_t threshold, double scale) {
   return down_proj(flatten_rows(x, "down_proj", "x"), operand(down, "down_proj", "down"),
                    dropout_of(seed, threshold, "down_proj"), scale)
       .tensor;
@@ -215,8 +234,8 @@ Tensor fused_gemm_op(const Tensor& x, const Tensor& weight, const Tensor& h, con
                     operand(up, op, "up"), bias, dropout_of(seed, threshold, op), scale);
 }
 
-Tensor weight_grad_op(const Tensor& h, const Tensor& x, const OptionalTensor& seed, int64_t threshold,
-                      double scale, bool wide, bool transpose) {
+Tensor weight_grad_op(const Tensor& h, const Tensor& x, const OptionalTensor& seed,
+                      int64_t threshold, double scale, bool wide, bool transpose) {
   return weight_grad(operand(h, "weight_grad", "h"), flatten_rows(x, "weight_grad", "x"),
                      dropout_of(seed, threshold, "weight_grad"), scale, wide, transpose);
 }
@@ -230,15 +249,16 @@ std::tuple<Tensor, Tensor> forward_op(const Tensor& x, const Tensor& weight, con
   const Operand x_rows = flatten_rows(x, op, "x");
   const Operand h =
       down_proj(x_rows, operand(lora_a, op, "lora_a"), dropout_of(seed, threshold, op), h_scale);
-  Tensor y = fused_gemm(x, x_rows, operand(weight, op, "weight"), h, operand(lora_b, op, "lora_b"), bias,
-                        {}, up_scale);
+  Tensor y = fused_gemm(x, x_rows, operand(weight, op, "weight"), h, operand(lora_b, op, "lora_b"),
+                        bias, {}, up_scale);
   return {y, h.tensor};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward_op(
-    const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
-    const Tensor& h, const OptionalTensor& seed, int64_t threshold, double h_scale, double up_scale,
-    bool wide_a, bool wide_b, bool need_x, bool need_a, bool need_b, bool need_bias) {
+    const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& lora_a,
+    const Tensor& lora_b, const Tensor& h, const OptionalTensor& seed, int64_t threshold,
+    double h_scale, double up_scale, bool wide_a, bool wide_b, bool need_x, bool need_a,
+    bool need_b, bool need_bias) {
   NoGrad no_grad;
   const char* op = "backward";
   const Operand dy_rows = flatten_rows(dy, op, "dy"), a = operand(lora_a, op, "lora_a");
@@ -252,8 +272,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_op(
   Tensor dx = need_x ? fused_gemm(dy, dy_rows, transposed(operand(weight, op, "weight")), dh,
                                   transposed(a), std::nullopt, dropout, up_scale)
                      : none();
-  Tensor da = need_a ? weight_grad(dh, flatten_rows(x, op, "x"), dropout, up_scale, wide_a, false) : none();
-  Tensor db = need_b ? weight_grad(operand(h, op, "h"), dy_rows, {}, up_scale, wide_b, true) : none();
+  Tensor da =
+      need_a ? weight_grad(dh, flatten_rows(x, op, "x"), dropout, up_scale, wide_a, false) : none();
+  Tensor db =
+      need_b ? weight_grad(operand(h, op, "h"), dy_rows, {}, up_scale, wide_b, true) : none();
   Tensor dbias = need_bias ? column_sums(dy_rows) : none();
   return {dx, da, db, dbias};
 }

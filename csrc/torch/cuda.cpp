@@ -1,4 +1,5 @@
-// The CUDA ops. A kernel is registered here once it exists; backend.py asks the dispatcher which are.
+// The CUDA ops. A kernel is registered here once it exists; backend.py asks the dispatcher which
+// are.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
@@ -10,7 +11,8 @@ namespace lora_kernels {
 namespace {
 
 void check_launch(cudaError_t error, const char* kernel, int64_t rows, int64_t cols) {
-  STD_TORCH_CHECK(error == cudaSuccess, kernel, " [", rows, ", ", cols, "]: ", cudaGetErrorString(error));
+  STD_TORCH_CHECK(error == cudaSuccess, kernel, " [", rows, ", ", cols,
+                  "]: ", cudaGetErrorString(error));
 }
 
 Tensor dropout_mask_cuda(const Tensor& seed, int64_t rows, int64_t cols, int64_t threshold) {

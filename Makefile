@@ -1,0 +1,63 @@
+# make test       what CI runs: build, lint, fast tests
+# make bench      the microbenchmark against the unfused baseline, on whatever this machine has
+#
+# PYTHON=/path/to/python takes an interpreter that already has torch (and, for `make test`, pytest, numpy,
+# hypothesis and pybind11) and installs nothing into it but this package. Without it, a .venv is made.
+
+TORCH := 2.13.0
+VENV := .venv
+
+ifeq ($(PYTHON),)
+PY := $(VENV)/bin/python
+ENV := $(VENV)/.installed
+else
+PY := $(PYTHON)
+ENV :=
+endif
+
+STAMP := build/.installed-$(subst /,_,$(PY))
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+export HF_HUB_OFFLINE := 1
+
+.PHONY: build test test-all lint bench bench-overhead bench-kernels example clean
+
+build: $(STAMP)
+
+$(VENV)/.installed: requirements-dev.txt
+	python3 -m venv $(VENV)
+	$(PY) -m pip install -q --disable-pip-version-check torch==$(TORCH)
+	$(PY) -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+$(STAMP): $(ENV) $(SOURCES)
+	$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+	mkdir -p build && touch $@
+
+test: build lint
+	$(PY) -m pytest -n 2 -m "not slow and not gpu"
+
+test-all: build lint
+	$(PY) -m pytest -n 2
+
+lint: $(ENV)
+	@if $(PY) -m ruff --version >/dev/null 2>&1; then \
+	  $(PY) -m ruff check . && $(PY) -m ruff format --check .; \
+	else echo "lint: ruff is not installed, skipped"; fi
+	@if [ -x $(dir $(PY))clang-format ]; then \
+	  $(dir $(PY))clang-format --dry-run -Werror $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh'); \
+	else echo "lint: clang-format is not installed, skipped"; fi
+
+bench: build
+	$(PY) -m bench $(ARGS)
+
+bench-overhead: build
+	$(PY) -m bench.bench_overhead $(ARGS)
+
+bench-kernels: build
+	$(PY) -m bench.bench_kernels $(ARGS)
+
+example: build
+	$(PY) examples/finetune_sentiment.py $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info lora_kernels/*.so

@@ -1,0 +1,168 @@
+"""The three kernels by name, each against its definition in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tolerance import UNIT
+
+from lora_kernels import composed, dropout
+
+OPS = torch.ops.lora_kernels
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SHAPES = [
+    (1, 1, 1),
+    (7, 5, 3),
+    (48, 256, 16),
+    (49, 257, 17),
+    (200, 130, 65),
+    (95, 600, 130),
+    (13, 40, 300),
+]
+SEED = torch.tensor([77, 5, 3, 21])  # an origin that no 16x16 block starts at
+THRESHOLD = 3000
+
+
+def normal(*size, dtype=torch.float32, seed=0):
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed + sum(size))).to(dtype)
+
+
+def dropped(x, seed):
+    if seed is None:
+        return x.double()
+    mask = dropout.reference_mask(seed, *x.shape, THRESHOLD)
+    return torch.where(mask, x.double() * dropout.RANGE / (dropout.RANGE - THRESHOLD), 0)
+
+
+def close(got, exact, total, length, eager=0.0):
+    """C1 without an intermediate: one rounding, fp32 accumulation, `eager` more roundings."""
+    u = UNIT[got.dtype]
+    bound = (
+        1.05 * u * exact.abs()
+        + length * 2.0**-23 * total
+        + eager * total
+        + 2.0**-24 * (got.dtype == torch.float16)
+        + 2.0**-133
+    )
+    assert ((got.double() - exact).abs() <= bound).all()
+
+
+def variants():
+    return [pytest.param(OPS, 0.0, id="cpp"), pytest.param(composed, 1.0, id="composed")]
+
+
+@pytest.mark.parametrize("kernels, eager", variants())
+@pytest.mark.parametrize("seed", [None, SEED], ids=["p0", "dropped"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("m, k, r", SHAPES)
+def test_down_proj(kernels, eager, m, k, r, dtype, seed):
+    x, down = normal(m, k, dtype=dtype), normal(r, k, dtype=dtype, seed=1)
+    h = kernels.down_proj(x, down, seed, THRESHOLD, -1.5)
+    xd = dropped(x, seed)
+    assert h.dtype == dtype and h.shape == (m, r)
+    close(h, -1.5 * xd @ down.double().T, 1.5 * xd.abs() @ down.double().abs().T, k + 4)
+
+
+@pytest.mark.parametrize("kernels, eager", variants())
+@pytest.mark.parametrize("seed", [None, SEED], ids=["p0", "dropped"])
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("m, k, r", SHAPES)
+def test_fused_gemm(kernels, eager, m, k, r, bias, dtype, seed):
+    n = 90
+    x, w = normal(m, k, dtype=dtype), normal(n, k, dtype=dtype, seed=1)
+    h, up = normal(m, r, dtype=dtype, seed=2), normal(n, r, dtype=dtype, seed=3)
+    b = normal(n, dtype=dtype, seed=4) if bias else None
+    y = kernels.fused_gemm(x, w, h, up, b, seed, THRESHOLD, 0.75)
+    term = 0.75 * h.double() @ up.double().T
+    size = 0.75 * h.double().abs() @ up.double().abs().T
+    if seed is not None:
+        mask = dropout.reference_mask(seed, m, n, THRESHOLD)
+        inverse = dropout.RANGE / (dropout.RANGE - THRESHOLD)
+        term, size = torch.where(mask, term * inverse, 0), size * inverse
+    base, base_size = x.double() @ w.double().T, x.double().abs() @ w.double().abs().T
+    if bias:
+        base, base_size = base + b.double(), base_size + b.double().abs()
+    assert y.dtype == dtype and y.shape == (m, n)
+    close(y, base + term, base_size + size, k + r + 4, eager * 2 * UNIT[dtype])
+
+
+@pytest.mark.parametrize("kernels, eager", variants())
+@pytest.mark.parametrize("seed", [None, SEED], ids=["p0", "dropped"])
+@pytest.mark.parametrize("transpose", [False, True], ids=["rK", "Kr"])
+@pytest.mark.parametrize("wide", [False, True], ids=["same", "wide"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("m, k, r", SHAPES)
+def test_weight_grad(kernels, eager, m, k, r, wide, transpose, dtype, seed):
+    h, x = normal(m, r, dtype=dtype), normal(m, k, dtype=dtype, seed=1)
+    grad = kernels.weight_grad(h, x, seed, THRESHOLD, 2.5, wide, transpose)
+    xd = dropped(x, seed)
+    exact, total = 2.5 * h.double().T @ xd, 2.5 * h.double().abs().T @ xd.abs()
+    if transpose:
+        exact, total = exact.T, total.T
+    assert grad.dtype == (torch.float32 if wide else dtype) and grad.is_contiguous()
+    close(grad, exact, total, m + 4, eager * UNIT[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_conversions_are_exact(dtype):
+    """Every 16-bit pattern survives the way through fp32, and fp32 rounds to nearest even."""
+    if dtype != torch.float32:
+        patterns = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(dtype)
+        one = torch.ones(1, 1, dtype=dtype)
+        back = OPS.weight_grad(one, patterns[None], None, 0, 1.0, True, False)[0]
+        expected = patterns.float()
+        assert ((back == expected) | (back.isnan() & expected.isnan())).all()
+    exponents = torch.randint(-30, 20, (200_000,), generator=torch.Generator().manual_seed(1))
+    values = normal(200_000) * 2.0**exponents
+    special = torch.tensor(
+        [65519.0, 65520.0, 65536.0, 1e30, torch.inf, torch.nan, 2.0**-24, 2.0**-25]
+    )
+    values = torch.cat([values, special, -special, 3 * special])
+    h = values.to(dtype)
+    # down_proj with K = 1 and down = 1 is the conversion h = round(x)
+    got = OPS.down_proj(values[:, None], torch.ones(1, 1), None, 0, 1.0)[:, 0]
+    assert ((got == values) | values.isnan()).all()
+    rounded = OPS.fused_gemm(
+        h[:, None][:, :0],
+        h[:1, None][:, :0],
+        h[:, None],
+        torch.ones(1, 1, dtype=dtype),
+        None,
+        None,
+        0,
+        1.0,
+    )[:, 0]
+    assert ((rounded == h) | h.isnan()).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_flush_to_zero_mode_keeps_16bit_subnormals(dtype):
+    torch.set_flush_denormal(True)
+    try:
+        x = torch.tensor([[2.0**-20]]).to(dtype)
+        assert OPS.down_proj(x, torch.ones(1, 1, dtype=dtype), None, 0, 1.0).item() == 2.0**-20
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda x: OPS.down_proj(x, x[:, :3], None, 0, 1.0), r"down_proj: down.size\(1\) is 3"),
+        (lambda x: OPS.down_proj(x.int(), x, None, 0, 1.0), "x must be float32"),
+        (lambda x: OPS.down_proj(x, x, torch.zeros(3, dtype=torch.int64), 0, 1.0), "seed must be"),
+        (lambda x: OPS.down_proj(x, x, torch.zeros(2), 0, 1.0), "seed must be"),
+        (lambda x: OPS.down_proj(x, x, torch.tensor([1, 2]), -1, 1.0), "threshold must be"),
+        (lambda x: OPS.fused_gemm(x, x, x[:2], x, None, None, 0, 1.0), r"h.size\(0\)"),
+        (lambda x: OPS.fused_gemm(x, x, x, x[:, :2], None, None, 0, 1.0), r"up.size\(1\)"),
+        (lambda x: OPS.fused_gemm(x, x, x, x, x[0, :2], None, 0, 1.0), "bias must be"),
+        (lambda x: OPS.fused_gemm(x, x.half(), x, x, None, None, 0, 1.0), "share a dtype"),
+        (lambda x: OPS.weight_grad(x[:2], x, None, 0, 1.0, False, False), r"h.size\(0\)"),
+        (lambda x: OPS.weight_grad(x[0], x, None, 0, 1.0, False, False), "two dimensions"),
+        (lambda x: OPS.dropout_mask(torch.tensor([1, 2]), -1, 4, 0), "must not be negative"),
+    ],
+)
+def test_direct_calls_with_bad_arguments_raise(call, message):
+    with pytest.raises(RuntimeError, match=message):
+        call(torch.randn(4, 4))

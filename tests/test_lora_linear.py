@@ -1,0 +1,191 @@
+"""Every backend against the float64 oracle: C1 to C5 over shapes, dtypes, dropout and layouts."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import hypothesis.strategies as st
+import problems
+import pytest
+import tolerance
+import torch
+from hypothesis import given, settings
+
+import lora_kernels as lk
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SIXTEEN_BIT = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", problems.SHAPES.values(), ids=problems.SHAPES)
+def test_c1_every_shape(backend, eager_like, shape, dtype, p):
+    problem = problems.make(shape, dtype, dropout_p=p)
+    tolerance.assert_c1(problem, problem.run(backend), eager_like=eager_like)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("adapter", ["same", "fp32"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", problems.LARGE.values(), ids=problems.LARGE)
+def test_c1_c2_large(backend, eager_like, shape, dtype, adapter, p):
+    adapter_dtype = torch.float32 if adapter == "fp32" else dtype
+    problem = problems.make(shape, dtype, adapter_dtype=adapter_dtype, dropout_p=p)
+    got = problem.run(backend)
+    assert got["y"].dtype == got["x"].dtype == dtype
+    assert got["lora_a"].dtype == got["lora_b"].dtype == adapter_dtype
+    tolerance.assert_c1(problem, got, eager_like=eager_like)
+    tolerance.assert_c2(problem, got, eager_like=eager_like)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT.values(), ids=SIXTEEN_BIT)
+def test_c3_at_most_eagers_error(backend, dtype, p):
+    problem = problems.make(problems.LARGE["large"], dtype, dropout_p=p, bias=False)
+    tolerance.assert_c3(problem, problem.run(backend))
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_c4_exact(backend, dtype, seed):
+    g = torch.Generator().manual_seed(seed)
+    m, n, k, r = (int(torch.randint(low, 60, (), generator=g)) for low in (1, 4, 4, 1))
+    problem = problems.make_exact((m, n, k, r), dtype, seed)
+    tolerance.assert_c4(problem, problem.run(backend))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize(
+    "scales", [(0.0, 1.0), (0.0, 1e-3), (1.0, 0.0)], ids=["W=0", "W=0,B~1e-3", "B=0"]
+)
+def test_c5_each_term_alone(backend, eager_like, scales, dtype, p):
+    problem = problems.make(
+        (65, 40, 130, 12), dtype, dropout_p=p, bias=False, w_scale=scales[0], b_scale=scales[1]
+    )
+    tolerance.assert_c1(problem, problem.run(backend), eager_like=eager_like)
+
+
+@pytest.mark.parametrize("lead", [(), (5,), (2, 3), (2, 1, 4), (1, 1, 1, 3)], ids=str)
+def test_any_number_of_leading_dimensions(backend, eager_like, lead):
+    m = torch.Size(lead).numel()
+    problem = problems.make((m, 12, 20, 4), lead=lead, dropout_p=0.3)
+    got = problem.run(backend)
+    assert got["y"].shape == (*lead, 12) and got["x"].shape == (*lead, 20)
+    tolerance.assert_c1(problem, got, eager_like=eager_like)
+
+
+def strided_variants(t: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The same values in layouts that callers produce: views that a kernel must not misread."""
+    padded = torch.nan * torch.ones(*t.shape[:-1], t.shape[-1] + 5, dtype=t.dtype)
+    padded[..., 3:-2] = t
+    flat = torch.nan * torch.ones(t.numel() + 1, dtype=t.dtype)
+    flat[1:] = t.reshape(-1)
+    return {
+        "transposed": t.transpose(0, 1).contiguous().transpose(0, 1),
+        "slice_of_wider": padded[..., 3:-2],
+        "odd_offset": flat[1:].view(t.shape),
+        "every_second_row": torch.stack((t, t * torch.nan), dim=-2).flatten(-3, -2)[..., ::2, :],
+        "columns_reversed_stride": t.t().contiguous().t() if t.dim() == 2 else t,
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("operand", ["x", "weight", "lora_a", "lora_b", "dy"])
+def test_any_strides(backend, eager_like, operand, dtype):
+    problem = problems.make((34, 28, 36, 6), dtype, dropout_p=0.2)
+    for name, view in strided_variants(getattr(problem, operand)).items():
+        assert torch.equal(view, getattr(problem, operand)), name
+        changed = replace(problem, **{operand: view})
+        got = changed.run(backend, x=view if operand == "x" else None)
+        tolerance.assert_c1(problem, got, eager_like=eager_like)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", ["2d", "3d"])
+def test_expanded_x_and_dy(backend, eager_like, dtype, shape):
+    lead = (6, 9) if shape == "3d" else (54,)
+    problem = problems.make((54, 14, 18, 5), dtype, lead=lead, dropout_p=0.2)
+    x = problem.x[:1].expand(problem.x.shape)  # stride 0 along a leading dimension
+    dy = problem.dy.flatten()[0].expand(problem.dy.shape)  # what sum().backward() sends
+    problem = replace(problem, x=x, dy=dy)
+    tolerance.assert_c1(problem, problem.run(backend, x=x), eager_like=eager_like)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("empty", ["M", "N", "K", "r", "MK"])
+def test_zero_sizes(backend, dtype, empty):
+    m, n, k, r = (0 if d in empty else size for d, size in zip("MNKr", (4, 6, 5, 3), strict=True))
+    problem = problems.make((m, n, k, r), dtype, dropout_p=0.3)
+    got = problem.run(backend)
+    assert got["y"].shape == (m, n) and got["x"].shape == (m, k)
+    assert got["lora_a"].shape == (r, k) and got["lora_b"].shape == (n, r)
+    tolerance.assert_c1(problem, got, eager_like=True)
+
+
+SUBSETS = list(itertools.product([False, True], repeat=4))
+
+
+@pytest.mark.parametrize(
+    "needs", SUBSETS, ids=["".join("xabB"[i] for i in range(4) if s[i]) or "none" for s in SUBSETS]
+)
+def test_requires_grad_subsets(backend, needs):
+    problem = problems.make((21, 18, 26, 4), torch.float32, dropout_p=0.2)
+    full = problem.run(backend)
+    leaves = [
+        t.detach().clone().requires_grad_(need)
+        for t, need in zip(
+            (problem.x, problem.lora_a, problem.lora_b, problem.bias), needs, strict=True
+        )
+    ]
+    y = lk.fused_lora_linear(
+        leaves[0], problem.weight, *leaves[1:], scaling=problem.scaling, dropout_p=0.2,
+        seed=problem.seed, backend=backend,
+    )  # fmt: skip
+    assert y.requires_grad == any(needs)
+    if any(needs):
+        y.backward(problem.dy)
+    for name, leaf, need in zip(problems.GRADS, leaves, needs, strict=True):
+        assert (leaf.grad is None) != need
+        if need:
+            assert torch.equal(leaf.grad, full[name]), f"{name} depends on what else is asked for"
+
+
+def test_shards_draw_the_mask_of_the_whole(backend):
+    """x split by rows and columns, with row0 and col0 in the seed, drops what the whole drops."""
+    whole = problems.make((50, 20, 90, 4), dropout_p=0.4)
+    mask = lk.dropout_mask(whole.seed, (50, 90), 0.4)
+    for row0, col0, m, k in ((16, 32, 20, 40), (3, 7, 33, 50), (49, 89, 1, 1)):
+        shard = problems.sharded(problems.make((m, 20, k, 4), dropout_p=0.4), row0, col0)
+        shard = replace(shard, seed=torch.tensor([*whole.seed.tolist(), row0, col0]))
+        got = lk.dropout_mask(shard.seed, (m, k), 0.4)
+        assert torch.equal(got, mask[row0 : row0 + m, col0 : col0 + k])
+        tolerance.assert_c1(shard, shard.run(backend), eager_like=True)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    m=st.integers(0, 70),
+    n=st.integers(1, 70),
+    k=st.integers(1, 140),
+    r=st.integers(0, 40),
+    dtype=st.sampled_from(list(DTYPES.values())),
+    wide=st.booleans(),
+    p=st.sampled_from([0.0, 0.1, 0.5, 0.97]),
+    scaling=st.sampled_from([0.25, 1.0, -3.0, 16.0]),
+    bias=st.booleans(),
+    layout=st.sampled_from(["plain", "transposed", "slice_of_wider", "odd_offset"]),
+    seed=st.integers(0, 10**6),
+)
+def test_random_problems(m, n, k, r, dtype, wide, p, scaling, bias, layout, seed):
+    problem = problems.make(
+        (m, n, k, r), dtype, adapter_dtype=torch.float32 if wide else dtype, scaling=scaling,
+        dropout_p=p, bias=bias, generator_seed=seed,
+    )  # fmt: skip
+    x = problem.x if layout == "plain" else strided_variants(problem.x)[layout]
+    for backend in ("cpu", "composed", "reference"):
+        if lk.backends()[backend] is None:
+            got = replace(problem, x=x).run(backend, x=x)
+            tolerance.assert_c1(problem, got, eager_like=backend == "composed")
