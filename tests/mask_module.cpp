@@ -1,7 +1,8 @@
-// The source of the CUDA mask kernel, run on the host: threads one after another, in any order, which is
-// what they are since no thread reads what another wrote.
+// The source of the CUDA mask kernel, run on the host: threads one after another, in any order,
+// which is what they are since no thread reads what another wrote.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <cstring>
@@ -24,9 +25,10 @@ py::array_t<uint8_t> dropout_mask(std::vector<int64_t> seed, int64_t rows, int64
   constexpr int64_t kGuard = 64;
   constexpr uint8_t kUntouched = 0xA5;
   std::vector<uint8_t> memory(rows * cols + 2 * kGuard, kUntouched);
-  lora_kernels::DropoutMaskArgs args{
-      reinterpret_cast<bool*>(memory.data() + kGuard), rows, cols,
-      {seed.data(), static_cast<int>(seed.size()), threshold}};
+  lora_kernels::DropoutMaskArgs args{reinterpret_cast<bool*>(memory.data() + kGuard),
+                                     rows,
+                                     cols,
+                                     {seed.data(), static_cast<int>(seed.size()), threshold}};
   gridDim.x = blocks;
   for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x)
     for (threadIdx.x = 0; threadIdx.x < lora_kernels::kMaskThreads; ++threadIdx.x)

@@ -5,12 +5,12 @@
 namespace lora_kernels::cpu {
 namespace LK_ISA {
 
+#include "simd.inl"
+#include "mask.inl"
+#include "tile.inl"
+#include "microkernel.inl"
 #include "down_proj.inl"
 #include "fused_gemm.inl"
-#include "mask.inl"
-#include "microkernel.inl"
-#include "simd.inl"
-#include "tile.inl"
 #include "weight_grad.inl"
 
 extern const Kernels table;

@@ -10,7 +10,8 @@ cudaError_t launch_dropout_mask(const DropoutMaskArgs& args, cudaStream_t stream
   // The origin is on the device: allow for a window that straddles one more block each way.
   const int64_t groups = (args.rows / 16 + 2) * (args.cols / 16 + 2) * 32;
   const int64_t blocks = (groups + kMaskThreads - 1) / kMaskThreads;
-  dropout_mask_kernel < <<blocks<kMaxBlocks ? blocks : kMaxBlocks, kMaskThreads, 0, stream>>>(args);
+  const dim3 grid(static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks));
+  dropout_mask_kernel<<<grid, kMaskThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }
 
