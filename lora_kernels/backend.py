@@ -151,6 +151,8 @@ def _automatic(device: torch.device, dtype: torch.dtype) -> tuple[str, dict[str,
     for name in _ORDER:
         backend = _REGISTRY[name]
         why = backend.missing() or backend.refuses(device, dtype) or backend.prefers(device, dtype)
+        if dtype == torch.float64 and name != "reference":
+            why = why or "float64 goes to the reference"
         if why is None:
             return name, passed_over
         passed_over[name] = why
@@ -280,9 +282,7 @@ def _register_all() -> None:
     )  # fmt: skip
     register(
         Backend("composed", "the vendor's GEMMs, up projection accumulated in place by addmm",
-                composed.forward, composed.backward,
-                prefers=lambda device, dtype: "float64 goes to the reference"
-                if dtype == torch.float64 else None)
+                composed.forward, composed.backward)
     )  # fmt: skip
     register(
         Backend("reference", "plain PyTorch, accumulated in fp32 (fp64 for fp64)", _reference_only,

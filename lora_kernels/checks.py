@@ -45,7 +45,7 @@ def valid(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed) -> bool:
         and (bias is None or (bias.shape == (n,) and bias.dtype is dtype and bias.device == device))
         and not weight.requires_grad
         and type(scaling) is float
-        and math.isfinite(scaling)
+        and -math.inf < scaling < math.inf
         and type(dropout_p) is float
         and 0.0 <= dropout_p <= 1.0
         and seed is None
@@ -97,7 +97,7 @@ def _check_scalars(scaling, dropout_p) -> None:
         )
     if not isinstance(scaling, (Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{OP}: scaling must be a number, but got {type(scaling).__name__}")
-    if not math.isfinite(scaling):
+    if not -math.inf < scaling < math.inf:  # NaN fails the comparison too
         raise ValueError(f"{OP}: scaling must be finite, but got {scaling}")
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, (Real, torch.SymFloat)):
         raise TypeError(f"{OP}: dropout_p must be a number, but got {type(dropout_p).__name__}")

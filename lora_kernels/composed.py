@@ -54,8 +54,13 @@ def fused_gemm(
     scale: float,
 ) -> Tensor:
     """y [..., N] = x · weightᵀ + mask/q ∘ (scale · h · upᵀ) + bias."""
-    y = torch.nn.functional.linear(x, weight, bias)
-    rows = y.view(h.shape[0], weight.shape[0])
+    # Allocated at its final shape: callers modify y in place, which autograd forbids of a view.
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    rows, x = y.view(h.shape[0], weight.shape[0]), _rows(x)
+    if bias is None:
+        torch.mm(x, weight.t(), out=rows)
+    else:
+        torch.addmm(bias, x, weight.t(), out=rows)
     if seed is None:
         rows.addmm_(h, up.t(), alpha=scale)
     else:

@@ -47,6 +47,11 @@ def drop_threshold(p: float) -> int:
     return round(p * RANGE)
 
 
+def drops(p: float) -> bool:
+    """Whether the mask for `p` drops anything at all: T > 0, without the rounding."""
+    return p > 0.5 / RANGE
+
+
 def keep_probability(p: float) -> float:
     """q, the exact probability with which the mask for `p` keeps an element.
 
@@ -65,7 +70,7 @@ def keep_probability(p: float) -> float:
 
 
 def check_probability(p: float, op: str) -> None:
-    if not 0.0 <= p <= 1.0 or math.isnan(p):
+    if not 0.0 <= p <= 1.0:  # NaN fails the comparison too
         raise ValueError(f"{op}: dropout probability has to be between 0 and 1, but got {p}")
 
 

@@ -70,7 +70,7 @@ def fused_lora_linear(
     if not checks.valid(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed):
         checks.validate(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
     name = backend or backends.selected() or ""
-    if dropout_p == 0 or dropout.drop_threshold(dropout_p) == 0:
+    if not dropout.drops(dropout_p):
         seed = None
     elif seed is None:
         seed = dropout.draw_seed(x.device)

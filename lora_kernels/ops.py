@@ -22,7 +22,7 @@ for _name, _default in (
     ("fused_gemm", composed.fused_gemm),
     ("weight_grad", composed.weight_grad),
 ):
-    LIBRARY.impl(_name, _default, "CompositeExplicitAutograd")
+    LIBRARY.impl(_name, torch.no_grad()(_default), "CompositeExplicitAutograd")
 
 
 # ---- one call, in eager mode and inside the op ---------------------------------------------------

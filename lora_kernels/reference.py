@@ -48,7 +48,7 @@ def lora_linear(
         wide_x, wide_w = x.to(wide), weight.detach().to(x.dtype).to(wide)
         y = torch.nn.functional.linear(wide_x, wide_w, None if bias is None else bias.to(wide))
         if scaling != 0 and (keep := dropout.keep_probability(dropout_p)) > 0:
-            a, b = (_Rounded.apply(t.to(wide), x.dtype) for t in (lora_a, lora_b))
+            a, b = (_as_cast(t, x.dtype).to(wide) for t in (lora_a, lora_b))
             if keep < 1:
                 wide_x = _drop(wide_x, seed, dropout_p) / keep
             h = (scaling * torch.nn.functional.linear(wide_x, a)).to(x.dtype)
@@ -60,9 +60,12 @@ def lora_linear(
         return y.to(x.dtype)
 
 
-class _Rounded(torch.autograd.Function):
-    """Values as `dtype` holds them, in the dtype they have; the gradient passes unrounded."""
+def _as_cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values that `t` has in `dtype`, in t's own dtype, so that its gradient is not rounded."""
+    return t if t.dtype == dtype else _Rounded.apply(t, dtype)
 
+
+class _Rounded(torch.autograd.Function):
     @staticmethod
     def forward(ctx, t, dtype):
         return t.to(dtype).to(t.dtype)

@@ -1,4 +1,4 @@
-"""Problems that every backend must solve: named shapes with the reason they are there, and inputs."""
+"""Problems that every backend must solve: shapes named after why they are there, and inputs."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def make(
 
 
 def make_exact(shape: tuple[int, int, int, int], dtype: torch.dtype, seed: int) -> Problem:
-    """Sparse {-1, 0, 1} data with s = 2, p = 1/2: every intermediate is an integer that bf16 holds."""
+    """Sparse {-1, 0, 1} data with s = 2, p = 1/2: all intermediates are integers bf16 holds."""
     m, n, k, r = shape
     g = torch.Generator().manual_seed(seed)
 

@@ -1,4 +1,4 @@
-"""The mask: its specification, published Philox vectors, and the same bits in every implementation."""
+"""The mask: its specification, published Philox vectors, the same bits in each implementation."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ def mask_module(tmp_path_factory):
     target = tmp_path_factory.mktemp("mask") / "mask_module.so"
     includes = [pybind11.get_include(), sysconfig.get_path("include")]
     subprocess.run(
-        [compiler, "-O1", "-std=c++17", "-shared", "-fPIC", "-Wall", "-Werror", "-fsanitize=undefined",
+        [compiler, "-O1", "-std=c++17", "-shared", "-fPIC", "-Wall", "-Werror",
+         "-fsanitize=undefined",
          "-fno-sanitize-recover", *(f"-I{i}" for i in includes), str(source), "-o", str(target)],
         check=True,
     )  # fmt: skip

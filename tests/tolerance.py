@@ -1,8 +1,8 @@
 """The acceptance criterion: the one place where a tolerance stands.
 
-Every bound is against float64 evaluation of the exact formula on the same stored inputs (adapters as
-cast) with the same mask. u is the unit roundoff of a dtype, S the sum of the magnitudes that a result
-adds up, I the same for the rounded intermediate h or dh, L the length of the reduction.
+Every bound is against float64 evaluation of the exact formula on the same stored inputs (adapters
+as cast) with the same mask. u is the unit roundoff of a dtype, S the sum of the magnitudes that a
+result adds up, I the same for the rounded intermediate h or dh, L the length of the reduction.
 
 C1  every element: |error| <= 1.05 (u_out |o| + u_mid I) + L 2^-23 S + 2^-149
 C2  norms: |error| / |o| <= NORM[dtype, kind], for results of at least 4096 elements
@@ -41,7 +41,7 @@ EAGER_MAX = 2.0
 
 @dataclass(frozen=True)
 class Oracle:
-    """float64 results by name, with S, I and L of C1, and the extra roundings of an eager-like path."""
+    """float64 results by name, S, I and L of C1, and what an eager-like path rounds once more."""
 
     value: dict[str, Tensor]
     total: dict[str, Tensor]
