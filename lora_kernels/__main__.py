@@ -31,7 +31,8 @@ def _environment(console: Console) -> None:
         return
     for key in ("CPU", "CUDA"):
         built = [op for op in OPS if has_kernel(op, key)]
-        console.print(f"C++ kernels for {key}: {', '.join(built) or 'none'}")
+        isa = f" ({torch.ops.lora_kernels.cpu_isa()})" if key == "CPU" else ""
+        console.print(f"C++ kernels for {key}{isa}: {', '.join(built) or 'none'}")
 
 
 def _backends(console: Console) -> None:

@@ -69,6 +69,7 @@ def fused_lora_linear(
     """
     if not checks.valid(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed):
         checks.validate(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
+        scaling, dropout_p = float(scaling), float(dropout_p)
     name = backend or backends.selected() or ""
     if not dropout.drops(dropout_p):
         seed = None

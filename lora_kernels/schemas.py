@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 
 SCHEMAS = (
+    "cpu_isa() -> str",
     "dropout_mask(Tensor seed, SymInt rows, SymInt cols, int threshold) -> Tensor",
     "down_proj(Tensor x, Tensor down, Tensor? seed, int threshold, float scale) -> Tensor",
     "fused_gemm(Tensor x, Tensor weight, Tensor h, Tensor up, Tensor? bias, Tensor? seed, "

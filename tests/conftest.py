@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -22,6 +28,30 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture
 def eager_like(backend) -> bool:
     return backend in EAGER_LIKE
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """Compiles and imports tests/NAME.cpp, a pybind11 module around sources of csrc."""
+    pybind11 = pytest.importorskip("pybind11")
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+
+    def load(name: str):
+        target = tmp_path_factory.mktemp(name) / f"{name}.so"
+        source = Path(__file__).with_name(f"{name}.cpp")
+        includes = [pybind11.get_include(), sysconfig.get_path("include")]
+        flags = ["-O1", "-std=c++17", "-shared", "-fPIC", "-Wall", "-Werror", "-Wno-psabi"]
+        undefined = ["-fsanitize=undefined", "-fno-sanitize-recover"]
+        command = [compiler, *flags, *undefined, *(f"-I{i}" for i in includes), str(source)]
+        subprocess.run([*command, "-o", str(target)], check=True)
+        spec = importlib.util.spec_from_file_location(name, target)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 def pytest_collection_modifyitems(items):

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import shutil
-import subprocess
-import sysconfig
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -46,25 +41,9 @@ def signed(low: int, high: int) -> int:
 
 
 @pytest.fixture(scope="session")
-def mask_module(tmp_path_factory):
-    """tests/mask_module.cpp, compiled: the CUDA kernel's source on the host."""
-    pybind11 = pytest.importorskip("pybind11")
-    compiler = shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    source = Path(__file__).with_name("mask_module.cpp")
-    target = tmp_path_factory.mktemp("mask") / "mask_module.so"
-    includes = [pybind11.get_include(), sysconfig.get_path("include")]
-    subprocess.run(
-        [compiler, "-O1", "-std=c++17", "-shared", "-fPIC", "-Wall", "-Werror",
-         "-fsanitize=undefined",
-         "-fno-sanitize-recover", *(f"-I{i}" for i in includes), str(source), "-o", str(target)],
-        check=True,
-    )  # fmt: skip
-    spec = importlib.util.spec_from_file_location("mask_module", target)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def mask_module(compiled):
+    """The CUDA kernel's source, run on the host."""
+    return compiled("mask_module")
 
 
 @pytest.mark.parametrize("counter, key, expected", VECTORS)

@@ -146,6 +146,35 @@ def test_flush_to_zero_mode_keeps_16bit_subnormals(dtype):
         torch.set_flush_denormal(False)
 
 
+@pytest.fixture(scope="module")
+def isa_module(compiled):
+    """The CPU kernels at every vector width."""
+    return compiled("isa_module")
+
+
+@pytest.mark.parametrize("seed", [[], [5, 6, 7, 40]], ids=["p0", "dropped"])
+@pytest.mark.parametrize("isa", ["lanes4", "lanes8", "lanes16"])
+@pytest.mark.parametrize("m, k, r", SHAPES)
+def test_every_vector_width(isa_module, isa, m, k, r, seed):
+    """Exact conversions: 16-bit patterns survive fp32, and fp32 rounds to nearest even."""
+    x, down, h = normal(m, k), normal(r, k, seed=1), normal(m, r, seed=2)
+    up, product = normal(k, r, seed=3), normal(m, k, seed=4)
+    mask = torch.ones(m, k, dtype=torch.bool)
+    if seed:
+        mask = dropout.reference_mask(torch.tensor(seed), m, k, THRESHOLD)
+    xd = torch.where(mask, x.double(), 0)
+    rows, cols = min(48, m), min(64, k)
+    args = (seed, THRESHOLD)
+    got = isa_module.down_proj(isa, x.numpy(), down.numpy(), *args, rows)
+    close(torch.from_numpy(got), xd @ down.double().T, xd.abs() @ down.double().abs().T, k)
+    got = isa_module.weight_grad(isa, h.numpy(), x.numpy(), *args, cols)
+    close(torch.from_numpy(got), h.double().T @ xd, h.double().abs().T @ xd.abs(), m)
+    got = isa_module.fused_gemm(isa, product.numpy(), h.numpy(), up.numpy(), *args, cols)
+    term = torch.where(mask, h.double() @ up.double().T, 0)
+    size = product.double().abs() + h.double().abs() @ up.double().abs().T
+    close(torch.from_numpy(got), product.double() + term, size, r + 2)
+
+
 @pytest.mark.parametrize(
     "call, message",
     [

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <string>
 #include <vector>
 
 #include "../cpu/kernels.h"
@@ -280,7 +281,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_op(
   return {dx, da, db, dbias};
 }
 
+// Which copy of the CPU kernels this processor runs.
+std::string cpu_isa_op() { return kernels().isa; }
+
 }  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa_op));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CPU, m) {
   m.impl("dropout_mask", TORCH_BOX(&dropout_mask_op));
