@@ -6,6 +6,7 @@ CUDA_HOME, MAX_JOBS   as in torch
 """
 
 import os
+import shlex
 import shutil
 import sys
 import sysconfig
@@ -65,11 +66,14 @@ def extension():
         from torch.utils import cpp_extension as cpp
     except ImportError:
         return None, "torch is not visible to the build"
-    if not shutil.which(os.environ.get("CXX", "c++")):
-        return None, "no C++ compiler"
+    compiler = os.environ.get("CXX", "c++")
+    if not shutil.which(shlex.split(compiler)[-1]):
+        return None, f"no C++ compiler ({compiler})"
     home = cuda_home() if BUILD != "cpu" else None
     if BUILD == "cuda" and not home:
         return None, "no CUDA toolkit (set CUDA_HOME)"
+    if BUILD == "auto" and not home:
+        print("lora_kernels: no CUDA toolkit: building the CPU kernels only", file=sys.stderr)
 
     cpp.CUDA_HOME = (
         home  # a CPU-only torch leaves it None, though our kernels need no torch CUDA header

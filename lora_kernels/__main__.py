@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 
@@ -9,7 +10,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__, backends, explain
+from . import __version__, backends
+from .backend import ENV, automatic
 from .schemas import EXTENSION_ERROR, has_kernel
 
 OPS = ("dropout_mask", "down_proj", "fused_gemm", "weight_grad", "forward", "backward")
@@ -45,12 +47,12 @@ def _backends(console: Console) -> None:
 def _choices(console: Console) -> None:
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     table = Table("device", *(str(d).removeprefix("torch.") for d in dtypes))
-    table.title = "the automatic choice"
+    forced = os.environ.get(ENV)
+    table.title = "the automatic choice" + (f" ({ENV}={forced} overrides it)" if forced else "")
     for device in _devices():
         row = []
         for dtype in dtypes:
-            x, a, b = (torch.empty(16, 16, device=device, dtype=dtype) for _ in range(3))
-            row.append(explain(x, x, a, b).backend)
+            row.append(automatic(device, dtype)[0])
         table.add_row(str(device), *row)
     console.print(table)
 

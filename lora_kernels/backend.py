@@ -65,16 +65,16 @@ _selected: str | None = None
 
 def register(backend: Backend, before: str = "composed") -> None:
     """Adds a backend, ahead of `before` in the automatic order, or replaces the one of its name."""
+    _REGISTRY[backend.name] = backend
     if backend.name not in _ORDER:
         _ORDER.insert(_ORDER.index(before), backend.name)
-    _REGISTRY[backend.name] = backend
     _changed()
 
 
 def unregister(name: str) -> None:
     """Takes a registered backend away again."""
-    del _REGISTRY[name]
     _ORDER.remove(name)
+    del _REGISTRY[name]
     _changed()
 
 
@@ -107,21 +107,26 @@ class use_backend:
         global _selected
         if name is not None:
             _named(name)
-        self._before = _selected
+        self._name, self._outer, self._fresh = name, [_selected], True
         _selected = name
 
     def __enter__(self) -> use_backend:
+        global _selected
+        # `with use_backend(...)` restores what preceded it; entered later, what is selected then
+        if not (self._fresh and _selected == self._name):
+            self._outer.append(_selected)
+        self._fresh, _selected = False, self._name
         return self
 
     def __exit__(self, *exc) -> None:
         global _selected
-        _selected = self._before
+        _selected = self._outer.pop()
 
 
 def choose(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
     """The backend for such an x: `name`, which must serve or raise, or by the fixed order if ""."""
     if name == "":
-        return _REGISTRY[_automatic(device, dtype)[0]]
+        return _REGISTRY[automatic(device, dtype)[0]]
     found = _named(name)
     why = found.refuses(device, dtype)
     if why is not None:
@@ -145,7 +150,7 @@ def _named(name: str) -> Backend:
     return found
 
 
-def _automatic(device: torch.device, dtype: torch.dtype) -> tuple[str, dict[str, str]]:
+def automatic(device: torch.device, dtype: torch.dtype) -> tuple[str, dict[str, str]]:
     """The first backend of the order that serves, and why those before it do not."""
     passed_over: dict[str, str] = {}
     for name in _ORDER:
@@ -181,12 +186,13 @@ def explain(
     Raises:
         As `fused_lora_linear` would for the same arguments.
     """
-    from . import checks
-    from .reference import autocast_operands
+    from . import autocast, checks
 
     checks.validate(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
-    x = autocast_operands(x, weight, bias)[0]
-    name, passed_over = _automatic(x.device, x.dtype)
+    x = autocast.cast(x)
+    name, passed_over = automatic(x.device, x.dtype)
+    for later in _ORDER[_ORDER.index(name) + 1 :]:
+        passed_over[later] = _REGISTRY[later].missing() or f"comes after {name} in the fixed order"
     reason = f"first in the fixed order that serves {x.dtype} on {x.device}"
     forced = backend or _selected
     if forced is not None:
@@ -222,11 +228,11 @@ def _cpu_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _cpu_prefers(device: torch.device, dtype: torch.dtype) -> str | None:
-    fast = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    if dtype in fast and fast[dtype]():
+    probe = {
+        torch.bfloat16: "_is_mkldnn_bf16_supported",
+        torch.float16: "_is_mkldnn_fp16_supported",
+    }.get(dtype, "")
+    if hasattr(torch.ops.mkldnn, probe) and getattr(torch.ops.mkldnn, probe)():
         return f"this processor multiplies {dtype} natively; the cpu backend goes through float32"
     return None
 

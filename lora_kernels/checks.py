@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from numbers import Real
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from . import autocast
+
 OP = "fused_lora_linear"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_SCALING = 2.0**112  # times 1/q, at most 2**14, it is still finite in fp32
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 _PLAIN = (Tensor, Parameter)
 
@@ -45,10 +47,11 @@ def valid(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed) -> bool:
         and (bias is None or (bias.shape == (n,) and bias.dtype is dtype and bias.device == device))
         and not weight.requires_grad
         and type(scaling) is float
-        and -math.inf < scaling < math.inf
+        and -MAX_SCALING <= scaling <= MAX_SCALING
         and type(dropout_p) is float
         and 0.0 <= dropout_p <= 1.0
         and seed is None
+        and not autocast.enabled(device.type)
     )
 
 
@@ -56,7 +59,7 @@ def validate(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed) -> None:
     """Raises the error that a bad call deserves; returns for a good one.
 
     Raises:
-        TypeError: an argument is of the wrong type, or DTensor and Tensor are mixed.
+        TypeError: an argument is of the wrong type, or a DTensor.
         ValueError: a shape, device, dtype, probability or scaling that cannot be served.
         RuntimeError: the frozen weight requires grad.
     """
@@ -97,8 +100,10 @@ def _check_scalars(scaling, dropout_p) -> None:
         )
     if not isinstance(scaling, (Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{OP}: scaling must be a number, but got {type(scaling).__name__}")
-    if not -math.inf < scaling < math.inf:  # NaN fails the comparison too
-        raise ValueError(f"{OP}: scaling must be finite, but got {scaling}")
+    if not -MAX_SCALING <= scaling <= MAX_SCALING:  # NaN fails the comparison too
+        raise ValueError(
+            f"{OP}: scaling must be finite and at most 2**112 in magnitude, but got {scaling}"
+        )
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, (Real, torch.SymFloat)):
         raise TypeError(f"{OP}: dropout_p must be a number, but got {type(dropout_p).__name__}")
     from .dropout import check_probability
@@ -148,9 +153,8 @@ def _check_dtypes(x, weight, lora_a, lora_b, bias) -> None:
                 "float32 or float64"
             )
     device = x.device.type
-    autocast = torch.is_autocast_enabled(device)
     # fp64 is left alone by autocast, as by F.linear
-    cast = autocast and x.dtype != torch.float64
+    cast = autocast.enabled(device) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if cast else x.dtype
     for name, t in (("weight", weight), ("bias", bias)):
         if t is None or t.dtype == dtype or (cast and t.dtype in DTYPES[:3]):

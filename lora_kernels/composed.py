@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import dropout
+from . import autocast, dropout
 
 Grads = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -23,10 +23,7 @@ def _outside_autocast(run: Callable) -> Callable:
 
     @functools.wraps(run)
     def wrapper(first: Tensor, *args):
-        device = first.device.type
-        if not torch.is_autocast_enabled(device):
-            return run(first, *args)
-        with torch.autocast(device, enabled=False):
+        with autocast.off(first.device.type):
             return run(first, *args)
 
     return wrapper
@@ -87,9 +84,12 @@ def weight_grad(
         x = torch.where(mask, x, 0)
         scale *= _inverse_keep(threshold)
     left, right = (x, h) if transpose else (h, x)
-    grad = x.new_empty(left.shape[1], right.shape[1])
-    grad.addmm_(left.t(), right, beta=0, alpha=scale)
-    return grad.float() if wide else grad
+    if wide and x.is_cuda:
+        return torch.mm(left.t(), right, out_dtype=torch.float32).mul_(scale)
+    if wide:  # only CUDA's GEMM writes fp32 from 16 bits
+        left, right = left.float(), right.float()
+    grad = left.new_empty(left.shape[1], right.shape[1])
+    return grad.addmm_(left.t(), right, beta=0, alpha=scale)
 
 
 @_outside_autocast
@@ -129,7 +129,8 @@ def backward(
     need_bias: bool,
 ) -> Grads:
     """(dx, dA, dB, dbias); an empty tensor where a gradient is not needed."""
-    dx = da = db = dbias = x.new_empty(0)
+    # Every output is a tensor of its own: results of an op must not share memory.
+    dx, da, db, dbias = (x.new_empty(0) for _ in range(4))
     if need_x or need_a:
         dh = down_proj(dy, lora_b.t(), None, 0, h_scale)
         if need_x:
@@ -148,4 +149,5 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _inverse_keep(threshold: int) -> float:
-    return dropout.RANGE / (dropout.RANGE - threshold)
+    # Nothing survives q = 0, so its inverse multiplies nothing.
+    return dropout.RANGE / max(dropout.RANGE - threshold, 1)

@@ -4,7 +4,7 @@ Specification
 -------------
 x [M, K] (leading dimensions flattened) is a window of a global matrix; its element (i, j) lies at
 row R = row0 + i, column C = col0 + j. The seed tensor is int64 [2] = (seed, offset), which means
-row0 = col0 = 0, or int64 [4] = (seed, offset, row0, col0), with R < 2**33 and C < 2**34.
+row0 = col0 = 0, or int64 [4] = (seed, offset, row0, col0), with 0 <= R < 2**33, 0 <= C < 2**34.
 
 1. Philox4x32 with 7 rounds, key = (low, high word of seed), counter = (column group, row group,
    low, high word of offset), where
@@ -106,8 +106,10 @@ def dropout_mask(
         mask = bits >= round(p * 16384)
     """
     check_probability(p, "dropout_mask")
-    if len(shape) == 0:
-        raise ValueError("dropout_mask: shape must have at least one dimension, but got ()")
+    if len(shape) == 0 or min(shape) < 0:
+        raise ValueError(
+            f"dropout_mask: shape must have one dimension or more, none negative, but got {shape}"
+        )
     if not isinstance(seed, Tensor):
         seed = torch.tensor(list(seed), dtype=torch.int64)
     check_seed(seed, "dropout_mask")

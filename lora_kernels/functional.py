@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import autocast, checks, dropout, reference
 from . import backend as backends
-from . import checks, dropout, reference
 from .ops import LoraLinear, make_plan
 
 
@@ -70,6 +70,9 @@ def fused_lora_linear(
     if not checks.valid(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed):
         checks.validate(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
         scaling, dropout_p = float(scaling), float(dropout_p)
+        # The weight is cast inside, so that backward saves the parameter and not a 16-bit copy.
+        x, bias = autocast.cast(x), None if bias is None else autocast.cast(bias)
+        seed = None if seed is None else seed.contiguous()
     name = backend or backends.selected() or ""
     if not dropout.drops(dropout_p):
         seed = None
@@ -84,8 +87,5 @@ def fused_lora_linear(
         return torch.ops.lora_kernels.lora_linear(
             x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, name
         )[0]
-    if torch.is_autocast_enabled(x.device.type):
-        # The weight is cast inside, so that backward saves the parameter and not a 16-bit copy.
-        x, _, bias = reference.autocast_operands(x, weight, bias)
     plan = make_plan(name, x.device, x.dtype, scaling, dropout_p, seed is not None)
     return LoraLinear.apply(x, weight, lora_a, lora_b, bias, seed, plan)

@@ -17,7 +17,7 @@ class LoRALinear(nn.Module):
         in_features: K.
         out_features: N.
         r: rank, >= 0.
-        lora_alpha: scaling = lora_alpha / r; None means lora_alpha = r, scaling 1.
+        lora_alpha: scaling = lora_alpha / r; None means lora_alpha = r.
         lora_dropout: drop probability of x in the LoRA term, in training mode only.
         bias: whether there is a frozen bias.
         use_rslora: scaling = lora_alpha / sqrt(r) instead.
@@ -95,7 +95,7 @@ class LoRALinear(nn.Module):
         like = dict(device=self.weight.device, dtype=adapter_dtype or self.weight.dtype)
         self.lora_a = nn.Parameter(torch.empty(r, self.in_features, **like))
         self.lora_b = nn.Parameter(torch.empty(self.out_features, r, **like))
-        self._frozen: Tensor | None = None  # the weight before merge()
+        self._frozen: list[nn.Parameter] = []  # the weight before merge(), hidden from parameters()
         self.reset_lora_parameters()
 
     def reset_lora_parameters(self, init: str = "kaiming_uniform") -> None:
@@ -112,7 +112,7 @@ class LoRALinear(nn.Module):
         nn.init.zeros_(self.lora_b)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._frozen is not None:
+        if self._frozen:
             return nn.functional.linear(x, self.weight, self.bias)
         return fused_lora_linear(
             x,
@@ -127,7 +127,7 @@ class LoRALinear(nn.Module):
     @property
     def merged(self) -> bool:
         """Whether weight currently holds W0 + scaling · B·A."""
-        return self._frozen is not None
+        return bool(self._frozen)
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -137,27 +137,31 @@ class LoRALinear(nn.Module):
         """
         if self.merged:
             return
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        delta = self.lora_b.to(wide) @ self.lora_a.to(wide)
-        merged = torch.add(self.weight.to(wide), delta, alpha=self.scaling).to(self.weight.dtype)
-        self._frozen, self.weight.data = self.weight.data, merged
+        merged = self.weight
+        if self.scaling != 0:
+            wide = torch.promote_types(self.weight.dtype, torch.float32)
+            delta = self.lora_b.to(wide) @ self.lora_a.to(wide)
+            merged = torch.add(self.weight.to(wide), delta, alpha=self.scaling)
+        # A parameter of its own: a graph that was recorded before keeps the frozen weight it saved.
+        self._frozen = [self.weight]
+        self.weight = nn.Parameter(merged.to(self.weight.dtype), requires_grad=False)
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """weight <- W0, the same bits as before `merge`."""
         if self.merged:
-            self.weight.data, self._frozen = self._frozen, None
+            self.weight = self._frozen.pop()
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        if self._frozen is not None:
-            self._frozen = fn(self._frozen)
+        for frozen in self._frozen:
+            frozen.data = fn(frozen.data)
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._frozen is not None:
-            destination[prefix + "weight"] = self._frozen
+        for frozen in self._frozen:
+            destination[prefix + "weight"] = frozen if keep_vars else frozen.detach()
 
     def _load_from_state_dict(self, *args, **kwargs):
         was_merged = self.merged

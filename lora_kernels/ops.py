@@ -10,9 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import autocast, composed, dropout
 from . import backend as backends
-from . import composed, dropout
-from .reference import autocast_operands
 from .schemas import LIBRARY
 
 # What a device has no C++ kernel for is composed of the vendor's.
@@ -122,8 +121,8 @@ def _backward_off(dy, x, weight, lora_a, lora_b, plan, need_x, need_a, need_b, n
     dx, da, db, dbias = run_backward(
         dy, x, weight, lora_a[:0], lora_b[:, :0], h, None, on, need_x, False, False, need_bias
     )
-    da = torch.zeros_like(lora_a) if need_a else da
-    db = torch.zeros_like(lora_b) if need_b else db
+    da = lora_a.new_zeros(lora_a.shape) if need_a else da
+    db = lora_b.new_zeros(lora_b.shape) if need_b else db
     return dx, da, db, dbias
 
 
@@ -213,10 +212,9 @@ def _op_backward(ctx, dy, _):
 
 def _autocast_lora_linear(x, weight, lora_a, lora_b, bias, *rest):
     """x, weight and bias as autocast casts F.linear's; A and B keep their dtype."""
-    device = x.device.type
-    cast_x, _, cast_bias = autocast_operands(x, weight, bias)
+    cast_x, cast_bias = autocast.cast(x), None if bias is None else autocast.cast(bias)
     # An fp32 weight is cast inside, so that backward can save the parameter and not a 16-bit copy.
-    with torch.autocast(device, enabled=False):
+    with autocast.off(x.device.type):
         return torch.ops.lora_kernels.lora_linear(cast_x, weight, lora_a, lora_b, cast_bias, *rest)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import dropout
+from . import autocast, dropout
 
 
 def lora_linear(
@@ -42,9 +42,11 @@ def lora_linear(
         x_dropped = torch.where(mask, x / lora_kernels.keep_probability(dropout_p), 0)
         y = F.linear(x, weight, bias) + scaling * F.linear(F.linear(x_dropped, lora_a), lora_b)
     """
-    x, weight, bias = autocast_operands(x, weight, bias)
+    if seed is None and dropout.drops(dropout_p):
+        seed = dropout.draw_seed(x.device)
+    x, bias = autocast.cast(x), None if bias is None else autocast.cast(bias)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    with torch.autocast(x.device.type, enabled=False):
+    with autocast.off(x.device.type):
         wide_x, wide_w = x.to(wide), weight.detach().to(x.dtype).to(wide)
         y = torch.nn.functional.linear(wide_x, wide_w, None if bias is None else bias.to(wide))
         if scaling != 0 and (keep := dropout.keep_probability(dropout_p)) > 0:
@@ -75,24 +77,7 @@ class _Rounded(torch.autograd.Function):
         return grad, None
 
 
-def autocast_operands(
-    x: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x, weight and bias as autocast would hand them to F.linear; unchanged outside autocast."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
-        return x, weight, bias
-    dtype = torch.get_autocast_dtype(device)
-
-    def cast(t: Tensor) -> Tensor:
-        return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
-
-    return cast(x), cast(weight), None if bias is None else cast(bias)
-
-
-def _drop(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
-    if seed is None:
-        seed = dropout.draw_seed(x.device)
+def _drop(x: Tensor, seed: Tensor, p: float) -> Tensor:
     rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.reshape(0, x.shape[-1])
     mask = dropout.reference_mask(seed, rows.shape[0], x.shape[-1], dropout.drop_threshold(p))
     return torch.where(mask.view(x.shape), x, 0.0)

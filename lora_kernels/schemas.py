@@ -39,7 +39,7 @@ SCHEMAS = (
 )
 LIBRARY = torch.library.Library("lora_kernels", "DEF")
 for schema in SCHEMAS:
-    # Any stride is served, so the compiler may choose; outputs are always contiguous.
+    # Kernels take any strides; the tag keeps a compiler from changing those that eager mode passes.
     LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
 
 EXTENSION_ERROR: str | None = None

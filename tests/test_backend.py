@@ -101,11 +101,27 @@ def test_use_backend(toy):
     assert backends.selected() is None
 
 
+def test_use_backend_can_be_kept_and_entered_again():
+    forced = lk.use_backend("composed")
+    lk.use_backend("reference")
+    with forced:
+        assert backends.selected() == "composed"
+        with forced:
+            assert backends.selected() == "composed"
+        assert backends.selected() == "composed"
+    assert backends.selected() == "reference"
+    lk.use_backend(None)
+    with forced:
+        assert backends.selected() == "composed"
+    assert backends.selected() is None
+
+
 def test_explain(toy):
     p = problems.make((9, 12, 20, 4))
     args = (p.x, p.weight, p.lora_a, p.lora_b)
     found = lk.explain(*args)
-    assert found.backend == "toy" and "cuda" in found.passed_over and "not cuda" in str(found)
+    assert found.backend == "toy" and "not cuda" in str(found)
+    assert set(found.passed_over) == set(lk.backends()) - {"toy"}
     found = lk.explain(*args, backend="composed")
     assert found.backend == "composed" and "backend argument" in found.reason
     with lk.use_backend("reference"):
@@ -157,3 +173,12 @@ def test_report_command():
     assert done.returncode == 0, done.stderr
     for name in lk.backends():
         assert name in done.stdout
+
+
+@pytest.mark.parametrize("name", ["cpu", "nonsense"])
+def test_report_command_survives_a_bad_override(name):
+    done = subprocess.run(
+        [sys.executable, "-m", "lora_kernels"], capture_output=True, text=True,
+        env={**os.environ, "LORA_KERNELS_BACKEND": name},
+    )  # fmt: skip
+    assert done.returncode == 0 and f"LORA_KERNELS_BACKEND={name}" in done.stdout, done.stderr

@@ -202,6 +202,13 @@ def test_no_dropout_draws_nothing(backend, p):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_strided_seed(backend):
+    seed = torch.tensor([1, 9, 2, 9])[::2]
+    assert torch.equal(
+        call(seed=seed, backend=backend), call(seed=torch.tensor([1, 2]), backend=backend)
+    )
+
+
 def test_seed_with_p_zero_changes_nothing(backend):
     assert torch.equal(
         call(p=0.0, seed=torch.tensor([1, 2]), backend=backend), call(p=0.0, backend=backend)

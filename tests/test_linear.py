@@ -77,6 +77,22 @@ def test_merge_and_exact_unmerge(dtype):
     assert torch.equal(layer(x), before)
 
 
+def test_merging_between_forward_and_backward_keeps_the_gradient():
+    layer, x = trained(), torch.randn(5, 20, requires_grad=True)
+    expected = torch.autograd.grad(layer(x).sum(), x)[0]
+    y = layer(x)
+    layer.merge()
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], expected)
+
+
+def test_merging_an_adapter_that_is_off():
+    layer = lk.LoRALinear(20, 12, 4, lora_alpha=0)
+    layer.lora_a.data.fill_(torch.inf)
+    frozen = layer.weight.detach().clone()
+    layer.merge()
+    assert torch.equal(layer.weight, frozen)
+
+
 def test_merging_leaves_the_original_linear_alone():
     linear = nn.Linear(20, 12)
     weight = linear.weight.detach().clone()

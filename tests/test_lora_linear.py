@@ -92,10 +92,16 @@ def strided_variants(t: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
+# On either side of the branch for small problems.
+STRIDED = {"small": (34, 28, 36, 6), "large": (130, 70, 90, 6)}
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("operand", ["x", "weight", "lora_a", "lora_b", "dy"])
-def test_any_strides(backend, eager_like, operand, dtype):
-    problem = problems.make((34, 28, 36, 6), dtype, dropout_p=0.2)
+@pytest.mark.parametrize("shape", STRIDED.values(), ids=STRIDED)
+def test_any_strides(backend, eager_like, shape, operand, dtype, p):
+    problem = problems.make(shape, dtype, dropout_p=p)
     for name, view in strided_variants(getattr(problem, operand)).items():
         assert torch.equal(view, getattr(problem, operand)), name
         changed = replace(problem, **{operand: view})
@@ -112,6 +118,33 @@ def test_expanded_x_and_dy(backend, eager_like, dtype, shape):
     dy = problem.dy.flatten()[0].expand(problem.dy.shape)  # what sum().backward() sends
     problem = replace(problem, x=x, dy=dy)
     tolerance.assert_c1(problem, problem.run(backend, x=x), eager_like=eager_like)
+
+
+def test_slices_of_a_fused_projection(backend):
+    """q, k and v as slices of one weight, their outputs concatenated: offsets on both sides."""
+    g = torch.Generator().manual_seed(0)
+    x, fused = (torch.randn(128, 128, generator=g) for _ in range(2))
+    weights = fused.repeat(3, 1).split(128)
+    a, b = torch.randn(8, 128, generator=g) / 11, torch.randn(128, 8, generator=g)
+
+    def grads(name):
+        leaf = x.clone().requires_grad_()
+        ys = [lk.fused_lora_linear(leaf, w, a, b, backend=name) for w in weights]
+        return torch.autograd.grad(torch.cat(ys, -1).square().sum(), leaf)[0]
+
+    torch.testing.assert_close(grads(backend), grads("reference"), rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("scaling", [2.0**112, -(2.0**112), 2.0**-112])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_extreme_scalings_of_nothing(backend, dtype, scaling):
+    """A rank-0 or dropped adapter adds exactly nothing, whatever its scaling."""
+    problem = problems.make((9, 8, 10, 0), dtype, scaling=scaling)
+    base = torch.nn.functional.linear(problem.x, problem.weight, problem.bias)
+    torch.testing.assert_close(problem.run(backend)["y"], base)
+    problem = problems.make((9, 8, 10, 3), dtype, scaling=scaling, dropout_p=1.0)
+    base = torch.nn.functional.linear(problem.x, problem.weight, problem.bias)
+    torch.testing.assert_close(problem.run(backend)["y"], base)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

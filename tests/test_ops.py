@@ -61,6 +61,29 @@ def sample_calls():
             OPS.lora_linear_backward,
             (dy, x.detach(), *rows[1:], h, SEED, 0.5, 0.2, "", True, False, True, False),
         ),
+        "lora_linear_backward_composed": (
+            OPS.lora_linear_backward,
+            (dy, x.detach(), *rows[1:], h, SEED, 0.5, 0.2, "composed", False, True, True, False),
+        ),
+        "lora_linear_backward_off": (
+            OPS.lora_linear_backward,
+            (
+                dy,
+                x.detach(),
+                w,
+                a0.t().contiguous().t(),
+                b0,
+                h,
+                None,
+                0.0,
+                0.0,
+                "",
+                True,
+                True,
+                True,
+                True,
+            ),
+        ),
     }
 
 
@@ -194,6 +217,35 @@ def test_autocast_equals_the_mixed_dtype_call(backend, dtype):
         assert grads[1].dtype == torch.float32 and grads[0].dtype == torch.float32
         for got, want in zip(grads, expected, strict=True):
             assert torch.equal(got, want.to(got.dtype))
+
+
+def test_autocast_casts_each_operand_once():
+    """A second cast of the weight would cost N·K elements in every call."""
+    x, w, a, b, bias, _ = operands()
+    with (
+        torch.profiler.profile() as profile,
+        torch.no_grad(),
+        torch.autocast("cpu", dtype=torch.bfloat16),
+    ):
+        lk.fused_lora_linear(x, w, a, b, bias, backend="composed")
+    casts = [e.count for e in profile.key_averages() if e.key == "aten::_to_copy"]
+    assert casts == [5]  # x, weight, bias, A, B
+
+
+def test_16bit_adapters_of_another_dtype_under_autocast():
+    x, w, a, b, _, _ = (t.detach().bfloat16() for t in operands())
+    for extra in ({}, {"scaling": 1}):
+        with (
+            torch.autocast("cpu", dtype=torch.float16),
+            pytest.raises(ValueError, match="lora_a must"),
+        ):
+            lk.fused_lora_linear(x, w, a, b, **extra)
+
+
+def test_meta_tensors():
+    x, w, a, b, bias, dy = (t.detach().to("meta") for t in operands())
+    y = lk.fused_lora_linear(x.requires_grad_(), w, a, b, bias, dropout_p=0.1)
+    assert y.shape == dy.shape and torch.autograd.grad(y, x, dy)[0].shape == x.shape
 
 
 def test_autocast_of_the_operator():

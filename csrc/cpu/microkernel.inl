@@ -46,15 +46,29 @@ inline void multiply_panel(const float* a, int64_t a_row, int64_t a_depth, const
   }
 }
 
-// to [depth, ld] = rows [first, first + count) of m, transposed and padded with zeros.
+// to [depth, ld] = rows [first, first + count) of m, transposed and padded with zeros. Depth runs
+// in the outer loop: a transposed view (B^T in backward) is then a copy, and other layouts are read
+// as `count` streams and written in order.
+template <class T>
+inline void pack_rows(const T* from, int64_t row_stride, int64_t col_stride, int64_t count,
+                      int64_t depth, float* to, int64_t ld) {
+  for (int64_t k = 0; k < depth; ++k) {
+    const T* column = from + k * col_stride;
+    float* out = to + k * ld;
+    if (row_stride == 1) {
+      for (int64_t i = 0; i < count; ++i) out[i] = to_float(column[i]);
+    } else {
+      for (int64_t i = 0; i < count; ++i) out[i] = to_float(column[i * row_stride]);
+    }
+    for (int64_t i = count; i < ld; ++i) out[i] = 0.0f;
+  }
+}
+
 inline void pack_transposed(const Matrix& m, int64_t first, int64_t count, int64_t depth_begin,
                             int64_t depth, float* to, int64_t ld) {
-  if (count < ld) fill_zero(to, depth * ld);
   with_type(m.dtype, [&](auto* type) {
-    auto* from = static_cast<decltype(type)>(m.data);
-    for (int64_t i = 0; i < count; ++i) {
-      auto* row = from + (first + i) * m.row_stride + depth_begin * m.col_stride;
-      for (int64_t k = 0; k < depth; ++k) to[k * ld + i] = to_float(row[k * m.col_stride]);
-    }
+    auto* from =
+        static_cast<decltype(type)>(m.data) + first * m.row_stride + depth_begin * m.col_stride;
+    pack_rows(from, m.row_stride, m.col_stride, count, depth, to, ld);
   });
 }

@@ -30,7 +30,7 @@ inline Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype) 
   return empty_cpu(sizes.begin(), static_cast<int64_t>(sizes.size()), dtype);
 }
 
-// The same memory as a [rows, cols] matrix.
+// The memory of t, from its first element plus `offset` elements on, as a [rows, cols] matrix.
 inline Tensor view_2d(const Tensor& t, int64_t rows, int64_t cols, int64_t row_stride,
                       int64_t col_stride, int64_t offset = 0) {
   const int64_t sizes[] = {rows, cols}, strides[] = {row_stride, col_stride};

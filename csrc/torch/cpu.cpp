@@ -66,8 +66,7 @@ void epilogue(const FusedGemmArgs& args, int64_t row, int64_t rows, int64_t col,
 }
 
 Tensor as_tensor(const Operand& a) {
-  return view_2d(a.tensor, a.rows, a.cols, a.matrix.row_stride, a.matrix.col_stride,
-                 a.tensor.storage_offset());
+  return view_2d(a.tensor, a.rows, a.cols, a.matrix.row_stride, a.matrix.col_stride);
 }
 
 // Small: the microkernel multiplies too, so no call leaves this library.
@@ -102,8 +101,8 @@ void fused_gemm_f32(FusedGemmArgs& args, const Operand& x, const Operand& weight
 // rows [begin, begin + count) of a 16-bit operand, in fp32.
 Tensor fp32_rows(const Operand& a, int64_t begin, int64_t count) {
   const Matrix& m = a.matrix;
-  const Tensor rows = view_2d(a.tensor, count, a.cols, m.row_stride, m.col_stride,
-                              a.tensor.storage_offset() + begin * m.row_stride);
+  const Tensor rows =
+      view_2d(a.tensor, count, a.cols, m.row_stride, m.col_stride, begin * m.row_stride);
   return torch::stable::to(rows, ScalarType::Float);
 }
 
@@ -141,7 +140,11 @@ Tensor fused_gemm(const Tensor& x_shape, const Operand& x, const Operand& weight
   check_size(h.rows, M, op, "h.size(0)");
   check_size(up.rows, N, op, "up.size(0)");
   check_size(up.cols, r, op, "up.size(1)");
-  STD_TORCH_CHECK(x.matrix.dtype == weight.matrix.dtype, op, ": x and weight must share a dtype");
+  const Dtype dtype = x.matrix.dtype;
+  STD_TORCH_CHECK(weight.matrix.dtype == dtype && h.matrix.dtype == dtype &&
+                      up.matrix.dtype == dtype &&
+                      (!bias.has_value() || dtype_of(*bias, op, "bias") == dtype),
+                  op, ": x, weight, h, up and bias must share a dtype");
   Matrix bias_row{nullptr, 0, 0, Dtype::f32};
   if (bias.has_value()) {
     STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == N, op, ": bias must be [", N, "]");
@@ -169,8 +172,7 @@ Tensor fused_gemm(const Tensor& x_shape, const Operand& x, const Operand& weight
                      dropout};
   if (2 * M * N * x.cols <= kSmallFlops)
     fused_gemm_small(args, x, weight);
-  else if (x.matrix.dtype == Dtype::f32 && h.matrix.dtype == Dtype::f32 &&
-           up.matrix.dtype == Dtype::f32)
+  else if (dtype == Dtype::f32)
     fused_gemm_f32(args, x, weight, h, up, bias, view_2d(y, M, N, N, 1));
   else
     fused_gemm_16bit(args, x, weight);
