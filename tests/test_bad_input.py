@@ -134,9 +134,8 @@ def test_09_bias_gradient_is_the_column_sum():
 
 @pytest.mark.parametrize("scaling", [float("nan"), float("inf"), -float("inf"), 1e300])
 def test_10_scaling_must_be_finite(scaling):
-    with pytest.raises(
-        ValueError, match=f"scaling must be finite.*, but got {re.escape(str(scaling))}"
-    ):
+    message = re.escape(f"but got {scaling}")
+    with pytest.raises(ValueError, match=f"scaling must be finite.*, {message}"):
         call(scaling=scaling)
 
 
