@@ -13,23 +13,22 @@ inline void mask_window(const Dropout& dropout, int64_t row, int64_t col, int64_
     for (int64_t block_col = col_begin & ~int64_t{63}; block_col < col_end; block_col += kWidth) {
       alignas(64) uint8_t block[16][kWidth];
       for (int g = 0; g < 8; ++g) {
-        alignas(64) uint32_t words[4][kGroups];
+        // pairs[v][lane]: word v of a group as two bytes, those of four lanes being 8 columns in a
+        // row
+        alignas(64) uint16_t pairs[4][kGroups];
         const uint32_t rows_of = row_group(block_row + g), cols_of = column_group(block_col);
         for (int lane = 0; lane < kGroups; ++lane) {
           PhiloxWords w = philox(cols_of + lane, rows_of, offset, seed);
           for (int v = 0; v < 4; ++v) {
             uint32_t low = (w.v[v] & kMaskBits) >= threshold;
             uint32_t high = (w.v[v] >> 16 & kMaskBits) >= threshold;
-            words[v][lane] = low | high << 8;
+            pairs[v][lane] = static_cast<uint16_t>(low | high << 8);
           }
         }
-        for (int lane = 0; lane < kGroups; ++lane) {
-          const int c = lane / 4 * 16 + lane % 4 * 2;
-          for (int v = 0; v < 4; ++v) {
-            const uint16_t pair = static_cast<uint16_t>(words[v][lane]);
-            std::memcpy(&block[g + v % 2 * 8][c + v / 2 * 8], &pair, sizeof(pair));
-          }
-        }
+        for (int v = 0; v < 4; ++v)
+          for (int fragment = 0; fragment < kWidth / 16; ++fragment)
+            std::memcpy(&block[g + v % 2 * 8][fragment * 16 + v / 2 * 8], &pairs[v][fragment * 4],
+                        8);
       }
       const int64_t first_row = max(block_row, row_begin);
       const int64_t last_row = min(block_row + 16, row_end);

@@ -1,0 +1,160 @@
+"""`python -m bench.bench_kernels`: each kernel against the same arithmetic in PyTorch's own ops.
+
+The kernels are what torch.ops.lora_kernels.{dropout_mask,down_proj,fused_gemm,weight_grad} runs
+on this device. `composed` is lora_kernels.composed: the vendor's GEMMs, the mask by our kernel if
+there is one; for dropout_mask itself, plain PyTorch. GB/s counts each operand once. A kernel that
+this device lacks is left out: the op is `composed` there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from lora_kernels import composed, dropout, schemas
+
+from . import contenders, report, shapes, timing
+
+OPS = torch.ops.lora_kernels
+KERNELS = ("dropout_mask", "down_proj", "fused_gemm", "weight_grad")
+COLUMNS = {
+    "median_ms": ("time ms", report.digits),
+    "iqr_ms": ("IQR ms", report.digits),
+    "speedup_over_composed": ("vs composed", report.times),
+    "tflops": ("FLOP/s", report.flop_rate),
+    "gb_per_s": ("GB/s", report.digits),
+    "samples": ("n", str),
+}
+
+
+class Job(NamedTuple):
+    """One call of a kernel, and what computes the same."""
+
+    kernel: str
+    what: str  # it computes
+    calls: dict[str, Callable[[], object]]
+    flops: int
+    bytes: int  # of every operand, once
+
+
+def jobs(case: shapes.Case, problem: contenders.Problem, p: float) -> Iterator[Job]:
+    """The calls that one layer's forward and backward pass make."""
+    (_, m, n, k), r = case.shape, case.rank
+    x, weight, a, b, dy = (t.detach() for t in problem)
+    threshold = dropout.drop_threshold(p)
+    seed = dropout.draw_seed(x.device) if threshold > 0 else None
+    drop = (seed, threshold)
+    h, dh = (torch.randn(m, r, dtype=x.dtype, device=x.device) for _ in range(2))
+
+    def job(kernel: str, what: str, tensors: tuple[Tensor, ...], *args, size: int, flops: int):
+        calls = {
+            "kernel": lambda: getattr(OPS, kernel)(*tensors, *args),
+            "composed": lambda: getattr(composed, kernel)(*tensors, *args),
+        }
+        moved = size + sum(t.numel() for t in tensors if t is not None)
+        return Job(kernel, what, calls, flops, moved * x.element_size())
+
+    if seed is not None:
+        calls = {
+            "kernel": lambda: OPS.dropout_mask(seed, m, k, threshold),
+            "composed": lambda: dropout.reference_mask(seed, m, k, threshold),
+            "bernoulli_": lambda: x.new_empty(m, k, dtype=torch.bool).bernoulli_(1 - p),
+        }
+        yield Job("dropout_mask", "mask", calls, 0, m * k)
+    rank_k, rank_n, frozen = 2 * m * k * r, 2 * m * n * r, 2 * m * n * k
+    yield job("down_proj", "h", (x, a), *drop, 2.0, size=m * r, flops=rank_k)
+    yield job(
+        "fused_gemm", "dx", (dy, weight.t(), dh, a.t(), None), *drop, 1.0,
+        size=m * k, flops=frozen + rank_k,
+    )  # fmt: skip
+    yield job("weight_grad", "dA", (dh, x), *drop, 1.0, False, False, size=r * k, flops=rank_k)
+    if seed is None:  # these never see the mask
+        yield job("down_proj", "dh", (dy, b.t()), *drop, 2.0, size=m * r, flops=rank_n)
+        yield job(
+            "fused_gemm", "y", (x, weight, h, b, None), *drop, 1.0,
+            size=m * n, flops=frozen + rank_n,
+        )  # fmt: skip
+        yield job(
+            "weight_grad", "dB", (h, dy), *drop, 1.0, False, True,
+            size=n * r, flops=rank_n,
+        )  # fmt: skip
+
+
+def measure(job: Job, args: argparse.Namespace, timer) -> list[dict]:
+    for call in job.calls.values():
+        for _ in range(timing.WARM_UP_CALLS[args.device]):
+            call()
+    measured = timing.interleave(job.calls, timer, args.rounds, args.seconds)
+    rows = []
+    for name, summary in measured.items():
+        ms = summary.median_ms
+        rows.append({
+            "name": name, **dataclasses.asdict(summary),
+            "speedup_over_composed": measured["composed"].median_ms / ms,
+            "tflops": job.flops / ms * 1e-9 if job.flops else None,
+            "gb_per_s": job.bytes / ms * 1e-6,
+        })  # fmt: skip
+    return rows
+
+
+def named(job: Job, rows: list[dict]) -> list[dict]:
+    """The rows of a table of several kernels: ours under the kernel's name, the rest indented."""
+    ours = f"{job.kernel} -> {job.what}"
+    return [row | {"name": ours if row["name"] == "kernel" else f"  {row['name']}"} for row in rows]
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.bench_kernels",
+        description=__doc__.partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--kernel", type=shapes.listed(shapes.one_of("kernel", KERNELS)), default=list(KERNELS),
+        metavar="NAME[,NAME]", help=f"of {', '.join(KERNELS)}; default: all",
+    )  # fmt: skip
+    parser.add_argument("--json", type=report.output_path, default=report.OUT / "kernels.json")
+    return shapes.parse(parser, {"cpu": 0.3, "cuda": 0.3})
+
+
+@torch.no_grad()
+def main() -> int:
+    args, console = parse(), Console()
+    machine = report.environment(args.device)
+    kernels = [name for name in args.kernel if schemas.has_kernel(name, args.device.upper())]
+    for name in sorted(set(args.kernel) - set(kernels)):
+        console.print(f"{name}: no kernel for {args.device} here, the op is composed; left out")
+    timer, groups = timing.make_timer(args.device), []
+    cases = shapes.cases(args)
+    with report.progress(console) as bar:
+        task = bar.add_task("", total=len(cases))
+        for case in cases:
+            bar.update(task, description=str(case))
+            problem = contenders.make_problem(case, args.device)
+            for p in args.dropout:
+                lines = []
+                for job in jobs(case, problem, p):
+                    if job.kernel not in kernels:
+                        continue
+                    rows = measure(job, args, timer)
+                    lines += named(job, rows)
+                    groups.append({
+                        "kernel": job.kernel, "what": job.what, **case.shape._asdict(),
+                        "rank": case.rank, "dtype": case.dtype, "dropout": p, "rows": rows,
+                    })  # fmt: skip
+                console.print(report.table(f"{case}  dropout {p:g}", lines, COLUMNS))
+            bar.advance(task)
+    settings = {"rounds": args.rounds, "seconds_per_table": args.seconds}
+    report.finish(console, args.json, "kernels", machine, settings, {"groups": groups})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""`python -m bench.bench_overhead`: host time of a call, on a layer too small for anything else.
+
+One 8x8 linear with bias at r = 8 and 8 rows, fp32 on the CPU, one thread, the garbage collector
+off. Contenders run in turns, `--calls` calls a sample. Times are microseconds per call: median,
+minimum, and the ratio of medians to PEFT's own peft.tuners.lora.Linear. In `forward` a graph is
+recorded; `fwd+bwd` ends in y.backward(dy), which accumulates into .grad.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+import lora_kernels as lk
+from lora_kernels import dropout
+
+from . import report, shapes, timing
+
+SIZE = 8  # rows, in_features, out_features and rank
+MODES = ("forward", "no_grad", "fwd+bwd")
+
+
+def peft_linear(linear: nn.Linear, p: float) -> nn.Module | None:
+    """PEFT's layer around `linear`; None if peft is not installed."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        return None
+    config = LoraConfig(r=SIZE, lora_alpha=SIZE, lora_dropout=p, target_modules=["0"])
+    return inject_adapter_in_model(config, nn.Sequential(linear))[0]
+
+
+def layers(p: float) -> dict[str, Callable[[Tensor], Tensor]]:
+    """What is called with x, by name, all in training mode."""
+    frozen = nn.Linear(SIZE, SIZE).requires_grad_(False)
+    module = lk.LoRALinear.from_linear(frozen, SIZE, lora_dropout=p)
+    operands = module.weight, module.lora_a, module.lora_b, module.bias
+
+    def function(backend: str | None) -> Callable[[Tensor], Tensor]:
+        return lambda x: lk.fused_lora_linear(
+            x, *operands, scaling=1.0, dropout_p=p, backend=backend
+        )
+
+    found = {
+        "peft Linear": peft_linear(nn.Linear(SIZE, SIZE), p),
+        "nn.Linear, frozen": frozen,
+        "LoRALinear": module,
+        "fused_lora_linear": function(None),
+        "backend composed": function("composed"),
+    }
+    return {name: layer for name, layer in found.items() if layer is not None}
+
+
+def calls(mode: str, p: float, x: Tensor, dy: Tensor) -> dict[str, Callable[[], object]]:
+    """The timed callables. A frozen linear whose x needs no gradient has no backward pass."""
+
+    def bind(layer: Callable[[Tensor], Tensor]) -> Callable[[], object]:
+        if mode == "fwd+bwd":
+            return lambda: layer(x).backward(dy)
+        if mode == "forward":
+            return lambda: layer(x)
+
+        def without_grad():
+            with torch.no_grad():
+                layer(x)
+
+        return without_grad
+
+    found = {name: bind(layer) for name, layer in layers(p).items()}
+    if mode == "fwd+bwd" and not x.requires_grad:
+        del found["nn.Linear, frozen"]
+    return found
+
+
+def measure(found: dict[str, Callable[[], object]], args: argparse.Namespace) -> list[dict]:
+    """Rows in microseconds, with the ratio to PEFT's median if PEFT is there."""
+    for call in found.values():
+        for _ in range(args.calls):
+            call()
+    timed = timing.interleave(found, timing.HostTimer(args.calls), args.rounds)
+    peft = timed["peft Linear"].median_ms if "peft Linear" in timed else None
+    return [
+        {
+            "name": name,
+            "median_us": 1e3 * summary.median_ms,
+            "min_us": 1e3 * summary.min_ms,
+            "iqr_us": 1e3 * summary.iqr_ms,
+            "ratio_to_peft": summary.median_ms / peft if peft else None,
+        }
+        for name, summary in timed.items()
+    ]
+
+
+def cell(row: dict) -> str:
+    ratio = row["ratio_to_peft"]
+    text = f"{row['median_us']:.3g} ({row['min_us']:.3g})"
+    return text if ratio is None else f"{text} {report.times(ratio)}"
+
+
+def joined(groups: list[dict]) -> list[dict]:
+    """One table row per contender, out of one group per mode."""
+    rows: dict[str, dict] = {}
+    for group in groups:
+        for row in group["rows"]:
+            rows.setdefault(row["name"], {"name": row["name"]})[group["mode"]] = row
+    return list(rows.values())
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.bench_overhead",
+        description=__doc__.partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--rounds", type=shapes.positive_int, default=40, help="samples (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--calls", type=shapes.positive_int, default=60, help="a sample's (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dropout", type=shapes.listed(shapes.probability), metavar="P[,P]", default="0,0.1",
+        help="default: %(default)s",
+    )  # fmt: skip
+    parser.add_argument("--json", type=report.output_path, default=report.OUT / "overhead.json")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args, console = parse(), Console()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    machine = report.environment("cpu")
+    if machine["peft"] is None:
+        console.print("peft is not installed (pip install peft): no PEFT row, no ratio to it")
+    groups, dy = [], torch.randn(SIZE, SIZE)
+    with report.progress(console) as bar:
+        task = bar.add_task("host time", total=2 * len(MODES) * len(args.dropout))
+        for p in args.dropout:
+            for x_grad in (True, False):
+                x = torch.randn(SIZE, SIZE, requires_grad=x_grad)
+                table = []
+                for mode in MODES:
+                    rows = measure(calls(mode, p, x, dy), args)
+                    table.append(dict(mode=mode, dropout=p, x_requires_grad=x_grad, rows=rows))
+                    bar.advance(task)
+                needs = "x requires grad" if x_grad else "x without grad"
+                title = f"us per call, median (min) and x peft: dropout {p:g}, {needs}"
+                console.print(
+                    report.table(title, joined(table), {mode: (mode, cell) for mode in MODES}), ""
+                )
+                groups += table
+
+    device = torch.device("cpu")
+    seed = measure({"draw_seed": lambda: dropout.draw_seed(device)}, args)[0]
+    console.print(
+        f"the seed draw, part of every call with dropout: {seed['median_us']:.1f} us "
+        f"(min {seed['min_us']:.1f})"
+    )
+    settings = {"rounds": args.rounds, "calls_per_sample": args.calls, "size": SIZE}
+    content = {"groups": groups, "draw_seed": seed}
+    report.finish(console, args.json, "overhead", machine, settings, content)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
