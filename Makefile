@@ -39,13 +39,15 @@ test: build lint
 test-all: build lint
 	$(PY) -m pytest -n 2
 
+# Formatters are pinned in .venv; those of another interpreter may disagree with them.
 lint: $(ENV)
-	@if $(PY) -m ruff --version >/dev/null 2>&1; then \
-	  $(PY) -m ruff check . && $(PY) -m ruff format --check .; \
-	else echo "lint: ruff is not installed, skipped"; fi
-	@if [ -x $(dir $(PY))clang-format ]; then \
-	  $(dir $(PY))clang-format --dry-run -Werror $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh'); \
-	else echo "lint: clang-format is not installed, skipped"; fi
+ifeq ($(PYTHON),)
+	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(shell find csrc tests -name '*.h' -o -name '*.cpp' \
+	  -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+else
+	@echo "lint: skipped, its tools are pinned in $(VENV)"
+endif
 
 bench: build
 	$(PY) -m bench $(ARGS)
