@@ -205,6 +205,18 @@ def output_path(text: str) -> Path:
     return path
 
 
+def _dump(record: dict) -> str:
+    """JSON with a line for each row of a table: short enough to read and to review."""
+    lines = []
+    for key, value in record.items():
+        if isinstance(value, list) and value:
+            parts = ",\n  ".join(json.dumps(part) for part in value)
+            lines.append(f'"{key}": [\n  {parts}\n ]')
+        else:
+            lines.append(f'"{key}": {json.dumps(value)}')
+    return "{\n " + ",\n ".join(lines) + "\n}"
+
+
 def finish(
     console: Console, path: Path, benchmark: str, machine: dict, settings: dict, content: dict
 ) -> None:
@@ -221,7 +233,7 @@ def finish(
         machine = machine | {"gpu_afterwards": gpu_state()}
     head = {"schema": SCHEMA, "benchmark": benchmark, "environment": machine, "settings": settings}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(head | content, indent=1) + "\n")
+    path.write_text(_dump(head | content) + "\n")
     console.print(f"wrote {path}")
 
 
