@@ -45,11 +45,12 @@ inline void mm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
 }
 
-// out = c + alpha * a * b, where c may be out itself or a row to broadcast.
+// out = beta * c + alpha * a * b, where c may be out itself or a row to broadcast; beta = 0 ignores
+// c.
 inline void addmm_out(const Tensor& out, const Tensor& c, const Tensor& a, const Tensor& b,
-                      double alpha) {
+                      double beta, double alpha) {
   TORCH_ERROR_CODE_CHECK(
-      aoti_torch_cpu_addmm_out(out.get(), c.get(), a.get(), b.get(), 1.0, alpha));
+      aoti_torch_cpu_addmm_out(out.get(), c.get(), a.get(), b.get(), beta, alpha));
 }
 
 // Ops below autograd record nothing, whatever mode their caller is in.

@@ -32,8 +32,17 @@ void parallel(int64_t extent, int64_t unit, int64_t flops_per_unit, const F& f) 
   });
 }
 
-// ---- down_proj
-// -----------------------------------------------------------------------------------
+// ---- down_proj -----------------------------------------------------------------------------------
+
+Tensor as_tensor(const Operand& a) {
+  return view_2d(a.tensor, a.rows, a.cols, a.matrix.row_stride, a.matrix.col_stride);
+}
+
+// A few rows of undropped fp32: our panels are packed for dozens of rows, the vendor's GEMM is not.
+bool few_rows(const Operand& x, int64_t r, const Dropout& dropout) {
+  return x.matrix.dtype == Dtype::f32 && dropout.seed == nullptr && x.rows < kRowUnit &&
+         2 * x.rows * x.cols * r >= kTaskFlops;
+}
 
 void run_down_proj(const DownProjArgs& args) {
   parallel(args.M, kRowUnit, 2 * kRowUnit * args.K * std::max<int64_t>(args.r, 4),
@@ -43,13 +52,16 @@ void run_down_proj(const DownProjArgs& args) {
 Operand down_proj(const Operand& x, const Operand& down, const Dropout& dropout, double scale) {
   check_size(down.cols, x.cols, "down_proj", "down.size(1)");
   Operand h = operand(empty_cpu({x.rows, down.rows}, x.tensor.scalar_type()), "down_proj", "h");
+  if (few_rows(x, down.rows, dropout) && down.matrix.dtype == Dtype::f32) {
+    addmm_out(h.tensor, h.tensor, as_tensor(x), as_tensor(transposed(down)), 0.0, scale);
+    return h;
+  }
   run_down_proj({x.matrix, down.matrix, h.matrix, x.rows, x.cols, down.rows,
                  static_cast<float>(scale * inverse_keep(dropout)), dropout});
   return h;
 }
 
-// ---- fused_gemm
-// ----------------------------------------------------------------------------------
+// ---- fused_gemm ----------------------------------------------------------------------------------
 
 // Adds the rank-r term and bias to a part of the frozen product, and rounds it into y.
 void epilogue(const FusedGemmArgs& args, int64_t row, int64_t rows, int64_t col, int64_t cols) {
@@ -63,10 +75,6 @@ void epilogue(const FusedGemmArgs& args, int64_t row, int64_t rows, int64_t col,
       kernels().fused_gemm(args, row + begin, row + end, col, col + cols);
     });
   }
-}
-
-Tensor as_tensor(const Operand& a) {
-  return view_2d(a.tensor, a.rows, a.cols, a.matrix.row_stride, a.matrix.col_stride);
 }
 
 // Small: the microkernel multiplies too, so no call leaves this library.
@@ -92,10 +100,10 @@ void fused_gemm_f32(FusedGemmArgs& args, const Operand& x, const Operand& weight
     return epilogue(args, 0, args.M, 0, args.N);
   }
   if (bias.has_value())
-    addmm_out(y, *bias, x_t, weight_t, 1.0);
+    addmm_out(y, *bias, x_t, weight_t, 1.0, 1.0);
   else
     mm_out(y, x_t, weight_t);
-  if (args.r > 0) addmm_out(y, y, as_tensor(h), as_tensor(transposed(up)), args.scale);
+  if (args.r > 0) addmm_out(y, y, as_tensor(h), as_tensor(transposed(up)), 1.0, args.scale);
 }
 
 // rows [begin, begin + count) of a 16-bit operand, in fp32.
@@ -179,8 +187,7 @@ Tensor fused_gemm(const Tensor& x_shape, const Operand& x, const Operand& weight
   return y;
 }
 
-// ---- weight_grad
-// ---------------------------------------------------------------------------------
+// ---- weight_grad ---------------------------------------------------------------------------------
 
 void run_weight_grad(const WeightGradArgs& args) {
   parallel(args.K, kColUnit, 2 * kColUnit * args.M * std::max<int64_t>(args.r, 4),
@@ -194,6 +201,11 @@ Tensor weight_grad(const Operand& h, const Operand& x, const Dropout& dropout, d
   const ScalarType dtype = wide ? ScalarType::Float : x.tensor.scalar_type();
   Operand grad = operand(transpose ? empty_cpu({K, r}, dtype) : empty_cpu({r, K}, dtype),
                          "weight_grad", "grad");
+  if (few_rows(x, r, dropout) && h.matrix.dtype == Dtype::f32) {
+    const Operand &left = transpose ? x : h, &right = transpose ? h : x;
+    addmm_out(grad.tensor, grad.tensor, as_tensor(transposed(left)), as_tensor(right), 0.0, scale);
+    return grad.tensor;
+  }
   run_weight_grad({h.matrix, x.matrix, transpose ? transposed(grad).matrix : grad.matrix, x.rows, K,
                    r, static_cast<float>(scale * inverse_keep(dropout)), dropout});
   return grad.tensor;
@@ -208,8 +220,7 @@ Tensor column_sums(const Operand& dy) {
   return sums;
 }
 
-// ---- the operators
-// -------------------------------------------------------------------------------
+// ---- the operators -------------------------------------------------------------------------------
 
 Tensor dropout_mask_op(const Tensor& seed, int64_t rows, int64_t cols, int64_t threshold) {
   STD_TORCH_CHECK(rows >= 0 && cols >= 0, "dropout_mask: rows and cols must not be negative");
