@@ -301,7 +301,7 @@ def run(args: argparse.Namespace, progress: Progress) -> tuple[list[tuple[str, s
         ("snippets", f"{len(train.labels):,} train, {len(test.labels):,} test"),
         ("accuracy before", f"{accuracy(before, test):.1%}, head on frozen features"),
         ("accuracy after", f"{accuracy(after, test):.1%}, {trained}"),
-        ("loss on train, before -> after", f"{loss_before:.4f} -> {loss_after:.4f}"),
+        ("loss on train, before -> after", f"{loss_before:.4f} -> {loss_after:.4f}, 100 snippets"),
         ("trainable", f"{trainable:,} of {total:,} parameters, {trainable / total:.2%}"),
         ("LoRA layers", served),
         ("saved and reloaded", f"{size / 1e6:.2f} MB, {accuracy(again, test):.1%}"),
