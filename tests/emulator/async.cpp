@@ -1,0 +1,385 @@
+#include "async.h"
+
+#include <algorithm>
+
+#include "descriptor.h"
+
+namespace emu {
+
+using lora_kernels::swizzled;
+
+// ---- named and cluster barriers ------------------------------------------------------------------
+
+void sync_named(int id, unsigned threads, bool waits, Place at) {
+  if (id < 0 || id > 15 || threads % 32 || threads == 0)
+    machine->fail("barrier misuse: bar " + std::to_string(id) + " of " + std::to_string(threads) +
+                      " threads",
+                  at);
+  NamedBarrier& b = block().named[id];
+  uint64_t generation = 0;
+  // Warps arrive as a whole: bar.sync is a warp's instruction.
+  machine->collective("bar.sync", at, &generation, [&](auto& generations) {
+    if (b.arrived > 0 && b.expected != threads)
+      machine->fail("barrier misuse: bar " + std::to_string(id) + " of " + std::to_string(threads) +
+                        " threads, but others gather there for " + std::to_string(b.expected),
+                    at);
+    b.expected = threads;
+    b.arrived += 32;
+    if (b.arrived > threads)
+      machine->fail("barrier misuse: more threads at bar " + std::to_string(id) + " than its " +
+                        std::to_string(threads),
+                    at);
+    release(warp(), b.gathering);
+    for (uint64_t* of_lane : generations) *of_lane = b.generation;
+    if (b.arrived == threads) {
+      b.released = b.gathering;
+      b.gathering = {};
+      b.arrived = 0;
+      ++b.generation;
+    }
+  });
+  if (!waits) return;
+  machine->wait_until("a named barrier", at, [&] { return b.generation != generation; });
+  acquire(warp(), b.released);
+}
+
+void arrive_cluster(Place at) {
+  ClusterState& c = *block().cluster;
+  struct {
+  } none;
+  machine->collective("barrier.cluster.arrive", at, &none, [&](auto&) {
+    if (warp().in_cluster_arrival)
+      machine->fail("barrier misuse: barrier.cluster.arrive twice without a wait", at);
+    warp().in_cluster_arrival = true;
+    release(warp(), c.gathering);
+    if (++c.arrived == c.expected) {
+      c.arrived = 0;
+      c.released = c.gathering;
+      c.gathering = {};
+      ++c.generation;
+    }
+    warp().cluster_generation = c.generation + (c.arrived == 0 ? 0 : 1);
+  });
+}
+
+void wait_cluster(Place at) {
+  ClusterState& c = *block().cluster;
+  if (!warp().in_cluster_arrival)
+    machine->fail("barrier misuse: barrier.cluster.wait without an arrive", at);
+  const uint64_t target = warp().cluster_generation;
+  machine->wait_until("the cluster barrier", at, [&] { return c.generation >= target; });
+  struct {
+  } none;
+  machine->collective("barrier.cluster.wait", at, &none, [&](auto&) {
+    warp().in_cluster_arrival = false;
+    acquire(warp(), c.released);
+  });
+}
+
+// ---- mbarriers -----------------------------------------------------------------------------------
+
+namespace {
+
+void complete_if_due(Mbarrier& b, Place at) {
+  if (b.bytes < -(1 << 20) || b.bytes > (1 << 20))
+    machine->fail("barrier misuse: the byte count of an mbarrier left its range", at);
+  if (b.pending > 0 || b.bytes != 0) return;
+  b.completed = b.gathering;
+  ++b.phase;
+  b.completed.generic.advance(b.agent, b.phase);
+  b.pending = b.expected;
+}
+
+void count_arrival(Mbarrier& b, int64_t bytes, Place at) {
+  if (!warp().known.generic.covers(b.init))
+    machine->fail("race: an mbarrier is used before its init is ordered", at);
+  if (b.pending == 0)
+    machine->fail("barrier misuse: more arrivals than the " + std::to_string(b.expected) +
+                      " of the mbarrier's phase",
+                  at);
+  --b.pending;
+  b.bytes += bytes;
+  release(warp(), b.gathering);
+  complete_if_due(b, at);
+}
+
+Block& peer(unsigned rank, const char* instruction, Place at) {
+  ClusterState& c = *block().cluster;
+  if (rank >= c.blocks.size() || c.blocks[rank]->rank != rank)
+    machine->fail(std::string(instruction) + ": there is no block " + std::to_string(rank) +
+                      " in the cluster",
+                  at);
+  Block& b = *c.blocks[rank];
+  if (b.warps_done == static_cast<int>(b.warps.size()))
+    machine->fail(std::string(instruction) + " into block " + std::to_string(rank) +
+                      " of the cluster, which has exited",
+                  at);
+  return b;
+}
+
+}  // namespace
+
+void init_barrier(uint32_t address, uint32_t arrivals, Place at) {
+  SharedMemory& s = *block().shared;
+  uint64_t value = arrivals;
+  if (address % 8) machine->fail("misaligned: an mbarrier", at);
+  if (s.barriers.count(address)) machine->fail("barrier misuse: mbarrier initialised twice", at);
+  s.write(address, &value, 8, generic_access("mbarrier.init", at));
+  Mbarrier& b = s.barriers[address];
+  b.agent = machine->new_agent();
+  b.expected = b.pending = arrivals;
+  b.init = warp().stamp();
+}
+
+void fence_barrier_init(Place) {
+  for (auto& [address, b] : block().shared->barriers)
+    if (b.init.agent == warp().agent) b.fenced = true;
+}
+
+void arrive_barrier(uint32_t address, unsigned rank, Place at) {
+  const bool remote = rank != block().rank;
+  Mbarrier& b = peer(rank, "mbarrier.arrive", at).shared->barrier(address, "mbarrier.arrive", at);
+  if (remote && !b.fenced)
+    machine->fail("missing fence: an mbarrier of another block without fence.mbarrier_init", at);
+  count_arrival(b, 0, at);
+}
+
+void arrive_expect(uint32_t address, uint32_t bytes, Place at) {
+  count_arrival(block().shared->barrier(address, "mbarrier.arrive.expect_tx", at), bytes, at);
+}
+
+void wait_barrier(uint32_t address, uint32_t parity, Place at) {
+  if (parity > 1) machine->fail("barrier misuse: a parity of " + std::to_string(parity), at);
+  Mbarrier& b = block().shared->barrier(address, "mbarrier.try_wait", at);
+  if (!warp().known.generic.covers(b.init))
+    machine->fail("race: an mbarrier is waited for before its init is ordered", at);
+  machine->wait_until("an mbarrier", at, [&] { return (b.phase & 1) != parity; });
+  acquire(warp(), b.completed);
+}
+
+// ---- cp.async ------------------------------------------------------------------------------------
+
+void copy_async(uint32_t to, const void* from, uint32_t bytes, Place at) {
+  if (bytes > 16) machine->fail("cp.async of " + std::to_string(bytes) + " bytes", at);
+  if (to % 16) machine->fail("misaligned: cp.async into shared memory", at);
+  if (bytes > 0 && reinterpret_cast<uintptr_t>(from) % 16)
+    machine->fail("misaligned: cp.async of global memory", at);
+  Thread& t = self();
+  Warp& w = warp();
+  auto known = std::make_shared<Knowledge>(w.known);
+  const Stamp stamp{w.agent + kCopy, t.copies_committed + 1};
+  const Access read{w.stamp(), &w.known, Proxy::generic, "cp.async", at};
+  uint8_t data[16] = {};
+  // Inputs cannot change: reading them now or later is the same.
+  for (uint32_t i = 0; i < bytes; i += 2)
+    global.read(static_cast<const uint8_t*>(from) + i, data + i, std::min(2u, bytes - i), read);
+  std::array<uint8_t, 16> chunk;
+  std::copy(data, data + 16, chunk.begin());
+  SharedMemory* shared = block().shared.get();
+  machine->statistics.bytes_loaded += bytes;
+  t.open_copies.copies.push_back([=] {
+    shared->write(to, chunk.data(), 16, {stamp, known.get(), Proxy::generic, "cp.async", at});
+  });
+}
+
+void commit_copies() {
+  Thread& t = self();
+  t.copy_groups.push_back(std::move(t.open_copies));
+  t.open_copies = {};
+  ++t.copies_committed;
+  const uint32_t number = t.copies_committed;
+  if (machine->options().timing == Timing::late) return;  // waits run them
+  Thread* owner = &t;
+  machine->post([owner, number] {
+    const uint32_t first = owner->copies_committed - static_cast<uint32_t>(owner->copy_groups.size()) + 1;
+    if (number < first) return;
+    for (auto& copy : owner->copy_groups[number - first].copies) copy();
+    owner->copy_groups[number - first].copies.clear();
+  });
+}
+
+void wait_copies(uint32_t pending, Place) {
+  Thread& t = self();
+  while (t.copy_groups.size() > pending) {
+    for (auto& copy : t.copy_groups.front().copies) copy();
+    t.copy_groups.pop_front();
+  }
+  if (t.copies_committed > pending)
+    warp().known.generic.advance(warp().agent + kCopy, t.copies_committed - pending);
+}
+
+// ---- TMA -----------------------------------------------------------------------------------------
+
+namespace {
+
+void check_map(const TensorMap& m, const char* instruction, Place at) {
+  const bool valid = reinterpret_cast<uintptr_t>(m.base) % 16 == 0 && m.row_stride % 8 == 0 &&
+                     m.columns > 0 && m.rows > 0 && m.box_columns > 0 && m.box_columns <= 64 &&
+                     m.box_rows > 0 && m.box_rows <= 256 &&
+                     (m.rows == 1 || m.row_stride >= m.columns);
+  if (!valid) machine->fail(std::string(instruction) + ": the driver would refuse this tensor map", at);
+}
+
+// Calls f(address in the box, global address or null) for each element pair's 2 bytes.
+template <class F>
+void for_box(const TensorMap& m, uint32_t address, int column, int row, F f) {
+  for (int r = 0; r < m.box_rows; ++r)
+    for (int c = 0; c < m.box_columns; c += 8) {
+      const uint32_t offset = static_cast<uint32_t>(r * m.box_columns + c) * 2;
+      const int64_t y = int64_t{row} + r, x = int64_t{column} + c;
+      const int64_t left = y >= 0 && y < m.rows && x >= 0 ? m.columns - x : 0;
+      auto* element = static_cast<const uint16_t*>(m.base) + y * m.row_stride + x;
+      // The swizzle is a function of the address, as in hardware.
+      f(swizzled(address + offset), element, static_cast<int>(std::clamp<int64_t>(left, 0, 8)));
+    }
+}
+
+}  // namespace
+
+void load_tensor(uint32_t to, const TensorMap& map, uint32_t barrier, int column, int row,
+                 uint16_t blocks, Place at) {
+  check_map(map, "TMA load", at);
+  if (to % 128) machine->fail("misaligned: TMA load into shared memory", at);
+  auto known = std::make_shared<Knowledge>(warp().known);
+  const TensorMap m = map;  // the kernel's copy lives no longer than its thread
+  for (unsigned rank = 0; rank < 16; ++rank) {
+    if ((blocks >> rank & 1) == 0) continue;
+    SharedMemory* shared = peer(rank, "TMA load", at).shared.get();
+    Mbarrier* b = &shared->barrier(barrier, "TMA load", at);
+    if (!b->fenced) machine->fail("missing fence: TMA on an mbarrier without fence.mbarrier_init", at);
+    machine->post([=] {
+      const Access a{{b->agent, b->phase + 1}, known.get(), Proxy::async, "TMA load", at};
+      for_box(m, to, column, row, [&](uint32_t address, const uint16_t* from, int elements) {
+        uint16_t chunk[8] = {};
+        for (int i = 0; i < elements; ++i) global.read(from + i, chunk + i, 2, a);
+        shared->write(address, chunk, 16, a);
+        machine->statistics.bytes_loaded += 2 * static_cast<unsigned>(elements);
+      });
+      b->bytes -= m.box_rows * m.box_columns * 2;
+      complete_if_due(*b, at);
+    });
+  }
+}
+
+void store_tensor(const TensorMap& map, uint32_t from, int column, int row, Place at) {
+  check_map(map, "TMA store", at);
+  if (from % 128) machine->fail("misaligned: TMA store from shared memory", at);
+  Warp& w = warp();
+  auto known = std::make_shared<Knowledge>(w.known);
+  const uint32_t number = w.stores_committed + 1;
+  const Stamp reads{w.agent + kStoreRead, number}, writes{w.agent + kStoreWrite, number};
+  SharedMemory* shared = block().shared.get();
+  const TensorMap m = map;
+  w.open_stores.stores.push_back([=] {
+    const Access read{reads, known.get(), Proxy::async, "TMA store", at};
+    const Access write{writes, known.get(), Proxy::async, "TMA store", at};
+    for_box(m, from, column, row, [&](uint32_t address, const uint16_t* to, int elements) {
+      uint16_t chunk[8];
+      shared->read(address, chunk, 16, read);
+      for (int i = 0; i < elements; ++i)
+        global.write(const_cast<uint16_t*>(to + i), chunk + i, 2, write);
+    });
+  });
+}
+
+void commit_stores() {
+  Warp& w = warp();
+  w.open_stores.number = ++w.stores_committed;
+  w.store_groups.push_back(std::move(w.open_stores));
+  w.open_stores = {};
+  if (machine->options().timing == Timing::late) return;  // waits run them
+  Warp* owner = &w;
+  const uint32_t number = w.stores_committed;
+  machine->post([owner, number] {
+    for (StoreGroup& g : owner->store_groups)
+      if (g.number == number) {
+        for (auto& store : g.stores) store();
+        g.stores.clear();
+      }
+  });
+}
+
+void wait_stores(uint32_t pending, bool only_read, Place) {
+  Warp& w = warp();
+  while (w.store_groups.size() > pending) {
+    for (auto& store : w.store_groups.front().stores) store();
+    w.store_groups.pop_front();
+  }
+  if (w.stores_committed <= pending) return;
+  w.known.generic.advance(w.agent + kStoreRead, w.stores_committed - pending);
+  if (!only_read) w.known.generic.advance(w.agent + kStoreWrite, w.stores_committed - pending);
+}
+
+// ---- fences and flags ----------------------------------------------------------------------------
+
+// Only writes of the fencing warp itself: every writer has to fence, before it tells anybody. (The
+// memory model would also accept a fence further along the chain.)
+void fence_proxy() {
+  Warp& w = warp();
+  w.known.async.advance(w.agent, w.known.generic[w.agent]);
+  w.known.generic.advance(w.agent, w.known.generic[w.agent] + 1);
+}
+
+uint32_t acquire_flag(const uint32_t* flag, Place at) {
+  Knowledge& knowledge = global.flag(flag, "ld.acquire", at);
+  Thread& t = self();
+  if (t.polled == flag)
+    machine->wait_until("a flag", at, [&] { return *flag != t.polled_value; });
+  t.polled = flag;
+  t.polled_value = *flag;
+  acquire(warp(), knowledge);
+  return *flag;
+}
+
+void release_flag(uint32_t* flag, uint32_t value, Place at) {
+  Knowledge& knowledge = global.flag(flag, "st.release", at);
+  knowledge = {};
+  release(warp(), knowledge);
+  *flag = value;
+}
+
+uint32_t add_to(uint32_t* counter, uint32_t value, Place at) {
+  global.flag(counter, "atom.add", at);
+  const uint32_t before = *counter;
+  *counter = before + value;
+  return before;
+}
+
+// ---- registers and dependent launches -------------------------------------------------------------
+
+void change_registers(int registers, bool increase, Place at) {
+  if (registers < 24 || registers > 256 || registers % 8)
+    machine->fail("setmaxnreg " + std::to_string(registers), at);
+  Block& b = block();
+  Warp& w = warp();
+  const int threads = static_cast<int>(b.grid->launch->threads);
+  if (w.registers == 0) w.registers = std::min(255, 65536 / threads / 8 * 8);
+  struct {
+  } none;
+  const int wanted = 32 * (registers - w.registers);
+  if (increase) machine->wait_until("free registers", at, [&] { return b.free_registers >= wanted; });
+  machine->collective("setmaxnreg", at, &none, [&](auto&) {
+    if ((wanted > 0) != increase)
+      machine->fail("setmaxnreg." + std::string(increase ? "inc" : "dec") + " from " +
+                        std::to_string(w.registers) + " to " + std::to_string(registers),
+                    at);
+    b.free_registers -= wanted;
+    w.registers = registers;
+  });
+}
+
+void launch_dependents() {
+  Block& b = block();
+  if (!b.launched_dependents) ++b.grid->blocks_released;
+  b.launched_dependents = true;
+}
+
+void wait_dependency(Place at) {
+  const int after = block().grid->launch->after;
+  if (after < 0) return;
+  Grid& before = machine->grids()[after];
+  machine->wait_until("the kernel before", at, [&] { return before.complete(); });
+  acquire(warp(), before.finished);
+}
+
+}  // namespace emu
