@@ -1,0 +1,112 @@
+#include "down_proj_plan.h"
+
+#include <algorithm>
+
+namespace lora_kernels {
+namespace {
+
+bool aligned(const Matrix& m, uintptr_t bytes) {
+  return reinterpret_cast<uintptr_t>(m.data) % bytes == 0;
+}
+// [rows, width] with `width` contiguous, every row on a 16-byte boundary.
+bool vectors(const Matrix& m, int64_t row_stride, int64_t col_stride, int64_t rows) {
+  return col_stride == 1 && aligned(m, 16) && (rows == 1 || row_stride % 8 == 0);
+}
+
+DownProjLayout layout_of(const DownProjArgs& a) {
+  const bool mn_major = a.down.row_stride == 1 && a.down.col_stride != 1 && a.r > 1;
+  return {mn_major, vectors(a.x, a.x.row_stride, a.x.col_stride, a.M),
+          mn_major ? vectors(a.down, a.down.col_stride, a.down.row_stride, a.K)
+                   : vectors(a.down, a.down.row_stride, a.down.col_stride, a.r),
+          a.h.col_stride == 1 && a.h.row_stride % 2 == 0 && aligned(a.h, 4)};
+}
+
+// nullptr if the sm_90 kernel serves the call, else why it does not.
+const char* not_sm90(const DownProjArgs& a, const DownProjLayout& layout, int compute,
+                     int multiprocessors) {
+  constexpr int64_t kLimit = int64_t{1} << 31;  // of a TMA coordinate
+  const int64_t down_stride = layout.mn_major ? a.down.col_stride : a.down.row_stride;
+  const int64_t down_width = layout.mn_major ? a.r : a.K, down_rows = layout.mn_major ? a.K : a.r;
+  if (compute != 90) return "the device is not of compute capability 9.0";
+  if (!layout.x_vectors || (a.M > 1 && a.x.row_stride < a.K))
+    return "TMA cannot address x: it needs contiguous rows on 16-byte boundaries";
+  if (!layout.down_vectors || (down_rows > 1 && down_stride < down_width))
+    return "TMA cannot address A or B: it needs contiguous rows on 16-byte boundaries";
+  if (layout.mn_major && a.dropout.seed != nullptr)
+    return "dropout with a transposed A has no TMA kernel";
+  if (a.M >= kLimit || a.K >= kLimit) return "a dimension is past 2^31, which TMA cannot address";
+  // 64-row blocks that fill less than a fifth of the device stream slower than 16-row blocks on all
+  // of it. A model: one multiprocessor streams about 50 bytes a clock, a fifth saturate memory.
+  if ((a.M + 63) / 64 * 5 < multiprocessors) return "too few rows: lower tiles fill the device";
+  return nullptr;
+}
+
+struct TileFacts {
+  int rank, rows, depth, stages, threads, shared_bytes;
+};
+template <class Tile>
+constexpr TileFacts facts(int depth) {
+  return {Tile::kRank, Tile::kRows, depth, Tile::kStages, Tile::kThreads, Tile::kSharedBytes};
+}
+#define LK_FACTS(...) facts<DownProjSm80Tile<__VA_ARGS__>>(DownProjSm80Tile<__VA_ARGS__>::kDepth),
+constexpr TileFacts kSm80Tiles[] = {LK_DOWN_PROJ_SM80_TILES(LK_FACTS)};
+#undef LK_FACTS
+#define LK_FACTS(...) facts<DownProjSm90Tile<__VA_ARGS__>>(kRowElements),
+constexpr TileFacts kSm90Tiles[] = {LK_DOWN_PROJ_SM90_TILES(LK_FACTS)};
+#undef LK_FACTS
+
+// Of the tiles with the smallest rank that holds r: the tallest that still fills half the device,
+// else the lowest.
+template <int kCount>
+TileFacts choose(const TileFacts (&tiles)[kCount], int64_t r, int64_t M, int multiprocessors) {
+  int rank = kMaxRank;
+  for (const TileFacts& t : tiles)
+    if (t.rank >= r) rank = std::min(rank, t.rank);
+  TileFacts best{};
+  for (const TileFacts& t : tiles) {
+    if (t.rank != rank) continue;
+    const bool fills = (M + t.rows - 1) / t.rows * 2 >= multiprocessors;
+    if (best.rows == 0 || (fills ? t.rows > best.rows : t.rows < best.rows)) best = t;
+  }
+  return best;
+}
+
+}  // namespace
+
+DownProjPlan plan_down_proj(const DownProjArgs& args, int compute, int multiprocessors) {
+  const DownProjLayout layout = layout_of(args);
+  if (args.M <= 0 || args.r <= 0)
+    return {DownProjKernel::none, 0, 0, 0, 0, 0, 0, 0, layout, "h is empty"};
+  const char* reason = not_sm90(args, layout, compute, multiprocessors);
+  // Narrow MN-major panels: only whole panels of 64 columns are used until a GPU proved others.
+  const int64_t r = reason == nullptr && layout.mn_major ? std::max<int64_t>(args.r, 64) : args.r;
+  const TileFacts t = reason == nullptr ? choose(kSm90Tiles, r, args.M, multiprocessors)
+                                        : choose(kSm80Tiles, r, args.M, multiprocessors);
+  const auto kernel = reason == nullptr ? DownProjKernel::sm90 : DownProjKernel::sm80;
+  return {kernel, t.rank, t.rows, t.depth, t.stages, t.threads, t.shared_bytes,
+          (args.M + t.rows - 1) / t.rows, layout,
+          reason == nullptr ? "TMA and wgmma: x and down lie as TMA needs them" : reason};
+}
+
+DownProjArgs rank_slice(const DownProjArgs& args, int64_t first) {
+  DownProjArgs slice = args;
+  slice.r = std::min<int64_t>(kMaxRank, args.r - first);
+  slice.down.data = static_cast<uint16_t*>(args.down.data) + first * args.down.row_stride;
+  slice.h.data = static_cast<uint16_t*>(args.h.data) + first * args.h.col_stride;
+  return slice;
+}
+
+TensorMapSpec x_map_spec(const DownProjArgs& args, const DownProjPlan& plan) {
+  return {args.x.data, args.K, args.M, args.M > 1 ? args.x.row_stride : args.K, plan.rows,
+          args.x.dtype};
+}
+
+TensorMapSpec down_map_spec(const DownProjArgs& args, const DownProjPlan& plan) {
+  const Matrix& down = args.down;
+  if (plan.layout.mn_major)
+    return {down.data, args.r, args.K, args.K > 1 ? down.col_stride : args.r, kRowElements,
+            down.dtype};
+  return {down.data, args.K, args.r, args.r > 1 ? down.row_stride : args.K, plan.rank, down.dtype};
+}
+
+}  // namespace lora_kernels

@@ -1,0 +1,135 @@
+// Which down_proj kernel serves a call, and its tile: host code alone, so tests need no GPU.
+//
+// h [M, r] = scale * dropout(x) [M, K] * down [r, K]^T reads x once: M K 2 bytes at memory speed is
+// the floor, and `down`, which every block reads again, comes out of L2. So tiles are low (many
+// blocks, every multiprocessor streams) until `down` outweighs x: with R rows a tile, L2 serves
+// 1 + r / R bytes for each byte of x. These choices are by that model, not by measurement.
+#pragma once
+#include "../lora.h"
+#include "descriptor.h"
+#include "tensor_map.h"
+
+namespace lora_kernels {
+
+constexpr int kMaxRank = 256;  // of one launch; larger ranks take several
+constexpr int kSharedSm80 = 99 << 10;   // what sm_86 and sm_89 allow a block
+constexpr int kSharedSm90 = 227 << 10;
+constexpr int kSharedAlign = 1024;  // a launch adds it to align its tiles
+
+// ---- sm_80: cp.async and mma.sync ----------------------------------------------------------------
+
+// One block: kRows rows of x by all kRank columns. Its warps are kWarpsM groups of 16 rows times
+// kWarpsK slices of the depth, whose sums are added in order at the end.
+template <int kRank_, int kRows_, int kWarpsM_, int kWarpsK_, int kDepth_, int kStages_>
+struct DownProjSm80Tile {
+  static constexpr int kRank = kRank_, kRows = kRows_, kDepth = kDepth_, kStages = kStages_;
+  static constexpr int kWarpsM = kWarpsM_, kWarpsK = kWarpsK_;
+  static constexpr int kThreads = 32 * kWarpsM * kWarpsK;
+  static constexpr int kXBytes = kRows * kDepth * 2;
+  // K-major: rows of kDepth, swizzled. MN-major: rows of kRank, padded to an odd number of chunks.
+  static constexpr int kDownPitch = kRank * 2 + 16;
+  static constexpr int kDownBytes =
+      kRank * kDepth * 2 > kDepth * kDownPitch ? kRank * kDepth * 2 : kDepth * kDownPitch;
+  static constexpr int kStageBytes = kXBytes + kDownBytes;
+  static constexpr int kSumBytes = (kWarpsK - 1) * kRows * kRank * 4;
+  static constexpr int kSharedBytes =
+      (kStages * kStageBytes > kSumBytes ? kStages * kStageBytes : kSumBytes) + kSharedAlign;
+  static_assert(kRows == 16 * kWarpsM, "a warp computes 16 rows");
+  static_assert(kDepth % 64 == 0, "the swizzle works on rows of 128 bytes");
+  static_assert(kDepth / 16 % kWarpsK == 0, "every warp gets as many k16 steps of a stage");
+  static_assert(kSharedBytes <= kSharedSm80, "sm_86 and sm_89 have 99 KB of shared memory a block");
+};
+//                         rank rows warps M,K depth stages
+#define LK_DOWN_PROJ_SM80_TILES(X) \
+  X(16, 16, 1, 4, 256, 4)          \
+  X(32, 16, 1, 4, 128, 5)          \
+  X(64, 16, 1, 4, 128, 4)          \
+  X(128, 16, 1, 4, 64, 4)          \
+  X(256, 16, 1, 4, 64, 2)          \
+  X(16, 64, 4, 2, 64, 6)           \
+  X(32, 64, 4, 2, 64, 5)           \
+  X(64, 128, 8, 1, 64, 3)          \
+  X(128, 128, 8, 1, 64, 2)         \
+  X(256, 64, 4, 2, 64, 2)
+
+// ---- sm_90a: TMA and wgmma -----------------------------------------------------------------------
+
+// One block: 64 rows of x by all kRank columns; two consumer warpgroups take turns at the stages and
+// add their sums at the end, one warp loads.
+template <int kRank_, int kStages_>
+struct DownProjSm90Tile {
+  static constexpr int kRank = kRank_, kStages = kStages_, kRows = 64, kConsumers = 2;
+  static constexpr int kThreads = 128 * kConsumers + 32;
+  static constexpr int kXBytes = kRows * kRowBytes;
+  static constexpr int kDownBytes = kRank * kRowBytes;  // K-major rows, or panels of 64 columns
+  static constexpr int kStageBytes = kXBytes + kDownBytes;
+  static constexpr int kSumBytes = kRows * kRank * 4;
+  static constexpr int kBarrierBytes = 2 * kStages * 8;
+  static constexpr int kSharedBytes = kStages * kStageBytes + kBarrierBytes + kSharedAlign;
+  static_assert(kRank % 16 == 0 && kRank <= kMaxRank, "wgmma takes an N of up to 256");
+  static_assert(kXBytes % kAtomBytes == 0 && kDownBytes % kAtomBytes == 0, "tiles are whole atoms");
+  static_assert(kSumBytes <= kStages * kStageBytes, "the sums reuse the stages");
+  static_assert(kSharedBytes <= kSharedSm90, "sm_90 has 227 KB of shared memory a block");
+};
+#define LK_DOWN_PROJ_SM90_TILES(X) X(16, 8) X(32, 8) X(64, 6) X(128, 4) X(256, 5)
+
+// ---- the choice ----------------------------------------------------------------------------------
+
+enum class DownProjKernel { none, sm80, sm90 };
+
+// How the operands lie in memory.
+struct DownProjLayout {
+  bool mn_major;      // `down` has its rank dimension contiguous
+  bool x_vectors;     // x and down come in 16-byte pieces, else element by element
+  bool down_vectors;
+  bool h_pairs;       // h takes two columns at once
+};
+
+struct DownProjPlan {
+  DownProjKernel kernel;  // none: h is empty
+  int rank, rows, depth, stages, threads, shared_bytes;
+  int64_t blocks;
+  DownProjLayout layout;
+  const char* reason;  // why this kernel
+};
+
+// `compute`: 80, 86, 90 ...; `multiprocessors` of the device. args.r <= kMaxRank.
+DownProjPlan plan_down_proj(const DownProjArgs& args, int compute, int multiprocessors);
+
+// The ranks from `first` on, as many as one launch takes.
+DownProjArgs rank_slice(const DownProjArgs& args, int64_t first);
+// What TMA loads: boxes of 64 rows of x, and of all ranks of down or 64 of its k-rows.
+TensorMapSpec x_map_spec(const DownProjArgs& args, const DownProjPlan& plan);
+TensorMapSpec down_map_spec(const DownProjArgs& args, const DownProjPlan& plan);
+
+// Calls f(Tile{}) for the tile of a plan; false if no kernel was built for it.
+template <class F>
+bool with_sm80_tile(const DownProjPlan& plan, const F& f) {
+#define LK_TILE(...)                                                \
+  {                                                                       \
+    using Tile = DownProjSm80Tile<__VA_ARGS__>;                           \
+    if (plan.rank == Tile::kRank && plan.rows == Tile::kRows) {           \
+      f(Tile{});                                                          \
+      return true;                                                        \
+    }                                                                     \
+  }
+  LK_DOWN_PROJ_SM80_TILES(LK_TILE)
+#undef LK_TILE
+  return false;
+}
+template <class F>
+bool with_sm90_tile(const DownProjPlan& plan, const F& f) {
+#define LK_TILE(...)                                                               \
+  {                                                                       \
+    using Tile = DownProjSm90Tile<__VA_ARGS__>;                           \
+    if (plan.rank == Tile::kRank) {                                       \
+      f(Tile{});                                                          \
+      return true;                                                        \
+    }                                                                     \
+  }
+  LK_DOWN_PROJ_SM90_TILES(LK_TILE)
+#undef LK_TILE
+  return false;
+}
+
+}  // namespace lora_kernels

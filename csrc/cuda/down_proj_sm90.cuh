@@ -1,0 +1,184 @@
+// h [M, r] = scale * dropout(x) [M, K] * down [r, K]^T by TMA and wgmma.
+//
+// One block computes 64 rows of h over all of K, so x is read once. Warp 8 loads 64x64 tiles of x
+// and the tile of `down` beside them into a ring of stages; two warpgroups take the stages in turns
+// and add their two sums at the end, always in the same order. Without dropout wgmma reads x from
+// shared memory; with it, x passes through registers, where the mask is drawn.
+#pragma once
+#include "down_proj_plan.h"
+#include "dropout.cuh"
+#include "store_h.cuh"
+
+namespace lora_kernels {
+
+template <class Tile>
+struct DownProjRing {
+  uint32_t base = ptx::shared_base();
+  __device__ uint32_t x(uint32_t s) const { return base + s * Tile::kStageBytes; }
+  __device__ uint32_t down(uint32_t s) const { return x(s) + Tile::kXBytes; }
+  __device__ uint32_t full(uint32_t s) const { return x(Tile::kStages) + s * 8; }
+  __device__ uint32_t empty(uint32_t s) const { return full(Tile::kStages) + s * 8; }
+};
+
+// Loads every stage of the block, each as soon as its place is free.
+template <class Tile, bool kMnMajor>
+__device__ __forceinline__ void load_stages(const DownProjRing<Tile>& ring,
+                                            const ptx::TensorMap* x_map,
+                                            const ptx::TensorMap* down_map, int row,
+                                            uint32_t blocks_k) {
+  constexpr uint32_t kPanelBytes = kRowElements * kRowBytes;
+#pragma unroll 1
+  for (uint32_t i = 0; i < blocks_k; ++i) {
+    const uint32_t s = i % Tile::kStages, round = i / Tile::kStages;
+    const int k = static_cast<int>(i * kRowElements);
+    if (round > 0) ptx::barrier_wait(ring.empty(s), (round - 1) & 1);
+    ptx::barrier_arrive_expect(ring.full(s), Tile::kStageBytes);
+    ptx::tma_load(ring.x(s), x_map, ring.full(s), k, row);
+    if constexpr (kMnMajor) {
+      LK_UNROLL
+      for (int p = 0; p < Tile::kRank / 64; ++p)
+        ptx::tma_load(ring.down(s) + p * kPanelBytes, down_map, ring.full(s), p * 64, k);
+    } else {
+      ptx::tma_load(ring.down(s), down_map, ring.full(s), k, 0);
+    }
+  }
+}
+
+template <class Tile, bool kMnMajor>
+__device__ __forceinline__ uint64_t down_descriptor(uint32_t tile, uint32_t step) {
+  if constexpr (kMnMajor)
+    return mn_major_descriptor(tile + step * kMnMajorStep, kRowElements * kRowBytes);
+  else
+    return k_major_descriptor(tile + step * kKMajorStep);
+}
+
+// sum += the stages `first`, first + 2, ... of x times `down`, both from shared memory.
+template <class Tile, class T, bool kMnMajor>
+__device__ __forceinline__ void multiply_stages(float (&sum)[Tile::kRank / 2],
+                                                const DownProjRing<Tile>& ring, uint32_t first,
+                                                uint32_t blocks_k, uint32_t lane) {
+  constexpr uint32_t kSteps = kRowElements / kMmaDepth;
+#pragma unroll 1
+  for (uint32_t i = first; i < blocks_k; i += Tile::kConsumers) {
+    const uint32_t s = i % Tile::kStages;
+    ptx::barrier_wait(ring.full(s), i / Tile::kStages & 1);
+    ptx::wgmma_keep(sum);
+    ptx::wgmma_fence();
+    LK_UNROLL
+    for (uint32_t step = 0; step < kSteps; ++step)
+      ptx::wgmma<T, 0, kMnMajor>(sum, k_major_descriptor(ring.x(s) + step * kKMajorStep),
+                                 down_descriptor<Tile, kMnMajor>(ring.down(s), step), true);
+    ptx::wgmma_commit();
+    ptx::wgmma_keep(sum);
+    // The group before this one has read its stage.
+    ptx::wgmma_wait<1>();
+    if (lane == 0 && i >= first + Tile::kConsumers)
+      ptx::barrier_arrive(ring.empty((i - Tile::kConsumers) % Tile::kStages));
+  }
+  ptx::wgmma_wait<0>();
+  ptx::wgmma_keep(sum);
+}
+
+// The same with dropout: x goes through registers, and a stage is free once it was multiplied.
+template <class Tile, class T>
+__device__ __forceinline__ void multiply_dropped_stages(float (&sum)[Tile::kRank / 2],
+                                                        const DownProjRing<Tile>& ring,
+                                                        uint32_t first, uint32_t blocks_k,
+                                                        const DropoutState& dropout, int64_t row,
+                                                        uint32_t warp, uint32_t lane) {
+  // Fragments of this many k16 steps are in registers at once: beside 128 accumulators, two.
+  constexpr uint32_t kGroup = Tile::kRank > 128 ? 2 : 4;
+#pragma unroll 1
+  for (uint32_t i = first; i < blocks_k; i += Tile::kConsumers) {
+    const uint32_t s = i % Tile::kStages;
+    ptx::barrier_wait(ring.full(s), i / Tile::kStages & 1);
+    LK_UNROLL
+    for (uint32_t group = 0; group < kRowElements / kMmaDepth; group += kGroup) {
+      uint32_t a[kGroup][4];
+      LK_UNROLL
+      for (uint32_t j = 0; j < kGroup; ++j) {
+        const uint32_t step = group + j;
+        const uint32_t offset =
+            (warp % 4 * 16 + lane % 16) * kRowBytes + (step * 2 + lane / 16) * kChunkBytes;
+        ptx::load_matrix_x4(a[j], ring.x(s) + swizzled(offset));
+        apply_dropout(a[j], dropout, row + warp % 4 * 16, i * kRowElements + step * 16, lane);
+      }
+      LK_UNROLL
+      for (uint32_t j = 0; j < kGroup; ++j) ptx::wgmma_keep(a[j]);
+      ptx::wgmma_keep(sum);
+      ptx::wgmma_fence();
+      LK_UNROLL
+      for (uint32_t j = 0; j < kGroup; ++j)
+        ptx::wgmma<T, 0>(sum, a[j], k_major_descriptor(ring.down(s) + (group + j) * kKMajorStep),
+                         true);
+      ptx::wgmma_commit();
+      ptx::wgmma_keep(sum);
+      ptx::wgmma_wait<0>();
+    }
+    if (lane == 0) ptx::barrier_arrive(ring.empty(s));
+  }
+  ptx::wgmma_keep(sum);
+}
+
+// Warpgroup 0 adds the sums of warpgroup 1 to its own and writes h.
+template <class Tile, class T>
+__device__ __forceinline__ void add_and_store(const DownProjArgs& args, bool pairs,
+                                              float (&sum)[Tile::kRank / 2], uint32_t shared,
+                                              int64_t row, uint32_t thread) {
+  const auto at = [&](int i) { return shared + (i * 128 + thread % 128) * 4; };
+  const uint32_t lane = thread % 32;
+  ptx::named_barrier_sync<1>(256);  // all stages were multiplied: their memory is free
+  if (thread >= 128) {
+    LK_UNROLL
+    for (int i = 0; i < Tile::kRank / 2; ++i) ptx::store_shared(at(i), sum[i]);
+    ptx::named_barrier_arrive<2>(256);
+    return;
+  }
+  ptx::named_barrier_sync<2>(256);
+  LK_UNROLL
+  for (int n = 0; n < Tile::kRank / 8; ++n) {
+    float block[4];
+    LK_UNROLL
+    for (int e = 0; e < 4; ++e) block[e] = sum[4 * n + e] + ptx::load_shared(at(4 * n + e));
+    store_h<T>(args, pairs, row + thread / 32 * 16, n, block, lane);
+  }
+}
+
+template <class Tile, class T, bool kMnMajor, bool kDropout>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kRank <= (kDropout ? 64 : 128) ? 2 : 1)
+    down_proj_sm90_kernel(const __grid_constant__ ptx::TensorMap x_map,
+                          const __grid_constant__ ptx::TensorMap down_map, const DownProjArgs args,
+                          const bool h_pairs) {
+  static_assert(!(kMnMajor && kDropout), "the masked form takes a K-major down only");
+  constexpr uint32_t kProducer = 4 * Tile::kConsumers;
+  const uint32_t thread = threadIdx.x, lane = thread % 32;
+  const uint32_t warp = ptx::warp_uniform(thread / 32);
+  const DownProjRing<Tile> ring;
+  const int64_t row = int64_t{blockIdx.x} * Tile::kRows;
+  const auto blocks_k = static_cast<uint32_t>((args.K + kRowElements - 1) / kRowElements);
+
+  if (thread == 0) {
+    for (uint32_t s = 0; s < Tile::kStages; ++s) {
+      ptx::barrier_init(ring.full(s), 1);
+      ptx::barrier_init(ring.empty(s), 4);  // the warps of the warpgroup whose stage it was
+    }
+    ptx::barrier_init_fence();
+  }
+  ptx::block_sync();
+
+  if (warp == kProducer) {
+    if (lane == 0)
+      load_stages<Tile, kMnMajor>(ring, &x_map, &down_map, static_cast<int>(row), blocks_k);
+    return;
+  }
+  float sum[Tile::kRank / 2] = {};
+  const uint32_t first = warp / 4;
+  if constexpr (kDropout)
+    multiply_dropped_stages<Tile, T>(sum, ring, first, blocks_k, load_dropout(args.dropout), row,
+                                     warp, lane);
+  else
+    multiply_stages<Tile, T, kMnMajor>(sum, ring, first, blocks_k, lane);
+  add_and_store<Tile, T>(args, h_pairs, sum, ring.base, row, thread);
+}
+
+}  // namespace lora_kernels

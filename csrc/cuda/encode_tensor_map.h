@@ -1,0 +1,12 @@
+#pragma once
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include "tensor_map.h"
+
+namespace lora_kernels {
+
+// By cuTensorMapEncodeTiled, which is looked up at run time: the library does not link libcuda.
+cudaError_t encode_tensor_map(const TensorMapSpec& spec, CUtensorMap* map);
+
+}  // namespace lora_kernels
