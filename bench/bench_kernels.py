@@ -2,8 +2,12 @@
 
 The kernels are what torch.ops.lora_kernels.{dropout_mask,down_proj,fused_gemm,weight_grad} runs
 on this device. `composed` is lora_kernels.composed: the vendor's GEMMs, the mask by our kernel if
-there is one; for dropout_mask itself, plain PyTorch. GB/s counts each operand once. A kernel that
-this device lacks is left out: the op is `composed` there.
+there is one; for dropout_mask itself, plain PyTorch. On CUDA there are two more: `torch` is the
+vendor's GEMM on what F.dropout leaves of x, as a layer without this package computes it, and
+`copy` moves as many bytes as the kernel has operands from device memory to device memory: `of copy`
+is its time over the contender's, about 1 at the memory's limit. GB/s counts each operand once. The
+results of a kernel are compared with composed's before it is timed. One that this device lacks is
+left out: the op is `composed` there.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
@@ -30,8 +35,28 @@ COLUMNS = {
     "speedup_over_composed": ("vs composed", report.times),
     "tflops": ("FLOP/s", report.flop_rate),
     "gb_per_s": ("GB/s", report.digits),
+    "of_copy": ("of copy", report.times),
     "samples": ("n", str),
 }
+
+
+def eager(kernel: str, tensors: tuple[Tensor, ...], scale: float, p: float) -> Tensor:
+    """The product that a kernel computes with dropout, with torch's own dropout instead of ours."""
+    if kernel == "down_proj":
+        x, down = tensors
+        return torch.mm(F.dropout(x, p), down.t()).mul_(scale)
+    if kernel == "weight_grad":
+        h, x = tensors
+        return torch.mm(h.t(), F.dropout(x, p)).mul_(scale)
+    dy, weight, h, up, _ = tensors
+    return torch.mm(dy, weight.t()).add_(F.dropout(torch.mm(h, up.t()), p), alpha=scale)
+
+
+def copy_of(size: int) -> Callable[[], object]:
+    """Copies on the GPU, such that `size` bytes are read or written in all."""
+    source = torch.zeros(max(size // 2, 1), dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
 
 
 class Job(NamedTuple):
@@ -58,6 +83,8 @@ def jobs(case: shapes.Case, problem: contenders.Problem, p: float) -> Iterator[J
             "kernel": lambda: getattr(OPS, kernel)(*tensors, *args),
             "composed": lambda: getattr(composed, kernel)(*tensors, *args),
         }
+        if x.is_cuda and seed is not None:
+            calls["torch"] = lambda: eager(kernel, tensors, args[2], p)
         moved = size + sum(t.numel() for t in tensors if t is not None)
         return Job(kernel, what, calls, flops, moved * x.element_size())
 
@@ -88,19 +115,33 @@ def jobs(case: shapes.Case, problem: contenders.Problem, p: float) -> Iterator[J
 
 
 def measure(job: Job, args: argparse.Namespace, timer) -> list[dict]:
-    for call in job.calls.values():
+    """A row for each contender; the kernel's has an `error` if its result is wrong."""
+    calls = dict(job.calls)
+    result, expected = calls["kernel"](), calls["composed"]()
+    error = contenders.relative_error(result, (expected,))
+    bound = contenders.tolerance(expected.dtype) if expected.is_floating_point() else 0.0
+    del result, expected
+    if args.device == "cuda":
+        calls["copy"] = copy_of(job.bytes)
+    for call in calls.values():
         for _ in range(timing.WARM_UP_CALLS[args.device]):
             call()
-    measured = timing.interleave(job.calls, timer, args.rounds, args.seconds)
-    rows = []
+    measured = timing.interleave(calls, timer, args.rounds, args.seconds)
+    copy, rows = measured.get("copy"), []
     for name, summary in measured.items():
         ms = summary.median_ms
+        copies = name == "copy"
         rows.append({
             "name": name, **dataclasses.asdict(summary),
-            "speedup_over_composed": measured["composed"].median_ms / ms,
-            "tflops": job.flops / ms * 1e-9 if job.flops else None,
+            "speedup_over_composed": None if copies else measured["composed"].median_ms / ms,
+            "tflops": job.flops / ms * 1e-9 if job.flops and not copies else None,
             "gb_per_s": job.bytes / ms * 1e-6,
+            "of_copy": copy.median_ms / ms if copy else None,
         })  # fmt: skip
+        if name == "kernel":
+            rows[-1]["relative_error"] = error
+            if not error <= bound:
+                rows[-1]["error"] = f"wrong: relative error {error:.1e}, expected <= {bound:.1e}"
     return rows
 
 
@@ -132,6 +173,7 @@ def main() -> int:
     for name in sorted(set(args.kernel) - set(kernels)):
         console.print(f"{name}: no kernel for {args.device} here, the op is composed; left out")
     timer, groups = timing.make_timer(args.device), []
+    columns = {key: c for key, c in COLUMNS.items() if key != "of_copy" or args.device == "cuda"}
     cases = shapes.cases(args)
     with report.progress(console) as bar:
         task = bar.add_task("", total=len(cases))
@@ -149,11 +191,20 @@ def main() -> int:
                         "kernel": job.kernel, "what": job.what, **case.shape._asdict(),
                         "rank": case.rank, "dtype": case.dtype, "dropout": p, "rows": rows,
                     })  # fmt: skip
-                console.print(report.table(f"{case}  dropout {p:g}", lines, COLUMNS))
+                console.print(report.table(f"{case}  dropout {p:g}", lines, columns))
             bar.advance(task)
     settings = {"rounds": args.rounds, "seconds_per_table": args.seconds}
-    report.finish(console, args.json, "kernels", machine, settings, {"groups": groups})
-    return 0
+    failures = [
+        f"{group['kernel']} -> {group['what']}, {group['label']}: {row['error']}"
+        for group in groups
+        for row in group["rows"]
+        if "error" in row
+    ]
+    content = {"groups": groups, "failures": failures}
+    report.finish(console, args.json, "kernels", machine, settings, content)
+    for failure in failures:
+        console.print(f"FAILED {failure}", style="bold red")
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,151 @@
+"""What the suite's stages prove: reads what each left behind, for `stages.Stage.judge`.
+
+Each judge returns the summary of a stage that passed, and raises Failed where the stage did not, or
+NotRun where nothing was exercised: no test collected, no kernel built.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+from collections import defaultdict
+from pathlib import Path
+
+from . import traffic
+from .stages import Failed, Finished, NotRun, exit_code
+
+NO_TESTS = 5  # pytest's exit code when it collected none
+
+_CHECKED = re.compile(r"^checked (\d+) calls of (.+): (\d+) wrong$", re.MULTILINE)
+_ERRORS = re.compile(r"ERROR SUMMARY: (\d+) errors?")
+_HAZARDS = re.compile(r"RACECHECK SUMMARY: (\d+) hazards?")
+
+
+def tests(finished: Finished, report: Path) -> dict:
+    """Of pytest's JUnit file: passed, failed, skipped."""
+    if finished.code == NO_TESTS:
+        raise NotRun("pytest collected no test marked gpu")
+    if not report.exists():
+        raise Failed(f"pytest wrote no report, exit code {finished.code}: {finished.last_line()}")
+    cases = ElementTree.parse(report).getroot().findall(".//testcase")
+    bad = [c for c in cases if c.find("failure") is not None or c.find("error") is not None]
+    skipped = sum(case.find("skipped") is not None for case in cases)
+    counts = {
+        "passed": len(cases) - len(bad) - skipped, "failed": len(bad), "skipped": skipped,
+    }  # fmt: skip
+    if bad:
+        raise Failed(f"{len(bad)} of {len(cases)} tests, the first {bad[0].get('name')}")
+    exit_code(finished)
+    if counts["passed"] == 0:
+        raise NotRun(f"no test ran, {skipped} were skipped")
+    note = f", {skipped} skipped" if skipped else ""
+    return counts | {"headline": f"{counts['passed']} tests{note}"}
+
+
+def sanitizer(finished: Finished, tool: str) -> dict:
+    """Of compute-sanitizer around bench.sanitize: `calls`, `ops`, and the tool's count of errors.
+
+    All three are needed: the tool's summary is clean where the process died without an error of the
+    kind that the tool looks for, and the exit code is clean where the tool never attached.
+    """
+    text = finished.text()
+    if "Device not supported" in text:
+        raise NotRun("compute-sanitizer does not support this device")
+    pattern = _HAZARDS if tool == "racecheck" else _ERRORS
+    summaries = [int(count) for count in pattern.findall(text)]
+    if any(summaries):
+        raise Failed(f"{sum(summaries)} errors: {_first_error(text)}")
+    checked = _CHECKED.search(text)
+    if checked is None:
+        raise Failed(f"the checked process did not finish: {finished.last_line()}")
+    calls, ops, wrong = int(checked[1]), checked[2].split(", "), int(checked[3])
+    if wrong:
+        raise Failed(f"{wrong} of {calls} calls gave wrong results")
+    if not summaries:
+        raise Failed(f"{tool} printed no summary: {finished.last_line()}")
+    exit_code(finished)
+    if calls == 0:
+        raise NotRun("no call was checked")
+    headline = f"0 errors in {calls} calls of {', '.join(ops)}"
+    if tool == "racecheck":
+        headline += " (it sees shared memory only)"
+    return {"calls": calls, "ops": ops, "errors": 0, "headline": headline}
+
+
+def _first_error(text: str) -> str:
+    for line in text.splitlines():
+        found = line.removeprefix("========= ").strip()
+        if line.startswith("========= ") and not found.startswith("COMPUTE-SANITIZER"):
+            return found
+    return "see the log"
+
+
+def kernels(finished: Finished, path: Path) -> dict:
+    """Of bench_kernels: one row per kernel, layer and dropout, and geometric means by kernel."""
+    exit_code(finished)
+    rows = []
+    for group in json.loads(path.read_text())["groups"]:
+        (ours,) = (row for row in group["rows"] if row["name"] == "kernel")
+        rows.append(
+            {key: group[key] for key in ("kernel", "what", "label", "dropout")}
+            | {key: ours.get(key) for key in
+               ("median_ms", "gb_per_s", "tflops", "speedup_over_composed", "of_copy")}
+        )  # fmt: skip
+    if not rows:
+        raise NotRun("no CUDA kernels are built")
+    ratios: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        for key in ("speedup_over_composed", "of_copy"):
+            if row[key] is not None:
+                ratios[row["kernel"]][key].append(row[key])
+    means = {
+        kernel: {key: _geometric_mean(values) for key, values in found.items()}
+        for kernel, found in ratios.items()
+    }
+    names = {"speedup_over_composed": "composed", "of_copy": "copy"}
+    parts = [
+        f"{kernel} " + " ".join(f"{mean:.2f}x {names[key]}" for key, mean in found.items())
+        for kernel, found in means.items()
+    ]
+    return {"rows": rows, "geometric_means": means, "headline": ", ".join(parts)}
+
+
+def layers(finished: Finished, path: Path) -> dict:
+    """Of `python -m bench`: its own summary."""
+    exit_code(finished)
+    result = json.loads(path.read_text())
+    if not result["groups"]:
+        raise NotRun("no layer was timed")
+    chosen = sorted({group["automatic"] for group in result["groups"]})
+    overall = [row for row in result["summary"] if row["name"] == "all"]
+    parts = [
+        f"{value:.2f}x {key.removeprefix('over_')}"
+        for row in overall
+        for key, value in row.items()
+        if key.startswith("over_")
+    ]
+    headline = f"{', '.join(chosen)}, fwd+bwd: {' '.join(parts)}"
+    return {"automatic": chosen, "means": result["summary"], "headline": headline}
+
+
+def dram(finished: Finished, csv: Path) -> dict:
+    """Of ncu around bench.traffic: the rows of `traffic.rows`."""
+    text = csv.read_text(errors="replace") if csv.exists() else ""
+    if (why := traffic.refusal(finished.text() + text)) is not None:
+        raise NotRun(why)
+    exit_code(finished)
+    rows = traffic.rows(finished.text(), text)
+    if not rows:
+        raise NotRun("no call was profiled")
+    by_kernel = defaultdict(list)
+    for row in rows:
+        if row["name"] == "kernel":
+            by_kernel[row["kernel"]].append(row["over_operands"])
+    parts = [f"{name} {_geometric_mean(v):.2f}x operands" for name, v in by_kernel.items()]
+    return {"rows": rows, "headline": ", ".join(parts)}
+
+
+def _geometric_mean(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))

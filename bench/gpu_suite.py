@@ -1,0 +1,346 @@
+"""`bench/gpu_suite.sh OUT`: all that a GPU has to show about the CUDA kernels, in one command.
+
+Builds them, runs the GPU tests and every compute-sanitizer tool, times the kernels and whole
+layers, counts DRAM bytes, and prints one line per stage. Each stage has a time limit of its own, so
+a hang costs that stage alone; what cannot run here is `not run`, with the reason. The exit code is
+1 if a stage failed or was killed. No network, no privilege, no change of the GPU's settings.
+
+OUT (new or empty) receives suite.json (the record), logs.tar.gz, tests.xml, kernels.json and
+layers.json. `python -m bench.publish OUT` makes results of it. In a copy without .git,
+LORA_KERNELS_COMMIT names the commit, with the suffix -dirty if the copy differs from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+from . import evidence, stages, traffic
+from .gpu_state import Monitor
+from .stages import Failed, Finished, NotRun, Stage
+
+ROOT = Path(__file__).resolve().parent.parent
+BINARY = ROOT / "lora_kernels" / "_C.abi3.so"
+SCHEMA = 1
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+LIMITS = {  # seconds; in all less than 9 minutes
+    "probe": 20, "build": 110, "tests": 65,
+    "memcheck": 35, "racecheck": 35, "initcheck": 35, "synccheck": 35,
+    "kernels": 55, "layers": 105, "dram": 35,
+}  # fmt: skip
+WIDE = {"COLUMNS": "120"}  # rich takes a file for 80 columns wide and cuts the tables
+
+# ---- what is examined ----------------------------------------------------------------------------
+
+
+def commit() -> dict:
+    """commit and dirty, by git or LORA_KERNELS_COMMIT; dirty is None where nobody knows."""
+    found = [
+        _output("git", "-C", str(ROOT), *arguments)
+        for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain"))
+    ]
+    if (ROOT / ".git").exists() and None not in found:
+        return {"commit": found[0], "dirty": bool(found[1])}
+    named = os.environ.get("LORA_KERNELS_COMMIT")
+    if not named:
+        return {"commit": "unknown", "dirty": None}
+    return {"commit": named.removesuffix("-dirty"), "dirty": named.endswith("-dirty")}
+
+
+def _output(*command: str) -> str | None:
+    try:
+        ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return ran.stdout.strip()
+
+
+def sources_hash(root: Path = ROOT) -> str:
+    """SHA-256 of every file of csrc, by path and content."""
+    digest = hashlib.sha256()
+    for path in sorted((root / "csrc").rglob("*")):
+        if path.is_file():
+            digest.update(f"{path.relative_to(root).as_posix()}\0".encode())
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def binary_hash() -> str | None:
+    """SHA-256 of lora_kernels/_C.abi3.so, None if there is none."""
+    return hashlib.sha256(BINARY.read_bytes()).hexdigest() if BINARY.exists() else None
+
+
+def is_current(binary: Path = BINARY, root: Path = ROOT) -> bool:
+    """Whether the binary has CUDA kernels and is no older than all that it is built from."""
+    if not binary.exists() or b"nv_fatbin" not in binary.read_bytes():
+        return False
+    sources = [root / "setup.py", *(p for p in (root / "csrc").rglob("*") if p.is_file())]
+    return binary.stat().st_mtime >= max(source.stat().st_mtime for source in sources)
+
+
+_PROBE = """
+import importlib.util, json, platform, torch
+found = {"python": platform.python_version(), "torch": torch.__version__}
+found["cuda"] = torch.version.cuda
+found["modules"] = [name for name in ("rich", "matplotlib", "pytest", "hypothesis", "numpy")
+                    if importlib.util.find_spec(name)]
+if importlib.util.find_spec("triton"):
+    import importlib.metadata
+    found["triton"] = importlib.metadata.version("triton")
+if torch.cuda.is_available():
+    properties = torch.cuda.get_device_properties(0)
+    found["device_name"] = properties.name
+    found["capability"] = [properties.major, properties.minor]
+    found["multiprocessors"] = properties.multi_processor_count
+    found["memory_bytes"] = properties.total_memory
+    found["uuid"] = str(properties.uuid)
+    torch.ones(8, device="cuda").sum().item()
+print(json.dumps(found))
+"""
+
+# ---- the stages ----------------------------------------------------------------------------------
+
+
+class Suite:
+    """One run: what the probe found, and the stages that depend on it."""
+
+    def __init__(self, out: Path, logs: Path, use_carried: bool, limits: dict[str, float]):
+        self.out, self.logs, self.use_carried, self.limits = out, logs, use_carried, limits
+        self.facts: dict = {}
+        self.monitor = Monitor()  # until the probe says which GPU torch uses
+
+    def now(self) -> dict | None:
+        return self.monitor.now()
+
+    def sampling(self) -> contextlib.AbstractContextManager[dict]:
+        return self.monitor.sampling()
+
+    def stages(self) -> list[Stage]:
+        return [
+            Stage("probe", self.limits["probe"], self._probe, self._probed),
+            Stage(
+                "build", self.limits["build"], self._build, self._built,
+                {"LORA_KERNELS_BUILD": "cuda", "MAX_JOBS": str(os.cpu_count() or 1)},
+            ),
+            Stage("tests", self.limits["tests"], self._tests, self._tested, needs=("build",)),
+            *map(self._sanitizer, SANITIZERS),
+            self._timing("kernels", ["bench.bench_kernels"], evidence.kernels),
+            self._timing(
+                "layers", ["bench", "--plot", str(self.logs / "layers.png")], evidence.layers
+            ),
+            Stage(
+                "dram", self.limits["dram"], self._dram,
+                lambda finished: evidence.dram(finished, self.logs / "ncu.csv"), needs=("build",),
+            ),
+        ]  # fmt: skip
+
+    def _need(self, *modules: str) -> None:
+        """Raises NotRun without a GPU, or without the modules."""
+        if "device_name" not in self.facts:
+            raise NotRun("torch sees no CUDA device" if self.facts else "torch cannot be imported")
+        missing = [name for name in modules if name not in self.facts["modules"]]
+        if missing:
+            raise NotRun(f"{sys.executable} has no module {', '.join(missing)}")
+
+    def _need_binary(self, *modules: str) -> None:
+        """Raises NotRun where what would run is not what the sources say."""
+        self._need(*modules)
+        if not self.use_carried and not is_current():
+            raise NotRun(f"no {BINARY.relative_to(ROOT)} with CUDA kernels that is newer than csrc")
+
+    def _probe(self) -> list[str]:
+        return [sys.executable, "-c", _PROBE]
+
+    def _probed(self, finished: Finished) -> dict:
+        if finished.code != 0:
+            if "ModuleNotFoundError" in finished.text():
+                raise NotRun(finished.last_line())
+            raise Failed(f"exit code {finished.code}: {finished.last_line()}")
+        self.facts = json.loads(finished.text().splitlines()[-1])
+        self._need()
+        uuid = self.facts["uuid"]
+        self.monitor = Monitor(uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}")
+        self.facts["nvidia_smi"] = self.monitor.facts()
+        headline = f"{self.facts['device_name']}, torch {self.facts['torch']}"
+        if self.monitor.problem:
+            headline += f" (no clocks: {self.monitor.problem})"
+        return {"headline": headline}
+
+    def _build(self) -> list[str]:
+        self._need()
+        if self.use_carried or is_current():
+            why = "--use-carried" if self.use_carried else "it is newer than the sources"
+            if not BINARY.exists():
+                raise NotRun(f"{why}, but there is no {BINARY.relative_to(ROOT)}")
+            raise NotRun(f"{BINARY.relative_to(ROOT)} is taken as it is: {why}")
+        traffic.cuda_tool("nvcc")
+        return [sys.executable, "setup.py", "build_ext", "--inplace", "--force"]
+
+    def _built(self, finished: Finished) -> dict:
+        stages.exit_code(finished)
+        if not is_current():
+            raise Failed("it left no lora_kernels/_C.abi3.so with CUDA kernels")
+        return {"headline": f"{BINARY.stat().st_size >> 10} KiB"}
+
+    def _tests(self) -> list[str]:
+        self._need_binary("pytest", "hypothesis", "numpy")
+        return [
+            sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider",
+            f"--junitxml={self.out / 'tests.xml'}",
+        ]  # fmt: skip
+
+    def _tested(self, finished: Finished) -> dict:
+        return evidence.tests(finished, self.out / "tests.xml")
+
+    def _sanitizer(self, tool: str) -> Stage:
+        def command() -> list[str]:
+            self._need_binary()
+            # API errors are not the kernels': torch asks the driver for what it may not have. A
+            # failed launch of ours raises.
+            return [
+                traffic.cuda_tool("compute-sanitizer"), "--tool", tool, "--error-exitcode", "1",
+                "--report-api-errors", "no", "--target-processes", "application-only",
+                sys.executable, "-m", "bench.sanitize",
+            ]  # fmt: skip
+
+        # Uncached, each tensor is an allocation of its own: the tool sees where it ends, and what
+        # of it was never written.
+        return Stage(
+            tool, self.limits[tool], command, lambda finished: evidence.sanitizer(finished, tool),
+            {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, needs=("build",),
+        )  # fmt: skip
+
+    def _timing(self, name: str, arguments: list[str], judge) -> Stage:
+        path = self.out / f"{name}.json"
+
+        def command() -> list[str]:
+            self._need_binary("rich", "matplotlib")
+            return [sys.executable, "-m", *arguments, "--device", "cuda", "--json", str(path)]
+
+        return Stage(
+            name, self.limits[name], command, lambda finished: judge(finished, path), WIDE,
+            sampled=True, needs=("build",),
+        )  # fmt: skip
+
+    def _dram(self) -> list[str]:
+        self._need_binary("rich", "matplotlib")
+        return traffic.ncu_command(self.logs / "ncu.csv")
+
+
+# ---- the record ----------------------------------------------------------------------------------
+
+
+def write(out: Path, logs: Path, head: dict, records: list[dict]) -> None:
+    """suite.json and logs.tar.gz, each replaced at once: whenever we are killed, both are whole."""
+    archive, record = out / "logs.tar.gz", out / "suite.json"
+    with tarfile.open(logs.parent / "logs.tar.gz", "w:gz") as tar:
+        tar.add(logs, arcname="logs", filter=_anonymous)
+    for target, content in (
+        (archive, (logs.parent / "logs.tar.gz").read_bytes()),
+        (record, (json.dumps(head | {"stages": records}, indent=1) + "\n").encode()),
+    ):
+        temporary = target.with_suffix(".new")
+        temporary.write_bytes(content)
+        temporary.replace(target)
+
+
+def _anonymous(info: tarfile.TarInfo) -> tarfile.TarInfo:
+    info.uid = info.gid = 0
+    info.uname = info.gname = ""
+    return info
+
+
+def run(
+    out: Path, names: list[str] | None = None, use_carried: bool = False,
+    limits: dict[str, float] | None = None,
+) -> list[dict]:  # fmt: skip
+    """Runs the named stages (the probe always) and writes OUT; prints the table. The records."""
+    out.mkdir(parents=True, exist_ok=True)
+    head = {
+        "schema": SCHEMA,
+        "start": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **commit(),
+        "sources_sha256": sources_hash(),
+        "finished": False,
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        logs = Path(scratch) / "logs"
+        logs.mkdir()
+        suite = Suite(out, logs, use_carried, LIMITS | (limits or {}))
+
+        def report(records: list[dict]) -> None:
+            last = records[-1]
+            print(f"{last['name']}: {last['status']} ({last['seconds']:.1f} s)", flush=True)
+            head.update(device=suite.facts, binary_sha256=binary_hash())
+            write(out, logs, head, records)
+
+        wanted = [s for s in suite.stages() if s.name == "probe" or not names or s.name in names]
+        records = stages.run(wanted, logs, ROOT, suite, report)
+        head["finished"] = True
+        write(out, logs, head, records)
+    print("\n" + stages.table(records), flush=True)
+    return records
+
+
+def _limit(text: str) -> tuple[str, float]:
+    name, _, seconds = text.partition("=")
+    if name not in LIMITS or not seconds.isdecimal() or int(seconds) == 0:
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected STAGE=SECONDS, such as build=300")
+    return name, int(seconds)
+
+
+def _stages(text: str) -> list[str]:
+    names = text.split(",")
+    unknown = [name for name in names if name not in LIMITS]
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"unknown stage {', '.join(unknown)}; expected some of {', '.join(LIMITS)}"
+        )
+    return names
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="bench/gpu_suite.sh",
+        description=__doc__.partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("out", nargs="?", type=Path, metavar="OUT")
+    parser.add_argument("--stages", type=_stages, metavar="NAME[,NAME]", help="only these")
+    parser.add_argument(
+        "--use-carried", action="store_true",
+        help="take lora_kernels/_C.abi3.so as it is, even if the sources are newer",
+    )  # fmt: skip
+    parser.add_argument(
+        "--limit", type=_limit, action="append", default=[], metavar="STAGE=SECONDS",
+        help="another time limit for a stage",
+    )  # fmt: skip
+    parser.add_argument("--list", action="store_true", help="show the stages and limits, and stop")
+    args = parser.parse_args()
+    if args.list:
+        for name, seconds in LIMITS.items():
+            print(f"{name:<12}{seconds:>4} s")
+        return 0
+    if args.out is None:
+        parser.error("expected OUT, a new or empty directory")
+    out = args.out.resolve()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        parser.error(f"argument OUT: {args.out} is not a new or empty directory")
+    # A plain SIGTERM would leave the running stage behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    records = run(out, args.stages, args.use_carried, dict(args.limit))
+    return 0 if stages.succeeded(records) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""`python -m bench.publish OUT`: makes the suite's OUT a result under bench/results/<device>/.
+
+Refuses an OUT whose stages failed, were killed, or did not prove the kernels right, and one from a
+tree that differed from its commit, or whose kernel sources are not those of this tree: a committed
+number must belong to committed code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from . import gpu_suite, report, shapes
+from .stages import FAILED, NOT_RUN, PASSED, TIMED_OUT
+
+ENTRY = ("suite.json", "layers.json", "layers.png", "kernels.json", "kernels.png")
+COLORS = {"kernel": "#1b7f5c", "torch": "#b8b8b8"}
+
+
+def slug(device_name: str) -> str:
+    """`cuda-nvidia-h100-80gb-hbm3`."""
+    return "cuda-" + re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
+
+
+class Here(NamedTuple):
+    """What this tree has: a measurement of anything else is no evidence for it."""
+
+    sources: str  # sources_hash
+    binary: str | None  # binary_hash, None if it is older than the sources
+
+    @classmethod
+    def now(cls) -> Here:
+        current = gpu_suite.is_current()
+        return cls(gpu_suite.sources_hash(), gpu_suite.binary_hash() if current else None)
+
+
+def objections(suite: dict, allow_not_run: Sequence[str] = ()) -> list[str]:
+    """Why this record proves nothing, apart from the code's origin (see `doubts`)."""
+    if suite["schema"] != gpu_suite.SCHEMA:
+        return [f"schema {suite['schema']}, expected {gpu_suite.SCHEMA}"]
+    status = {stage["name"]: stage["status"] for stage in suite["stages"]}
+    found = [] if suite["finished"] else ["the suite was cut off"]
+    found += [f"stage {n} {s}" for n, s in status.items() if s in (FAILED, TIMED_OUT)]
+    found += [
+        f"stage {name} was not run"
+        for name in ("tests", *gpu_suite.SANITIZERS)
+        if status.get(name, NOT_RUN) == NOT_RUN and name not in allow_not_run
+    ]
+    return found
+
+
+def doubts(suite: dict, here: Here) -> list[str]:
+    """Why what was measured may not be the code of this tree."""
+    found = []
+    if suite["dirty"] is None:
+        found.append("nobody knows whether its tree was that of its commit")
+    elif suite["dirty"]:
+        found.append(f"its tree was not that of commit {suite['commit']}")
+    if suite["sources_sha256"] != here.sources:
+        found.append("its csrc is not that of this tree")
+    built = any(s["name"] == "build" and s["status"] == PASSED for s in suite["stages"])
+    if not built and suite["binary_sha256"] != here.binary:
+        found.append("it took a binary as it was, and that is not the one built from this tree")
+    return found
+
+
+def publish(
+    out: Path, results: Path, *, allow_dirty: bool = False, allow_not_run: Sequence[str] = (),
+    replace: bool = False,
+) -> Path:  # fmt: skip
+    """Writes the entry and returns its folder; raises SystemExit where that is refused."""
+    path = out / "suite.json"
+    if not path.is_file():
+        raise SystemExit(f"bench.publish: {out} has no suite.json: expected an OUT of gpu_suite.sh")
+    suite = json.loads(path.read_text())
+    found = objections(suite, allow_not_run)
+    if not found and not allow_dirty:
+        found = [f"{doubt} (--allow-dirty)" for doubt in doubts(suite, Here.now())]
+    if found:
+        raise SystemExit("bench.publish: refused:\n  " + "\n  ".join(found))
+    folder = results / slug(suite["device"]["device_name"])
+    if folder.exists() and any(folder.iterdir()) and not replace:
+        raise SystemExit(f"bench.publish: {folder} exists; pass --replace to overwrite it")
+    for stale in ENTRY:
+        (folder / stale).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "suite.json").write_text(report._dump(suite) + "\n")
+    passed = {stage["name"] for stage in suite["stages"] if stage["status"] == PASSED}
+    for name, plot in (("layers", report.plot), ("kernels", plot_kernels)):
+        if name in passed:
+            shutil.copyfile(out / f"{name}.json", folder / f"{name}.json")
+            result = json.loads((out / f"{name}.json").read_text())
+            plot(folder / f"{name}.png", result["groups"], result["environment"])
+    return folder
+
+
+def plot_kernels(path: Path, groups: list[dict], machine: dict) -> None:
+    """How many times faster than composed each kernel is, a panel per kernel, a bar per call.
+
+    The black line over a call is a copy of as many bytes: about the limit of what reads and writes
+    its operands once, though reads alone may be faster.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    kernels = list(dict.fromkeys(group["kernel"] for group in groups))
+    most = max(sum(group["kernel"] == kernel for group in groups) for kernel in kernels)
+    figure, axes = plt.subplots(
+        len(kernels), 1, squeeze=False, layout="constrained",
+        figsize=(max(7.0, 1.0 * most), 2.6 * len(kernels) + 0.8),
+    )  # fmt: skip
+    for kernel, (axis,) in zip(kernels, axes, strict=True):
+        shown = [group for group in groups if group["kernel"] == kernel]
+        for place, group in enumerate(shown):
+            _bars(axis, place, {row["name"]: row["median_ms"] for row in group["rows"]})
+        labels = [
+            "\n".join((g["what"], *g["label"].split(" "), f"p={g['dropout']:g}")) for g in shown
+        ]
+        axis.set_xticks(range(len(shown)), labels)
+        axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
+        axis.set_title(kernel, loc="left", fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=7, length=0)
+    figure.suptitle(
+        f"Kernels on {machine['device_name']}, torch {machine['torch']}", x=0.01, ha="left",
+        fontsize=9,
+    )  # fmt: skip
+    figure.supylabel("times faster than composed (higher is better)", fontsize=8)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in COLORS.values()]
+    handles.append(plt.Line2D([], [], color="black"))
+    figure.legend(
+        handles, ["lora_kernels", "torch, own dropout", "copy of the operands' bytes"],
+        loc="outside lower center", ncols=3, frameon=False, fontsize=8,
+    )  # fmt: skip
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _bars(axis, place: int, ms: dict[str, float]) -> None:
+    """Of one call, given the time of each contender."""
+    present = [name for name in COLORS if name in ms]
+    width = 0.8 / len(present)
+    for i, name in enumerate(present):
+        centre = place + (i - (len(present) - 1) / 2) * width
+        axis.bar(centre, ms["composed"] / ms[name], width * 0.92, color=COLORS[name])
+    if "copy" in ms:
+        axis.hlines(ms["composed"] / ms["copy"], place - 0.42, place + 0.42, color="black")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.publish",
+        description=__doc__.partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="what gpu_suite.sh wrote")
+    parser.add_argument("--results", type=Path, default=report.RESULTS, help="default: %(default)s")
+    parser.add_argument("--replace", action="store_true", help="overwrite this device's results")
+    parser.add_argument(
+        "--allow-dirty", action="store_true",
+        help="take it although the measured code is not that of a commit, or not this tree's",
+    )  # fmt: skip
+    parser.add_argument(
+        "--allow-not-run", metavar="NAME[,NAME]", default=[],
+        type=shapes.listed(shapes.one_of("stage", gpu_suite.SANITIZERS)),
+        help=f"stages that may be missing, of {', '.join(gpu_suite.SANITIZERS)}",
+    )  # fmt: skip
+    args = parser.parse_args()
+    folder = publish(
+        args.out, args.results, allow_dirty=args.allow_dirty, allow_not_run=args.allow_not_run,
+        replace=args.replace,
+    )  # fmt: skip
+    print(f"wrote {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

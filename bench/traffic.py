@@ -1,0 +1,151 @@
+"""`ncu ... python -m bench.traffic`: each CUDA kernel and its PyTorch counterpart once, cold.
+
+The calls are separated by torch's spin kernel, so that `rows` can tell which launches are whose: an
+op may launch several kernels. Run it by `ncu_command`. ncu empties the caches before each launch,
+so the bytes are those of operands that lie in memory.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from .stages import Failed, NotRun, skip
+
+READ, WRITTEN = "dram__bytes_read.sum", "dram__bytes_write.sum"
+PRESETS = ("llama-3.1-8b:q/o", "llama-3.1-8b:down")
+ROWS = 8192
+DROPOUTS = (0.0, 0.1)
+RANK = 16
+SEPARATOR = "spin_kernel"
+MARK = "CALLS "  # begins the line that lists the calls in order
+
+
+def ncu_command(log: Path) -> list[str]:
+    """Profiles `main`; the CSV goes to `log`."""
+    return [
+        cuda_tool("ncu"), "--clock-control", "none", "--profile-from-start", "off",
+        "--metrics", f"{READ},{WRITTEN}", "--print-units", "base",
+        "--csv", "--log-file", str(log), sys.executable, "-m", "bench.traffic",
+    ]  # fmt: skip
+
+
+def cuda_tool(name: str) -> str:
+    """The path of a program of the CUDA toolkit; raises NotRun if it is not installed."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    found = shutil.which(name) or shutil.which(f"{home}/bin/{name}")
+    if found is None:
+        raise NotRun(f"no {name} on PATH or in {home}/bin")
+    return found
+
+
+def launches(text: str) -> list[dict]:
+    """Kernel launches of ncu's CSV, in order: kernel, read and written bytes, None if unknown."""
+    lines = [line for line in text.splitlines() if line.startswith('"')]
+    found: dict[str, dict] = {}
+    names = {READ: "read", WRITTEN: "written"}
+    for row in csv.DictReader(lines):
+        launch = {"kernel": row["Kernel Name"], "read": None, "written": None}
+        launch = found.setdefault(row["ID"], launch)
+        if row["Metric Name"] in names:
+            launch[names[row["Metric Name"]]] = _number(row["Metric Value"])
+    return list(found.values())
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text.replace(",", ""))
+    except ValueError:  # "n/a"
+        return None
+
+
+def rows(output: str, text: str) -> list[dict]:
+    """The calls that `main` listed in `output`, with the DRAM bytes that ncu's CSV has for each."""
+    listed = [line for line in output.splitlines() if line.startswith(MARK)]
+    if not listed:
+        raise Failed("the profiled process did not finish")
+    groups: list[list[dict]] = []
+    for launch in launches(text):
+        if SEPARATOR in launch["kernel"]:
+            groups.append([])
+        elif groups:
+            groups[-1].append(launch)
+    calls = json.loads(listed[0].removeprefix(MARK))
+    if len(groups) != len(calls) or not all(groups):
+        raise Failed(f"ncu saw {len(groups)} groups of launches, {len(calls)} calls were made")
+    found = []
+    for call, group in zip(calls, groups, strict=True):
+        values = [launch[key] for launch in group for key in ("read", "written")]
+        if None in values:
+            raise Failed(f"ncu has no DRAM bytes for {group[0]['kernel']}")
+        found.append(
+            call | {
+                "read_bytes": sum(launch["read"] for launch in group),
+                "written_bytes": sum(launch["written"] for launch in group),
+                "over_operands": sum(values) / call["operand_bytes"],
+                "launches": [launch["kernel"][:120] for launch in group],
+            }
+        )  # fmt: skip
+    return found
+
+
+def refusal(output: str) -> str | None:
+    """Why ncu could not count on this machine, if that is what it says."""
+    for sign in ("ERR_NVGPUCTRPERM", "driver resource was unavailable", "LibraryNotLoaded"):
+        if sign in output:
+            return f"ncu may not or cannot read the counters here ({sign})"
+    return None
+
+
+def main() -> int:
+    import torch
+
+    from lora_kernels import schemas
+
+    from . import bench_kernels, contenders, shapes
+
+    if not torch.cuda.is_available():
+        return skip("torch sees no CUDA device")
+    kernels = [name for name in bench_kernels.KERNELS if schemas.has_kernel(name, "CUDA")]
+    if not kernels:
+        return skip("no CUDA kernels are built")
+    done = []
+    with torch.no_grad():
+        for name in PRESETS:
+            ((label, nk),) = shapes.preset(name).items()
+            case = shapes.Case(shapes.Shape(label, ROWS, *nk), "bf16", RANK)
+            problem = contenders.make_problem(case, "cuda")
+            for p in DROPOUTS:
+                for job in bench_kernels.jobs(case, problem, p):
+                    if job.kernel not in kernels:
+                        continue
+                    # The mask in plain PyTorch is a hundred launches, and nothing to compare with.
+                    mask = job.kernel == "dropout_mask"
+                    for who in ("kernel",) if mask else ("kernel", "composed"):
+                        _profile(job.calls[who])
+                        done.append({
+                            "kernel": job.kernel, "what": job.what, "name": who,
+                            **case.shape._asdict(), "rank": RANK, "dtype": case.dtype,
+                            "dropout": p, "operand_bytes": job.bytes,
+                        })  # fmt: skip
+    print(MARK + json.dumps(done))
+    return 0
+
+
+def _profile(call) -> None:
+    import torch
+
+    call()  # what happens once, such as a library's start, is not the call's traffic
+    torch.cuda.synchronize()
+    with torch.cuda.profiler.profile():
+        torch.cuda._sleep(1)
+        call()
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,399 @@
+"""The GPU suite without a GPU: limits, what counts as proof, the record, and what is published."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_kernels import composed, schemas
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from bench import (  # noqa: E402
+    bench_kernels,
+    evidence,
+    gpu_state,
+    gpu_suite,
+    publish,
+    stages,
+    traffic,
+)
+from bench.stages import Failed, Finished, NotRun, Stage  # noqa: E402
+
+
+def python(source: str):
+    return lambda: [sys.executable, "-c", source]
+
+
+def run(tmp_path: Path, *some: Stage, monitor=None) -> list[dict]:
+    (tmp_path / "logs").mkdir()
+    return stages.run(some, tmp_path / "logs", ROOT, monitor)
+
+
+def finished(tmp_path: Path, text: str, code: int = 0) -> Finished:
+    log = tmp_path / "stage.log"
+    log.write_text(text)
+    return Finished(code, log)
+
+
+# ---- stages --------------------------------------------------------------------------------------
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs; a zombie that nobody has reaped yet does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_a_hang_is_killed_with_its_children_and_loses_no_other_stage(tmp_path):
+    child = tmp_path / "child"
+    hang = (
+        "import pathlib, subprocess, time\n"
+        "child = subprocess.Popen(['sleep', '60'])\n"
+        f"pathlib.Path({str(child)!r}).write_text(str(child.pid))\n"
+        "time.sleep(60)"
+    )
+    start = time.monotonic()
+    records = run(
+        tmp_path,
+        Stage("hang", 1.5, python(hang)),
+        Stage("next", 20, python("print('here')")),
+        Stage("dependent", 20, python(""), needs=("hang",)),
+    )
+    assert time.monotonic() - start < 20
+    assert [r["status"] for r in records] == ["timed out", "passed", "not run"]
+    assert records[0]["reason"] == "killed after 1.5 s"
+    assert records[2]["reason"] == "hang timed out"
+    assert not stages.succeeded(records)
+    for _ in range(50):
+        if not alive(int(child.read_text())):
+            break
+        time.sleep(0.1)
+    assert not alive(int(child.read_text()))
+
+
+def test_status_of_every_kind_of_end(tmp_path):
+    def missing() -> list[str]:
+        return [traffic.cuda_tool("no-such-tool")]
+
+    def broken_judge(done: Finished) -> dict:
+        return {}["absent"]
+
+    records = run(
+        tmp_path,
+        Stage("fails", 20, python("print('why'); raise SystemExit(3)")),
+        Stage("no tool", 20, missing),
+        Stage("skips", 20, python("from bench.stages import skip; raise SystemExit(skip('no X'))")),
+        Stage("no proof", 20, python(""), broken_judge),
+        Stage("no program", 20, lambda: ["/nonexistent"]),
+    )
+    found = {r["name"]: (r["status"], r["reason"]) for r in records}
+    assert found["fails"] == ("failed", "exit code 3: why")
+    assert found["no tool"][0] == "not run" and "no-such-tool" in found["no tool"][1]
+    assert found["skips"] == ("not run", "no X")
+    assert found["no proof"] == ("failed", "KeyError: 'absent'")
+    assert found["no program"][0] == "failed"
+    assert not stages.succeeded(records)
+    assert stages.succeeded([r for r in records if r["status"] == "not run"])
+    lines = stages.table(records).splitlines()
+    assert len(lines) == 6 and "exit code 3" in lines[1]
+
+
+def test_limits_leave_a_margin_below_ten_minutes():
+    assert sum(gpu_suite.LIMITS.values()) < 9 * 60
+    suite = gpu_suite.Suite(Path(), Path(), False, gpu_suite.LIMITS)
+    assert [stage.name for stage in suite.stages()] == list(gpu_suite.LIMITS)
+
+
+# ---- what the tools leave ------------------------------------------------------------------------
+
+CHECKED = "checked 4 calls of dropout_mask: 0 wrong\n"
+CLEAN = "========= ERROR SUMMARY: 0 errors\n"
+NO_RACE = "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n"
+
+
+def test_sanitizer(tmp_path):
+    banner = "========= COMPUTE-SANITIZER\n"
+    done = finished(tmp_path, banner + CHECKED + CLEAN)
+    assert evidence.sanitizer(done, "memcheck")["calls"] == 4
+    done = finished(tmp_path, banner + CHECKED + NO_RACE)
+    assert "shared memory only" in evidence.sanitizer(done, "racecheck")["headline"]
+    bad = [
+        ("memcheck", banner + CHECKED, 0, "no summary"),  # the tool never attached
+        ("memcheck", banner + CHECKED + NO_RACE, 0, "no summary"),
+        ("racecheck", banner + NO_RACE, 139, "did not finish"),  # it died without a hazard
+        ("memcheck", banner + CLEAN, 0, "did not finish"),
+        ("memcheck", CHECKED + CLEAN, 1, "exit code 1"),
+        ("memcheck", CHECKED.replace("0 wrong", "2 wrong") + CLEAN, 1, "2 of 4 calls"),
+        (
+            "memcheck", banner + "========= Invalid __global__ write of size 4 bytes\n" + CHECKED
+            + CLEAN.replace("0 errors", "1 error"), 1, "1 errors: Invalid __global__ write",
+        ),
+        ("racecheck", CHECKED + NO_RACE.replace("0 hazards", "1 hazard"), 1, "1 errors"),
+    ]  # fmt: skip
+    for tool, text, code, why in bad:
+        with pytest.raises(Failed, match=why):
+            evidence.sanitizer(finished(tmp_path, text, code), tool)
+    with pytest.raises(NotRun):
+        evidence.sanitizer(finished(tmp_path, CHECKED.replace("4", "0") + CLEAN), "memcheck")
+
+
+def test_pytest_report(tmp_path):
+    report = tmp_path / "tests.xml"
+
+    def judge(*cases: str, code: int = 0) -> dict:
+        found = "".join(f'<testcase name="t{i}">{case}</testcase>' for i, case in enumerate(cases))
+        report.write_text(f"<testsuites><testsuite>{found}</testsuite></testsuites>")
+        return evidence.tests(finished(tmp_path, "", code), report)
+
+    assert judge("", "", "<skipped/>")["headline"] == "2 tests, 1 skipped"
+    with pytest.raises(Failed, match="1 of 2 tests, the first t1"):
+        judge("", "<failure/>", code=1)
+    with pytest.raises(Failed, match="exit code 3"):
+        judge("", code=3)
+    with pytest.raises(NotRun, match="1 were skipped"):
+        judge("<skipped/>")
+    with pytest.raises(NotRun, match="collected no test"):
+        judge(code=evidence.NO_TESTS)
+    report.unlink()
+    with pytest.raises(Failed, match="no report"):
+        evidence.tests(finished(tmp_path, "", 2), report)
+
+
+def ncu_csv(*launches: tuple[str, float, float]) -> str:
+    lines = ["==PROF== Connected", '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"']
+    for i, (kernel, read, written) in enumerate(launches):
+        for name, value in ((traffic.READ, read), (traffic.WRITTEN, written)):
+            lines.append(f'"{i}","{kernel}","{name}","byte","{value:,}"')
+    return "\n".join(lines)
+
+
+def test_dram_bytes_belong_to_their_calls(tmp_path):
+    calls = [{"name": "kernel", "kernel": "down_proj", "operand_bytes": 1000}, {"name": "composed"}]
+    calls[1] |= calls[0] | {"name": "composed"}
+    output = f"{traffic.MARK}{json.dumps(calls)}\n"
+    spin = ("spin_kernel(long)", 0, 32)
+    path = tmp_path / "ncu.csv"
+    path.write_text(ncu_csv(spin, ("down_proj", 1000, 100), spin, ("gemm", 1500, 0), ("k", 0, 500)))
+    found = evidence.dram(finished(tmp_path, output), path)
+    assert [row["over_operands"] for row in found["rows"]] == [1.1, 2.0]
+    assert found["headline"] == "down_proj 1.10x operands"
+    path.write_text(ncu_csv(spin, ("down_proj", 1000, 100), spin))
+    with pytest.raises(Failed, match="2 groups"):
+        evidence.dram(finished(tmp_path, output), path)
+    path.write_text("==ERROR== ERR_NVGPUCTRPERM - The user does not have permission")
+    with pytest.raises(NotRun, match="ERR_NVGPUCTRPERM"):
+        evidence.dram(finished(tmp_path, output, 1), path)
+
+
+def test_kernels_json_is_what_the_judge_reads(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "kernels.json"
+    arguments = ["--shape", "16,24,32", "--rank", "4", "--dtype", "fp32", "--rounds", "3"]
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments, "--device", "cpu", "--json", str(path)])
+    assert bench_kernels.main() == 0, capsys.readouterr().out
+    if not schemas.has_kernel("down_proj", "CPU"):
+        with pytest.raises(NotRun):
+            evidence.kernels(finished(tmp_path, ""), path)
+        return
+    found = evidence.kernels(finished(tmp_path, ""), path)
+    assert set(found["geometric_means"]) == set(bench_kernels.KERNELS)
+    with pytest.raises(Failed):
+        evidence.kernels(finished(tmp_path, "FAILED", 1), path)
+
+
+def test_eager_counterparts_compute_what_the_kernels_do():
+    x, w, h, a, b = (torch.randn(s) for s in ((6, 8), (5, 8), (6, 3), (3, 8), (5, 3)))
+    for kernel, tensors, more in (
+        ("down_proj", (x, a), ()),
+        ("fused_gemm", (x, w, h, b, None), ()),
+        ("weight_grad", (h, x), (False, False)),
+    ):
+        want = getattr(composed, kernel)(*tensors, None, 0, 1.5, *more)
+        torch.testing.assert_close(bench_kernels.eager(kernel, tensors, 1.5, 0.0), want)
+
+
+def test_gpu_state_is_sampled_and_a_dead_nvidia_smi_asked_once(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho '1980, 2619, 41, [N/A], 100'\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(gpu_state, "PERIOD", 0.05)
+    monitor = gpu_state.Monitor(program=str(program))
+    stage = Stage("timing", 20, python("import time; time.sleep(0.5)"), sampled=True)
+    (record,) = run(tmp_path, stage, monitor=monitor)
+    assert record["gpu"]["samples"] > 0 and record["gpu"]["before"]["watts"] is None
+    assert record["gpu"]["lowest"]["sm_mhz"] == record["gpu"]["after"]["sm_mhz"] == 1980
+    program.write_text("#!/bin/sh\nexit 9\n")
+    assert monitor.now() is None and "9" in monitor.problem
+    program.unlink()
+    assert monitor.now() is None and "9" in monitor.problem
+    assert gpu_state.Monitor(program="no-such-smi").facts() == {"problem": "no no-such-smi"}
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def suite(*args: str) -> subprocess.CompletedProcess:
+    command = ["bash", str(ROOT / "bench/gpu_suite.sh"), *args]
+    environment = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        command, cwd=ROOT.parent, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_without_a_gpu_nothing_passes_and_nothing_fails(tmp_path):
+    done = suite(str(tmp_path / "out"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((tmp_path / "out/suite.json").read_text())
+    assert [stage["name"] for stage in record["stages"]] == list(gpu_suite.LIMITS)
+    assert {stage["status"] for stage in record["stages"]} == {"not run"}
+    assert record["finished"] and len(record["sources_sha256"]) == 64 and record["commit"]
+    assert len(list((tmp_path / "out").iterdir())) <= 8
+    assert "no CUDA device" in done.stdout
+    again = suite(str(tmp_path / "out"))
+    assert again.returncode == 2 and "not a new or empty directory" in again.stderr
+    with pytest.raises(SystemExit, match="tests was not run"):
+        publish.publish(tmp_path / "out", tmp_path / "results", allow_dirty=True)
+
+
+def test_bad_arguments_and_the_list():
+    assert "racecheck" in suite("--list").stdout
+    assert "unknown stage x" in suite("--stages", "x", "out").stderr
+    assert suite().returncode == 2
+
+
+def test_a_failing_stage_makes_the_exit_code(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_suite, "_PROBE", "raise SystemExit(4)")
+    monkeypatch.setattr(sys, "argv", ["gpu_suite", str(tmp_path / "out"), "--stages", "dram"])
+    assert gpu_suite.main() == 1
+    record = json.loads((tmp_path / "out/suite.json").read_text())
+    assert [s["status"] for s in record["stages"]] == ["failed", "not run"]
+    assert "exit code 4" in capsys.readouterr().out
+
+
+def test_commit_where_there_is_no_git(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_suite, "ROOT", tmp_path)
+    monkeypatch.delenv("LORA_KERNELS_COMMIT", raising=False)
+    assert gpu_suite.commit() == {"commit": "unknown", "dirty": None}
+    monkeypatch.setenv("LORA_KERNELS_COMMIT", "abc-dirty")
+    assert gpu_suite.commit() == {"commit": "abc", "dirty": True}
+
+
+def test_a_binary_older_than_its_sources_is_not_current(tmp_path):
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc/a.cu").write_text("a")
+    (tmp_path / "setup.py").write_text("")
+    binary = tmp_path / "_C.so"
+    assert not gpu_suite.is_current(binary, tmp_path)
+    binary.write_bytes(b"no kernels")
+    assert not gpu_suite.is_current(binary, tmp_path)
+    binary.write_bytes(b"...nv_fatbin...")
+    assert gpu_suite.is_current(binary, tmp_path)
+    os.utime(binary, (1, 1))
+    assert not gpu_suite.is_current(binary, tmp_path)
+    before = gpu_suite.sources_hash(tmp_path)
+    (tmp_path / "csrc/a.cu").write_text("b")
+    assert gpu_suite.sources_hash(tmp_path) != before
+
+
+# ---- publishing ----------------------------------------------------------------------------------
+
+
+def timed(name: str, ms: float, **more) -> dict:
+    return {"name": name, "median_ms": ms, "q1_ms": ms, "q3_ms": ms, **more}
+
+
+@pytest.fixture
+def out(tmp_path):
+    """An OUT in which every stage passed; its numbers are made up."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    machine = {"device": "cuda", "device_name": "NVIDIA Test (1)", "torch": "0"}
+    shape = {"label": "model q/o", "m": 8, "n": 8, "k": 8, "rank": 1, "dtype": "bf16"}
+    call = {"kernel": "down_proj", "what": "h", "dropout": 0.1, **shape}
+    rows = [timed(name, 1.0) for name in ("kernel", "composed", "torch", "copy")]
+    kernels = {"environment": machine, "groups": [call | {"rows": rows}]}
+    layer = {"mode": "fwd+bwd", "dropout": 0.0, "automatic": "composed", **shape}
+    rows = [timed(name, 1.0) for name in ("frozen", "peft", "composed")]
+    layers = {"environment": machine, "groups": [layer | {"rows": rows}]}
+    record = {
+        "schema": gpu_suite.SCHEMA, "finished": True, "commit": "abc", "dirty": False,
+        "sources_sha256": gpu_suite.sources_hash(), "binary_sha256": "0",
+        "device": {"device_name": machine["device_name"]},
+        "stages": [{"name": name, "status": "passed"} for name in gpu_suite.LIMITS],
+    }  # fmt: skip
+    for name, content in (("kernels", kernels), ("layers", layers), ("suite", record)):
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def edit(out: Path, change) -> None:
+    record = json.loads((out / "suite.json").read_text())
+    change(record)
+    (out / "suite.json").write_text(json.dumps(record))
+
+
+def set_status(name: str, status: str):
+    def change(record: dict) -> None:
+        next(stage for stage in record["stages"] if stage["name"] == name)["status"] = status
+
+    return change
+
+
+def test_publish(out, tmp_path):
+    folder = publish.publish(out, tmp_path / "results")
+    assert folder.name == "cuda-nvidia-test-1"
+    assert {path.name for path in folder.iterdir()} == set(publish.ENTRY)
+    with pytest.raises(SystemExit, match="--replace"):
+        publish.publish(out, tmp_path / "results")
+    edit(out, set_status("layers", "not run"))
+    publish.publish(out, tmp_path / "results", replace=True)
+    assert not (folder / "layers.json").exists() and (folder / "kernels.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "why", "dirt"),
+    [
+        (set_status("tests", "failed"), "tests failed", False),
+        (set_status("layers", "timed out"), "layers timed out", False),
+        (set_status("racecheck", "not run"), "racecheck was not run", False),
+        (lambda record: record.update(finished=False), "cut off", False),
+        (lambda record: record.update(dirty=True), "not that of commit abc", True),
+        (lambda record: record.update(dirty=None), "nobody knows", True),
+        (lambda record: record.update(sources_sha256="0"), "not that of this tree", True),
+        (set_status("build", "not run"), "took a binary", True),
+    ],
+)
+def test_publish_refuses_what_is_no_evidence(out, tmp_path, change, why, dirt):
+    edit(out, change)
+    with pytest.raises(SystemExit, match=why):
+        publish.publish(out, tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+    if dirt:
+        publish.publish(out, tmp_path / "results", allow_dirty=True)
+    else:
+        with pytest.raises(SystemExit, match=why):
+            publish.publish(out, tmp_path / "results", allow_dirty=True)
+
+
+def test_a_missing_tool_can_be_allowed(out, tmp_path):
+    edit(out, set_status("racecheck", "not run"))
+    publish.publish(out, tmp_path / "results", allow_not_run=["racecheck"])
+
+
+def test_sanitized_calls_are_right_on_the_cpu():
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.sanitize", "--device", "cpu"],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode != 77:  # the C++ kernels may not be built
+        assert done.returncode == 0 and ": 0 wrong" in done.stdout, done.stdout + done.stderr
