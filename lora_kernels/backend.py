@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import composed
-from .schemas import EXTENSION_ERROR, has_kernel
+from .schemas import EXTENSION_ERROR, KERNELS, has_kernel
 
 ENV = "LORA_KERNELS_BACKEND"
 
@@ -31,6 +31,7 @@ class Backend:
         missing: None if it can run on this machine, else what is missing and how to get it.
         refuses: None if it serves an x of this kind, else why not.
         prefers: None if the automatic choice may take it for such an x, else why not.
+        plan: what it would launch for (x, lora_a, seed), for `explain`; by default `summary`.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Backend:
     missing: Callable[[], str | None] = lambda: None
     refuses: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
     prefers: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
+    plan: Callable[[Tensor, Tensor, Tensor | None], str] | None = None
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,7 @@ def explain(
     Raises:
         As `fused_lora_linear` would for the same arguments.
     """
-    from . import autocast, checks
+    from . import autocast, checks, dropout
 
     checks.validate(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
     x = autocast.cast(x)
@@ -200,7 +202,12 @@ def explain(
         source = "the backend argument" if backend else f"use_backend or {ENV}"
         reason = f"forced by {source}"
         passed_over = {n: w for n, w in passed_over.items() if n != name}
-    return Explanation(name, _REGISTRY[name].summary, reason, passed_over)
+    found = _REGISTRY[name]
+    masked = seed if dropout.drops(dropout_p) else None
+    if masked is None and dropout.drops(dropout_p):
+        masked = torch.zeros(2, dtype=torch.int64, device=x.device)  # as good as a drawn one
+    plan = found.plan(x, lora_a, masked) if found.plan else found.summary
+    return Explanation(name, plan, reason, passed_over)
 
 
 def backends() -> dict[str, str | None]:
@@ -240,13 +247,11 @@ def _cpu_prefers(device: torch.device, dtype: torch.dtype) -> str | None:
 def _cuda_missing() -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    if not has_kernel("dropout_mask", "CUDA"):
+    if not has_kernel("down_proj", "CUDA"):
         return (
             "the extension was built without nvcc; set CUDA_HOME and reinstall with "
             "LORA_KERNELS_BUILD=cuda"
         )
-    if not has_kernel("forward", "CUDA"):
-        return "this version has no fused CUDA kernels yet, only the dropout mask"
     return None
 
 
@@ -255,7 +260,34 @@ def _on_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"x is on {device}, not on a CUDA device"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"it has no {dtype} kernels"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "its kernels need compute capability 8.0"
     return None
+
+
+def _cuda_flow() -> dict[str, Callable]:
+    """The ops in C++ once they are all there; until then the kernels there are, op by op.
+
+    An op without a CUDA kernel is served by `composed`'s, which its registration falls back to.
+    """
+    ops = torch.ops.lora_kernels
+    if has_kernel("forward", "CUDA") and has_kernel("backward", "CUDA"):
+        return dict(forward=ops.forward.default, backward=ops.backward.default)
+    kernels = (getattr(ops, name).default for name in KERNELS)
+    forward, backward = composed.data_flow(*kernels)
+    return dict(forward=forward, backward=backward)
+
+
+def _cuda_summary() -> str:
+    ours = [name for name in KERNELS if has_kernel(name, "CUDA")]
+    others = [name for name in KERNELS if name not in ours]
+    rest = f"; {', '.join(others)} by the vendor's GEMMs" if others else ""
+    return f"C++/CUDA {', '.join(ours)}{rest}"
+
+
+def _cuda_plan(x: Tensor, lora_a: Tensor, seed: Tensor | None) -> str:
+    down = lora_a.to(x.dtype)
+    return f"{_cuda_summary()}; {torch.ops.lora_kernels.down_proj_plan(x, down, seed)}"
 
 
 def _no_evidence(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -274,8 +306,8 @@ def _register_all() -> None:
         backward=torch.ops.lora_kernels.backward.default,
     )
     register(
-        Backend("cuda", "C++/CUDA kernels", **native, missing=_cuda_missing, refuses=_on_cuda,
-                prefers=_no_evidence)
+        Backend("cuda", _cuda_summary(), **_cuda_flow(), missing=_cuda_missing, refuses=_on_cuda,
+                prefers=_no_evidence, plan=_cuda_plan)
     )  # fmt: skip
     register(
         Backend("cpu", "C++ down_proj and weight_grad, mask in registers, frozen product by the "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_SCALING = 2.0**112  # times 1/q, at most 2**14, it is still finite in fp32
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 _PLAIN = (Tensor, Parameter)
+_REALS: Any = (Real, torch.SymFloat)
+_NUMBERS: Any = (Real, torch.SymFloat, torch.SymInt)
 
 
 def valid(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed) -> bool:
@@ -98,13 +101,13 @@ def _check_scalars(scaling, dropout_p) -> None:
             f"{OP}: scaling must be a number, but got a Tensor; pass scaling=1.0 and "
             "lora_b * scaling"
         )
-    if not isinstance(scaling, (Real, torch.SymFloat, torch.SymInt)):
+    if not isinstance(scaling, _NUMBERS):
         raise TypeError(f"{OP}: scaling must be a number, but got {type(scaling).__name__}")
     if not -MAX_SCALING <= scaling <= MAX_SCALING:  # NaN fails the comparison too
         raise ValueError(
             f"{OP}: scaling must be finite and at most 2**112 in magnitude, but got {scaling}"
         )
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (Real, torch.SymFloat)):
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, _REALS):
         raise TypeError(f"{OP}: dropout_p must be a number, but got {type(dropout_p).__name__}")
     from .dropout import check_probability
 

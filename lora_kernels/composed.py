@@ -92,56 +92,63 @@ def weight_grad(
     return grad.addmm_(left.t(), right, beta=0, alpha=scale)
 
 
-@_outside_autocast
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    threshold: int,
-    h_scale: float,
-    up_scale: float,
-) -> tuple[Tensor, Tensor]:
-    """(y, h): the forward half of the data flow in `lora_kernels.ops`."""
-    h = down_proj(x, lora_a, seed, threshold, h_scale)
-    return fused_gemm(x, weight, h, lora_b, bias, None, 0, up_scale), h
+def data_flow(
+    down_proj: Callable, fused_gemm: Callable, weight_grad: Callable
+) -> tuple[Callable, Callable]:
+    """(forward, backward) of `schemas`, of three kernels: what every backend in Python runs."""
+
+    @_outside_autocast
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        bias: Tensor | None,
+        seed: Tensor | None,
+        threshold: int,
+        h_scale: float,
+        up_scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        h = down_proj(x, lora_a, seed, threshold, h_scale)
+        return fused_gemm(x, weight, h, lora_b, bias, None, 0, up_scale), h
+
+    @_outside_autocast
+    def backward(
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        h: Tensor,
+        seed: Tensor | None,
+        threshold: int,
+        h_scale: float,
+        up_scale: float,
+        wide_a: bool,
+        wide_b: bool,
+        need_x: bool,
+        need_a: bool,
+        need_b: bool,
+        need_bias: bool,
+    ) -> Grads:
+        # Every output is a tensor of its own: results of an op must not share memory.
+        dx, da, db, dbias = (x.new_empty(0) for _ in range(4))
+        if need_x or need_a:
+            dh = down_proj(dy, lora_b.t(), None, 0, h_scale)
+            if need_x:
+                dx = fused_gemm(dy, weight.t(), dh, lora_a.t(), None, seed, threshold, up_scale)
+            if need_a:
+                da = weight_grad(dh, x, seed, threshold, up_scale, wide_a, False)
+        if need_b:
+            db = weight_grad(h, dy, None, 0, up_scale, wide_b, True)
+        if need_bias:
+            dbias = _rows(dy).sum(0)
+        return dx, da, db, dbias
+
+    return forward, backward
 
 
-@_outside_autocast
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    h: Tensor,
-    seed: Tensor | None,
-    threshold: int,
-    h_scale: float,
-    up_scale: float,
-    wide_a: bool,
-    wide_b: bool,
-    need_x: bool,
-    need_a: bool,
-    need_b: bool,
-    need_bias: bool,
-) -> Grads:
-    """(dx, dA, dB, dbias); an empty tensor where a gradient is not needed."""
-    # Every output is a tensor of its own: results of an op must not share memory.
-    dx, da, db, dbias = (x.new_empty(0) for _ in range(4))
-    if need_x or need_a:
-        dh = down_proj(dy, lora_b.t(), None, 0, h_scale)
-        if need_x:
-            dx = fused_gemm(dy, weight.t(), dh, lora_a.t(), None, seed, threshold, up_scale)
-        if need_a:
-            da = weight_grad(dh, x, seed, threshold, up_scale, wide_a, False)
-    if need_b:
-        db = weight_grad(h, dy, None, 0, up_scale, wide_b, True)
-    if need_bias:
-        dbias = _rows(dy).sum(0)
-    return dx, da, db, dbias
+forward, backward = data_flow(down_proj, fused_gemm, weight_grad)
 
 
 def _rows(x: Tensor) -> Tensor:

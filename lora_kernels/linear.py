@@ -36,6 +36,9 @@ class LoRALinear(nn.Module):
         F.linear(x, weight, bias) + scaling * F.linear(F.linear(F.dropout(x, p), lora_a), lora_b)
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         in_features: int,
@@ -92,9 +95,9 @@ class LoRALinear(nn.Module):
         self.lora_dropout = float(lora_dropout)
         self.use_rslora = use_rslora
         self.scaling = 0.0 if r == 0 else self.lora_alpha / (math.sqrt(r) if use_rslora else r)
-        like = dict(device=self.weight.device, dtype=adapter_dtype or self.weight.dtype)
-        self.lora_a = nn.Parameter(torch.empty(r, self.in_features, **like))
-        self.lora_b = nn.Parameter(torch.empty(self.out_features, r, **like))
+        device, dtype = self.weight.device, adapter_dtype or self.weight.dtype
+        self.lora_a = nn.Parameter(torch.empty(r, self.in_features, device=device, dtype=dtype))
+        self.lora_b = nn.Parameter(torch.empty(self.out_features, r, device=device, dtype=dtype))
         self._frozen: list[nn.Parameter] = []  # the weight before merge(), hidden from parameters()
         self.reset_lora_parameters()
 
@@ -137,7 +140,7 @@ class LoRALinear(nn.Module):
         """
         if self.merged:
             return
-        merged = self.weight
+        merged: Tensor = self.weight
         if self.scaling != 0:
             wide = torch.promote_types(self.weight.dtype, torch.float32)
             delta = self.lora_b.to(wide) @ self.lora_a.to(wide)

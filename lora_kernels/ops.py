@@ -147,8 +147,9 @@ class LoraLinear(torch.autograd.Function):
         if torch.is_grad_enabled():
             _no_double_backward()
         need_x, _, need_a, need_b, need_bias, _, _ = ctx.needs_input_grad
+        x, weight, lora_a, lora_b, h, seed = ctx.saved_tensors
         dx, da, db, dbias = run_backward(
-            dy, *ctx.saved_tensors, ctx.plan, need_x, need_a, need_b, need_bias
+            dy, x, weight, lora_a, lora_b, h, seed, ctx.plan, need_x, need_a, need_b, need_bias
         )
         return (
             dx if need_x else None,

@@ -52,6 +52,7 @@ def lora_linear(
         if scaling != 0 and (keep := dropout.keep_probability(dropout_p)) > 0:
             a, b = (_as_cast(t, x.dtype).to(wide) for t in (lora_a, lora_b))
             if keep < 1:
+                assert seed is not None  # given or drawn: keep < 1 just where `drops` says so
                 wide_x = _drop(wide_x, seed, dropout_p) / keep
             h = (scaling * torch.nn.functional.linear(wide_x, a)).to(x.dtype)
             y = y + torch.nn.functional.linear(h.to(wide), b)

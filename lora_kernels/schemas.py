@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import torch
 
+KERNELS = ("down_proj", "fused_gemm", "weight_grad")
 SCHEMAS = (
     "cpu_isa() -> str",
+    "down_proj_plan(Tensor x, Tensor down, Tensor? seed) -> str",
     "dropout_mask(Tensor seed, SymInt rows, SymInt cols, int threshold) -> Tensor",
     "down_proj(Tensor x, Tensor down, Tensor? seed, int threshold, float scale) -> Tensor",
     "fused_gemm(Tensor x, Tensor weight, Tensor h, Tensor up, Tensor? bias, Tensor? seed, "
@@ -44,7 +46,8 @@ for schema in SCHEMAS:
 
 EXTENSION_ERROR: str | None = None
 try:
-    from . import _C  # noqa: F401  its import registers the C++ kernels
+    # its import registers the C++ kernels
+    from . import _C  # type: ignore[attr-defined]  # noqa: F401
 except ImportError as error:  # not built, or built for another system: every op still has Python
     EXTENSION_ERROR = str(error)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import lora_kernels as lk
+from emulator import build
 
 USABLE = [name for name, missing in lk.backends().items() if missing is None and name != "cuda"]
 # Paths that round the frozen product before the rank-r term is added: their bound says so.
@@ -52,6 +53,15 @@ def compiled(tmp_path_factory):
         return module
 
     return load
+
+
+@pytest.fixture(scope="session")
+def emulated():
+    """The CUDA kernels, compiled by g++ against tests/emulator."""
+    pytest.importorskip("pybind11")
+    if build.compiler() is None:
+        pytest.skip("no C++ compiler")
+    return build.load(build.build())
 
 
 def pytest_collection_modifyitems(items):

@@ -88,6 +88,15 @@ DownProjPlan plan_down_proj(const DownProjArgs& args, int compute, int multiproc
           reason == nullptr ? "TMA and wgmma: x and down lie as TMA needs them" : reason};
 }
 
+std::string describe(const DownProjPlan& p) {
+  if (p.kernel == DownProjKernel::none) return p.reason;
+  const auto number = [](int64_t n) { return std::to_string(n); };
+  return std::string("down_proj_") + (p.kernel == DownProjKernel::sm90 ? "sm90" : "sm80") + " " +
+         number(p.rows) + "x" + number(p.rank) + "x" + number(p.depth) + ", " + number(p.stages) +
+         " stages, " + number(p.blocks) + " blocks of " + number(p.threads) + " threads, " +
+         number(p.shared_bytes / 1024) + " KB shared (" + p.reason + ")";
+}
+
 DownProjArgs rank_slice(const DownProjArgs& args, int64_t first) {
   DownProjArgs slice = args;
   slice.r = std::min<int64_t>(kMaxRank, args.r - first);

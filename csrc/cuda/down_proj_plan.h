@@ -5,6 +5,8 @@
 // blocks, every multiprocessor streams) until `down` outweighs x: with R rows a tile, L2 serves
 // 1 + r / R bytes for each byte of x. These choices are by that model, not by measurement.
 #pragma once
+#include <string>
+
 #include "../lora.h"
 #include "descriptor.h"
 #include "tensor_map.h"
@@ -96,6 +98,8 @@ struct DownProjPlan {
 // `compute`: 80, 86, 90 ...; `multiprocessors` of the device. args.r <= kMaxRank.
 DownProjPlan plan_down_proj(const DownProjArgs& args, int compute, int multiprocessors);
 
+// One line for `explain`.
+std::string describe(const DownProjPlan& plan);
 // The ranks from `first` on, as many as one launch takes.
 DownProjArgs rank_slice(const DownProjArgs& args, int64_t first);
 // What TMA loads: boxes of 64 rows of x, and of all ranks of down or 64 of its k-rows.

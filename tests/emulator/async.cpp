@@ -141,6 +141,7 @@ void arrive_barrier(uint32_t address, unsigned rank, Place at) {
   Mbarrier& b = peer(rank, "mbarrier.arrive", at).shared->barrier(address, "mbarrier.arrive", at);
   if (remote && !b.fenced)
     machine->fail("missing fence: an mbarrier of another block without fence.mbarrier_init", at);
+  if (remote) peer(rank, "mbarrier.arrive", at).remote.push_back(warp().stamp());
   count_arrival(b, 0, at);
 }
 
@@ -244,7 +245,9 @@ void load_tensor(uint32_t to, const TensorMap& map, uint32_t barrier, int column
   const TensorMap m = map;  // the kernel's copy lives no longer than its thread
   for (unsigned rank = 0; rank < 16; ++rank) {
     if ((blocks >> rank & 1) == 0) continue;
-    SharedMemory* shared = peer(rank, "TMA load", at).shared.get();
+    Block* target = &peer(rank, "TMA load", at);
+    SharedMemory* shared = target->shared.get();
+    const bool remote = rank != block().rank;
     Mbarrier* b = &shared->barrier(barrier, "TMA load", at);
     if (!b->fenced) machine->fail("missing fence: TMA on an mbarrier without fence.mbarrier_init", at);
     machine->post([=] {
@@ -255,6 +258,7 @@ void load_tensor(uint32_t to, const TensorMap& map, uint32_t barrier, int column
         shared->write(address, chunk, 16, a);
         machine->statistics.bytes_loaded += 2 * static_cast<unsigned>(elements);
       });
+      if (remote) target->remote.push_back(a.stamp);
       b->bytes -= m.box_rows * m.box_columns * 2;
       complete_if_due(*b, at);
     });

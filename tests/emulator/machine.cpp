@@ -42,7 +42,7 @@ std::string Machine::describe(const Thread& t) const {
 
 void Machine::fail(const std::string& what, Place at) {
   if (self != nullptr) self->place = at;
-  const std::string who = self == nullptr ? name_of(at) : describe(*self);
+  const std::string who = self == nullptr ? "at " + name_of(at) : describe(*self);
   if (error_.empty()) error_ = what + "\n  " + who;
   if (!in_fiber_) throw Error(error_);
   for (;;) leave();  // the scheduler never comes back
@@ -91,12 +91,24 @@ bool Machine::run_warp(Warp& w) {
       if (!error_.empty()) return true;
       again = progress = true;
       if (t.done && std::all_of(w.threads.begin(), w.threads.end(),
-                                [](const Thread& u) { return u.done; }))
-        ++w.block->warps_done;
+                                [](const Thread& u) { return u.done; }) &&
+          ++w.block->warps_done == static_cast<int>(w.block->warps.size()))
+        check_exit(*w.block);
     }
     if (options_.timing == Timing::random && chance(30)) break;
   }
   return progress;
+}
+
+// A block may exit only once it knows of everything that others did to its shared memory.
+void Machine::check_exit(Block& b) {
+  Clock known;
+  for (Warp& w : b.warps) known.join(w.known.generic);
+  for (Stamp s : b.remote)
+    if (!known.covers(s))
+      fail("block " + std::to_string(b.rank) +
+               " of a cluster has exited without knowing of an access by another block",
+           b.warps[0].threads[0].place);
 }
 
 bool Machine::may_start(const Grid& grid) const {
@@ -145,7 +157,8 @@ void Machine::start_cluster(Grid& grid) {
       w.agent = agents_;
       agents_ += kAgentsOfWarp;
       w.known.generic.advance(w.agent, 1);
-      if (launch.after >= 0 && grids_[launch.after].complete())
+      // A programmatic launch knows of the grid before it by griddepcontrol.wait alone.
+      if (launch.after >= 0 && !launch.programmatic)
         w.known.join(grids_[launch.after].finished);
       if (!spare_threads_.empty()) {
         w.threads = std::move(spare_threads_.back());

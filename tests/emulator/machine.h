@@ -156,6 +156,7 @@ struct Block {
   int free_registers = 0;
   int warps_done = 0;
   bool launched_dependents = false;
+  std::vector<Stamp> remote;  // what other blocks of the cluster did to this one's shared memory
 };
 
 struct Grid {
@@ -205,6 +206,7 @@ class Machine {
   void start_cluster(Grid& grid);
   bool may_start(const Grid& grid) const;
   void retire();
+  void check_exit(Block& b);
   bool run_warp(Warp& warp);
   void deliver(bool force);
   [[noreturn]] void report_deadlock();

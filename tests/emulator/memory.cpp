@@ -164,7 +164,7 @@ void check_drained(Warp& w) {
     machine->fail(b.grid->launch->name + " block (" + std::to_string(b.index_x) + ", " +
                       std::to_string(b.index_y) + ") warp " + std::to_string(w.index) + " exits with " +
                       what,
-                  {});
+                  w.threads[0].place);
   };
   if (!w.wgmmas.empty()) leaves("wgmma that it did not wait for");
   if (!w.store_groups.empty() || !w.open_stores.stores.empty())

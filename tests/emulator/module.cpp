@@ -7,6 +7,7 @@
 
 #include "kernels.h"
 #include "memory.h"
+#include "misuse.h"
 
 namespace py = pybind11;
 using namespace lora_kernels;
@@ -104,10 +105,17 @@ py::dict down_proj(const Array& x, const Array& down, Array h, bool is_bf16,
              options_of(schedule, timing, resident_blocks));
 }
 
+void misuse(const std::string& name, bool wrong, uint64_t schedule, const std::string& timing) {
+  emu::run_misuse(name, wrong, options_of(schedule, timing, 1 << 20));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(emulated, m) {
   py::register_exception<emu::Error>(m, "EmulatorError", PyExc_RuntimeError);
+  m.def("misuse_cases", &emu::misuse_cases);
+  m.def("misuse", &misuse, py::arg("name"), py::arg("wrong"), py::arg("schedule") = 0,
+        py::arg("timing") = "random");
   m.def("plan", &plan);
   m.def("down_proj", &down_proj, py::arg("x"), py::arg("down"), py::arg("h"), py::arg("is_bf16"),
         py::arg("seed"), py::arg("threshold"), py::arg("scale"), py::arg("compute"),
