@@ -183,28 +183,29 @@ void copy_async(uint32_t to, const void* from, uint32_t bytes, Place at) {
   });
 }
 
+// Moves the open group behind the others, and lets it run when Timing says. Late: waits run it.
+static void commit(CopyGroups& groups, CopyGroup& open) {
+  groups.push_back(std::make_shared<CopyGroup>(std::move(open)));
+  open = {};
+  if (machine->options().timing == Timing::late) return;
+  machine->post([group = groups.back()] { group->run(); });
+}
+
+static void run_all_but(uint32_t pending, CopyGroups& groups) {
+  while (groups.size() > pending) {
+    groups.front()->run();
+    groups.pop_front();
+  }
+}
+
 void commit_copies() {
-  Thread& t = self();
-  t.copy_groups.push_back(std::move(t.open_copies));
-  t.open_copies = {};
-  ++t.copies_committed;
-  const uint32_t number = t.copies_committed;
-  if (machine->options().timing == Timing::late) return;  // waits run them
-  Thread* owner = &t;
-  machine->post([owner, number] {
-    const uint32_t first = owner->copies_committed - static_cast<uint32_t>(owner->copy_groups.size()) + 1;
-    if (number < first) return;
-    for (auto& copy : owner->copy_groups[number - first].copies) copy();
-    owner->copy_groups[number - first].copies.clear();
-  });
+  ++self().copies_committed;
+  commit(self().copy_groups, self().open_copies);
 }
 
 void wait_copies(uint32_t pending, Place) {
   Thread& t = self();
-  while (t.copy_groups.size() > pending) {
-    for (auto& copy : t.copy_groups.front().copies) copy();
-    t.copy_groups.pop_front();
-  }
+  run_all_but(pending, t.copy_groups);
   if (t.copies_committed > pending)
     warp().known.generic.advance(warp().agent + kCopy, t.copies_committed - pending);
 }
@@ -248,6 +249,7 @@ void load_tensor(uint32_t to, const TensorMap& map, uint32_t barrier, int column
     Block* target = &peer(rank, "TMA load", at);
     SharedMemory* shared = target->shared.get();
     const bool remote = rank != block().rank;
+    ++target->loads_in_flight;
     Mbarrier* b = &shared->barrier(barrier, "TMA load", at);
     if (!b->fenced) machine->fail("missing fence: TMA on an mbarrier without fence.mbarrier_init", at);
     machine->post([=] {
@@ -258,6 +260,7 @@ void load_tensor(uint32_t to, const TensorMap& map, uint32_t barrier, int column
         shared->write(address, chunk, 16, a);
         machine->statistics.bytes_loaded += 2 * static_cast<unsigned>(elements);
       });
+      --target->loads_in_flight;
       if (remote) target->remote.push_back(a.stamp);
       b->bytes -= m.box_rows * m.box_columns * 2;
       complete_if_due(*b, at);
@@ -274,7 +277,7 @@ void store_tensor(const TensorMap& map, uint32_t from, int column, int row, Plac
   const Stamp reads{w.agent + kStoreRead, number}, writes{w.agent + kStoreWrite, number};
   SharedMemory* shared = block().shared.get();
   const TensorMap m = map;
-  w.open_stores.stores.push_back([=] {
+  w.open_stores.copies.push_back([=] {
     const Access read{reads, known.get(), Proxy::async, "TMA store", at};
     const Access write{writes, known.get(), Proxy::async, "TMA store", at};
     for_box(m, from, column, row, [&](uint32_t address, const uint16_t* to, int elements) {
@@ -287,28 +290,13 @@ void store_tensor(const TensorMap& map, uint32_t from, int column, int row, Plac
 }
 
 void commit_stores() {
-  Warp& w = warp();
-  w.open_stores.number = ++w.stores_committed;
-  w.store_groups.push_back(std::move(w.open_stores));
-  w.open_stores = {};
-  if (machine->options().timing == Timing::late) return;  // waits run them
-  Warp* owner = &w;
-  const uint32_t number = w.stores_committed;
-  machine->post([owner, number] {
-    for (StoreGroup& g : owner->store_groups)
-      if (g.number == number) {
-        for (auto& store : g.stores) store();
-        g.stores.clear();
-      }
-  });
+  ++warp().stores_committed;
+  commit(warp().store_groups, warp().open_stores);
 }
 
 void wait_stores(uint32_t pending, bool only_read, Place) {
   Warp& w = warp();
-  while (w.store_groups.size() > pending) {
-    for (auto& store : w.store_groups.front().stores) store();
-    w.store_groups.pop_front();
-  }
+  run_all_but(pending, w.store_groups);
   if (w.stores_committed <= pending) return;
   w.known.generic.advance(w.agent + kStoreRead, w.stores_committed - pending);
   if (!only_read) w.known.generic.advance(w.agent + kStoreWrite, w.stores_committed - pending);

@@ -11,4 +11,11 @@ namespace emu {
 std::vector<Launch> down_proj_launches(const lora_kernels::DownProjArgs& args, int compute,
                                        int multiprocessors);
 
+// c [M, N] = a b^T in bf16 by probes.cuh; a is [M, K], or [K, M] if trans_a; b the same with N.
+Launch gemm_probe_launch(const uint16_t* a, const uint16_t* b, uint16_t* c, int M, int N, int K,
+                         int tile_n, bool trans_a, bool trans_b, int clusters);
+// out = in through h, [64 tiles, 64] each; ticket and flags [tiles] start at 0.
+Launch relay_probe_launch(const uint16_t* in, uint16_t* h, uint16_t* out, uint32_t* ticket,
+                          uint32_t* flags, int tiles, int blocks);
+
 }  // namespace emu

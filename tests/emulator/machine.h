@@ -66,9 +66,16 @@ struct Grid;
 struct Warp;
 struct WgmmaOp;
 
+// Asynchronous copies that complete together. Whoever runs it empties it: an event, or a wait.
 struct CopyGroup {
   std::vector<std::function<void()>> copies;
+  void run() {
+    auto mine = std::move(copies);
+    copies.clear();
+    for (auto& copy : mine) copy();
+  }
 };
+using CopyGroups = std::deque<std::shared_ptr<CopyGroup>>;
 
 // Accumulators that wgmma owns from its issue until it was waited for.
 struct Accumulators {
@@ -88,17 +95,12 @@ struct Thread {
   const char* waits_for = nullptr;
   Place place;
   // cp.async: groups committed and not yet complete, and the open one.
-  std::deque<CopyGroup> copy_groups;
+  CopyGroups copy_groups;
   CopyGroup open_copies;
   uint32_t copies_committed = 0;
   std::vector<Accumulators> accumulators;
   const uint32_t* polled = nullptr;  // a flag, and what it was: polling it again waits for a change
   uint32_t polled_value = 0;
-};
-
-struct StoreGroup {
-  std::vector<std::function<void()>> stores;
-  uint32_t number;
 };
 
 struct Warp {
@@ -119,8 +121,8 @@ struct Warp {
   uint32_t wgmma_committed = 0, wgmma_issued = 0;
   bool wgmma_fenced = false;
   // bulk stores
-  std::deque<StoreGroup> store_groups;
-  StoreGroup open_stores;
+  CopyGroups store_groups;
+  CopyGroup open_stores;
   uint32_t stores_committed = 0;
   bool in_cluster_arrival = false;
   uint64_t cluster_generation = 0;  // that completes the arrival
@@ -156,6 +158,7 @@ struct Block {
   int free_registers = 0;
   int warps_done = 0;
   bool launched_dependents = false;
+  int loads_in_flight = 0;    // TMA, into this block
   std::vector<Stamp> remote;  // what other blocks of the cluster did to this one's shared memory
 };
 

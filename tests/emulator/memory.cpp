@@ -65,6 +65,8 @@ SharedMemory::SharedMemory(uint32_t misalignment, uint32_t dynamic_bytes)
 }
 
 void SharedMemory::check_bounds(uint32_t address, uint32_t size, const Access& a) {
+  if (address % size)
+    machine->fail("misaligned: " + std::string(a.instruction) + " of shared memory", a.place);
   if (address < base || address + size > end)
     machine->fail("out of bounds: " + std::string(a.instruction) + " of " + std::to_string(size) +
                       " bytes at byte " + std::to_string(int64_t{address} - base) + " of " +
@@ -167,11 +169,12 @@ void check_drained(Warp& w) {
                   w.threads[0].place);
   };
   if (!w.wgmmas.empty()) leaves("wgmma that it did not wait for");
-  if (!w.store_groups.empty() || !w.open_stores.stores.empty())
+  if (!w.store_groups.empty() || !w.open_stores.copies.empty())
     leaves("bulk stores whose shared memory may not have been read yet");
+  if (w.block->loads_in_flight > 0) leaves("TMA loads in flight");
   for (Thread& t : w.threads)
-    for (CopyGroup& g : t.copy_groups)
-      if (!g.copies.empty()) leaves("cp.async that it did not wait for");
+    for (auto& group : t.copy_groups)
+      if (!group->copies.empty()) leaves("cp.async that it did not wait for");
 }
 
 }  // namespace emu

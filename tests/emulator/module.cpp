@@ -5,6 +5,7 @@
 
 #include <cstring>
 
+#include "instructions.h"
 #include "kernels.h"
 #include "memory.h"
 #include "misuse.h"
@@ -105,6 +106,59 @@ py::dict down_proj(const Array& x, const Array& down, Array h, bool is_bf16,
              options_of(schedule, timing, resident_blocks));
 }
 
+py::dict gemm_probe(const Array& a, const Array& b, Array c, int tile_n, bool trans_a, bool trans_b,
+                    int clusters, uint64_t schedule, const std::string& timing,
+                    int resident_blocks) {
+  emu::global.clear();
+  add_buffer("a", a, emu::Use::input);
+  add_buffer("b", b, emu::Use::input);
+  add_buffer("c", c, emu::Use::output);
+  const auto K = static_cast<int>(a.shape(trans_a ? 0 : 1));
+  return run({emu::gemm_probe_launch(a.data(), b.data(), c.mutable_data(),
+                                     static_cast<int>(c.shape(0)), static_cast<int>(c.shape(1)), K,
+                                     tile_n, trans_a, trans_b, clusters)},
+             options_of(schedule, timing, resident_blocks));
+}
+
+// `grids` of them at once, each with its own h, out, ticket and flags.
+py::dict relay_probe(const Array& in, std::vector<Array> h, std::vector<Array> out, int blocks,
+                     uint64_t schedule, const std::string& timing, int resident_blocks) {
+  emu::global.clear();
+  add_buffer("in", in, emu::Use::input);
+  const int tiles = static_cast<int>(in.shape(0) / 64);
+  std::vector<std::vector<uint32_t>> words(h.size(), std::vector<uint32_t>(1 + tiles));
+  std::vector<emu::Launch> launches;
+  for (size_t i = 0; i < h.size(); ++i) {
+    add_buffer("h", h[i], emu::Use::output);
+    add_buffer("out", out[i], emu::Use::output);
+    emu::global.add("flags", words[i].data(), words[i].size() * 4, emu::Use::workspace);
+    launches.push_back(emu::relay_probe_launch(in.data(), h[i].mutable_data(),
+                                               out[i].mutable_data(), words[i].data(),
+                                               words[i].data() + 1, tiles, blocks));
+  }
+  return run(launches, options_of(schedule, timing, resident_blocks));
+}
+
+emu::OperandSpec operand_of(const py::dict& o) {
+  const auto data = o["data"].cast<Array>();
+  const auto box = o["box"].cast<std::array<int, 2>>();
+  return {data.data(),
+          data.shape(0),
+          data.shape(1),
+          box[0],
+          box[1],
+          o["copies"].cast<std::vector<std::array<int, 3>>>(),
+          o["descriptor"].cast<uint64_t>(),
+          o["starts"].cast<std::vector<uint32_t>>(),
+          o["transposed"].cast<bool>()};
+}
+
+std::vector<float> wgmma(const py::dict& a, const py::dict& b, int n, bool is_bf16,
+                         const std::vector<uint32_t>& a_registers, const std::string& timing) {
+  return emu::run_wgmma(operand_of(a), operand_of(b), n, is_bf16, a_registers,
+                        options_of(0, timing, 1 << 20));
+}
+
 void misuse(const std::string& name, bool wrong, uint64_t schedule, const std::string& timing) {
   emu::run_misuse(name, wrong, options_of(schedule, timing, 1 << 20));
 }
@@ -116,6 +170,16 @@ PYBIND11_MODULE(emulated, m) {
   m.def("misuse_cases", &emu::misuse_cases);
   m.def("misuse", &misuse, py::arg("name"), py::arg("wrong"), py::arg("schedule") = 0,
         py::arg("timing") = "random");
+  m.def("gemm_probe", &gemm_probe);
+  m.def("relay_probe", &relay_probe);
+  m.def("wgmma", &wgmma);
+  m.def("ldmatrix", &emu::run_ldmatrix);
+  m.def("stmatrix", &emu::run_stmatrix);
+  m.def("mma", &emu::run_mma);
+  m.def("descriptors", [](uint32_t panel_bytes) {
+    return py::make_tuple(k_major_descriptor(0), mn_major_descriptor(0, panel_bytes), kKMajorStep,
+                          kMnMajorStep);
+  });
   m.def("plan", &plan);
   m.def("down_proj", &down_proj, py::arg("x"), py::arg("down"), py::arg("h"), py::arg("is_bf16"),
         py::arg("seed"), py::arg("threshold"), py::arg("scale"), py::arg("compute"),

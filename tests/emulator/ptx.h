@@ -43,16 +43,21 @@ LK_PTX void block_sync(Place at = Place::here()) {
 LK_PTX uint32_t shared_base() { return (emu::block().shared->base + 1023u) & ~1023u; }
 LK_PTX float load_shared(uint32_t address, Place at = Place::here()) {
   float v;
-  if (address % 4) emu::machine->fail("misaligned: ld.shared", at);
   emu::block().shared->read(address, &v, 4, emu::generic_access("ld.shared", at));
   return v;
 }
 LK_PTX void store_shared(uint32_t address, float value, Place at = Place::here()) {
-  if (address % 4) emu::machine->fail("misaligned: st.shared", at);
+  emu::block().shared->write(address, &value, 4, emu::generic_access("st.shared", at));
+}
+LK_PTX uint32_t load_shared_word(uint32_t address, Place at = Place::here()) {
+  uint32_t v;
+  emu::block().shared->read(address, &v, 4, emu::generic_access("ld.shared", at));
+  return v;
+}
+LK_PTX void store_shared_word(uint32_t address, uint32_t value, Place at = Place::here()) {
   emu::block().shared->write(address, &value, 4, emu::generic_access("st.shared", at));
 }
 LK_PTX void store_shared_x4(uint32_t address, const uint32_t (&v)[4], Place at = Place::here()) {
-  if (address % 16) emu::machine->fail("misaligned: st.shared.v4", at);
   emu::block().shared->write(address, v, 16, emu::generic_access("st.shared.v4", at));
 }
 LK_PTX uint16_t load_global(const uint16_t* address, Place at = Place::here()) {
