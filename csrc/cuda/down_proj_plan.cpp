@@ -28,6 +28,7 @@ const char* not_sm90(const DownProjArgs& a, const DownProjLayout& layout, int co
   const int64_t down_stride = layout.mn_major ? a.down.col_stride : a.down.row_stride;
   const int64_t down_width = layout.mn_major ? a.r : a.K, down_rows = layout.mn_major ? a.K : a.r;
   if (compute != 90) return "the device is not of compute capability 9.0";
+  if (a.K == 0) return "K is 0: there is nothing to load";
   if (!layout.x_vectors || (a.M > 1 && a.x.row_stride < a.K))
     return "TMA cannot address x: it needs contiguous rows on 16-byte boundaries";
   if (!layout.down_vectors || (down_rows > 1 && down_stride < down_width))
@@ -105,17 +106,24 @@ DownProjArgs rank_slice(const DownProjArgs& args, int64_t first) {
   return slice;
 }
 
-TensorMapSpec x_map_spec(const DownProjArgs& args, const DownProjPlan& plan) {
-  return {args.x.data, args.K, args.M, args.M > 1 ? args.x.row_stride : args.K, plan.rows,
-          args.x.dtype};
+namespace {
+
+// A single row's stride means nothing, but the driver checks it.
+int64_t map_stride(int64_t stride, int64_t rows, int64_t width) {
+  return rows > 1 ? stride : (width + 7) / 8 * 8;
 }
 
-TensorMapSpec down_map_spec(const DownProjArgs& args, const DownProjPlan& plan) {
-  const Matrix& down = args.down;
+}  // namespace
+
+TensorMapSpec x_map_spec(const DownProjArgs& a, const DownProjPlan& plan) {
+  return {a.x.data, a.K, a.M, map_stride(a.x.row_stride, a.M, a.K), plan.rows, a.x.dtype};
+}
+
+TensorMapSpec down_map_spec(const DownProjArgs& a, const DownProjPlan& plan) {
+  const Matrix& down = a.down;
   if (plan.layout.mn_major)
-    return {down.data, args.r, args.K, args.K > 1 ? down.col_stride : args.r, kRowElements,
-            down.dtype};
-  return {down.data, args.K, args.r, args.r > 1 ? down.row_stride : args.K, plan.rank, down.dtype};
+    return {down.data, a.r, a.K, map_stride(down.col_stride, a.K, a.r), kRowElements, down.dtype};
+  return {down.data, a.K, a.r, map_stride(down.row_stride, a.r, a.K), plan.rank, down.dtype};
 }
 
 }  // namespace lora_kernels

@@ -212,15 +212,16 @@ void wait_copies(uint32_t pending, Place) {
 
 // ---- TMA -----------------------------------------------------------------------------------------
 
-namespace {
-
-void check_map(const TensorMap& m, const char* instruction, Place at) {
+TensorMap make_tensor_map(const TensorMap& m) {
   const bool valid = reinterpret_cast<uintptr_t>(m.base) % 16 == 0 && m.row_stride % 8 == 0 &&
                      m.columns > 0 && m.rows > 0 && m.box_columns > 0 && m.box_columns <= 64 &&
                      m.box_rows > 0 && m.box_rows <= 256 &&
                      (m.rows == 1 || m.row_stride >= m.columns);
-  if (!valid) machine->fail(std::string(instruction) + ": the driver would refuse this tensor map", at);
+  if (!valid) throw Error("the driver would refuse this tensor map");
+  return m;
 }
+
+namespace {
 
 // Calls f(address in the box, global address or null) for each element pair's 2 bytes.
 template <class F>
@@ -240,7 +241,6 @@ void for_box(const TensorMap& m, uint32_t address, int column, int row, F f) {
 
 void load_tensor(uint32_t to, const TensorMap& map, uint32_t barrier, int column, int row,
                  uint16_t blocks, Place at) {
-  check_map(map, "TMA load", at);
   if (to % 128) machine->fail("misaligned: TMA load into shared memory", at);
   auto known = std::make_shared<Knowledge>(warp().known);
   const TensorMap m = map;  // the kernel's copy lives no longer than its thread
@@ -269,7 +269,6 @@ void load_tensor(uint32_t to, const TensorMap& map, uint32_t barrier, int column
 }
 
 void store_tensor(const TensorMap& map, uint32_t from, int column, int row, Place at) {
-  check_map(map, "TMA store", at);
   if (from % 128) machine->fail("misaligned: TMA store from shared memory", at);
   Warp& w = warp();
   auto known = std::make_shared<Knowledge>(w.known);

@@ -11,6 +11,8 @@ struct TensorMap {
   int64_t columns = 0, rows = 0, row_stride = 0;  // elements
   int box_columns = 0, box_rows = 0;
 };
+// Throws Error where the driver would refuse.
+TensorMap make_tensor_map(const TensorMap& map);
 
 void sync_named(int id, unsigned threads, bool waits, Place at);
 void arrive_cluster(Place at);

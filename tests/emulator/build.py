@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "emulator"
 EMULATOR = ROOT / "tests" / "emulator"
 FLAGS = ["-O2", "-std=c++17", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi"]
+MUTANT_FLAGS = ["-O1", *FLAGS[1:]]
 MODULE = "emulated"
 
 
@@ -29,13 +30,14 @@ def compiler() -> str | None:
     return shutil.which("c++")
 
 
-def headers(csrc: Path) -> list[Path]:
-    own = [p for p in EMULATOR.glob("*.h")]
-    return sorted([*own, *csrc.glob("*.h"), *csrc.glob("cuda/*.h"), *csrc.glob("cuda/*.cuh")])
+def sources(root: Path = ROOT) -> list[Path]:
+    return sorted((root / "tests/emulator").glob("*.cpp"))
 
 
-def sources() -> list[Path]:
-    return sorted(EMULATOR.glob("*.cpp"))
+def _included(root: Path) -> list[Path]:
+    places = ("csrc/*.h", "csrc/cuda/*.h", "csrc/cuda/*.cuh", "csrc/cuda/*.cpp")
+    own = ("tests/emulator/*.h", "tests/emulator/*.cuh")
+    return sorted(path for place in places + own for path in root.glob(place))
 
 
 def _digest(parts: list[bytes]) -> str:
@@ -59,20 +61,19 @@ def _run(command: list[str]) -> None:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-4000:]}")
 
 
-def compile_object(source: Path, csrc: Path) -> Path:
-    """The object of one source, whose `cuda/...` includes are taken from `csrc`."""
+def compile_object(source: Path, root: Path, flags: list[str]) -> Path:
+    """The object of one source of the emulator, whose includes are those of the tree `root`."""
     import pybind11
 
-    included = [*headers(csrc), *csrc.glob("cuda/*.cpp")]
-    parts = [" ".join(FLAGS).encode(), source.read_bytes(), *(p.read_bytes() for p in included)]
+    parts = [" ".join(flags).encode(), *(p.read_bytes() for p in [source, *_included(root)])]
     target = CACHE / f"{source.stem}.{_digest(parts)}.o"
     with _locked(target):
         if not target.exists():
-            folders = [csrc, csrc / "cuda", ROOT / "tests", EMULATOR]
+            folders = [root / f for f in ("csrc", "csrc/cuda", "tests", "tests/emulator")]
             folders += [Path(pybind11.get_include()), Path(sysconfig.get_path("include"))]
             include = [f"-I{folder}" for folder in folders]
             half_done = target.with_suffix(".tmp.o")
-            _run([str(compiler()), *FLAGS, *include, "-c", str(source), "-o", str(half_done)])
+            _run([str(compiler()), *flags, *include, "-c", str(source), "-o", str(half_done)])
             half_done.rename(target)
     return target
 
@@ -96,15 +97,20 @@ def load(library: Path) -> ModuleType:
     return module
 
 
-def build(csrc: Path = ROOT / "csrc", changed: tuple[str, ...] = ()) -> Path:
-    """The emulated kernels of `csrc`.
+def build(mutant: Path | None = None, changed: tuple[str, ...] = ()) -> Path:
+    """The library of the emulated kernels.
 
     Args:
-        csrc: the kernels' sources, possibly a copy with a mistake in it.
-        changed: stems of the emulator's sources that are compiled against that copy; all others
-            are compiled against the repository's own, and so come from the cache.
+        mutant: a tree with a copy of csrc and tests/emulator, some of it changed.
+        changed: stems of the sources that are compiled from that tree; all others come from this
+            one, and so from the cache.
     """
+    from_mutant = {path.stem: path for path in sources(mutant)} if mutant else {}
+
+    def one(source: Path) -> Path:
+        if mutant and source.stem in changed:
+            return compile_object(from_mutant[source.stem], mutant, MUTANT_FLAGS)
+        return compile_object(source, ROOT, FLAGS)
+
     with ThreadPoolExecutor(2) as pool:
-        folders = [csrc if s.stem in changed else ROOT / "csrc" for s in sources()]
-        objects = list(pool.map(compile_object, sources(), folders))
-    return link(objects)
+        return link(list(pool.map(one, sources())))

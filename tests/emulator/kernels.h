@@ -11,6 +11,12 @@ namespace emu {
 std::vector<Launch> down_proj_launches(const lora_kernels::DownProjArgs& args, int compute,
                                        int multiprocessors);
 
+// The kernel on such arguments; empty if no tile was built for the plan.
+std::function<void()> down_proj_sm80_body(const lora_kernels::DownProjArgs& args,
+                                          const lora_kernels::DownProjPlan& plan);
+std::function<void()> down_proj_sm90_body(const lora_kernels::DownProjArgs& args,
+                                          const lora_kernels::DownProjPlan& plan);
+
 // c [M, N] = a b^T in bf16 by probes.cuh; a is [M, K], or [K, M] if trans_a; b the same with N.
 Launch gemm_probe_launch(const uint16_t* a, const uint16_t* b, uint16_t* c, int M, int N, int K,
                          int tile_n, bool trans_a, bool trans_b, int clusters);

@@ -20,10 +20,11 @@ std::function<void()> gemm_body(bool trans_a, bool trans_b, const TensorMap& a, 
 
 Launch gemm_probe_launch(const uint16_t* a, const uint16_t* b, uint16_t* c, int M, int N, int K,
                          int tile_n, bool trans_a, bool trans_b, int clusters) {
-  const TensorMap a_map = trans_a ? TensorMap{a, M, K, M, 64, 64} : TensorMap{a, K, M, K, 64, 128};
-  const TensorMap b_map =
-      trans_b ? TensorMap{b, N, K, N, 64, 64} : TensorMap{b, K, N, K, 64, tile_n / 2};
-  const TensorMap c_map{c, N, M, N, 64, 64};
+  const TensorMap a_map = make_tensor_map(trans_a ? TensorMap{a, M, K, M, 64, 64}
+                                                  : TensorMap{a, K, M, K, 64, 128});
+  const TensorMap b_map = make_tensor_map(trans_b ? TensorMap{b, N, K, N, 64, 64}
+                                                  : TensorMap{b, K, N, K, 64, tile_n / 2});
+  const TensorMap c_map = make_tensor_map({c, N, M, N, 64, 64});
   const GemmProbeArgs args{M, N, K};
   Launch l;
   l.name = "gemm_probe";
@@ -42,7 +43,8 @@ Launch gemm_probe_launch(const uint16_t* a, const uint16_t* b, uint16_t* c, int 
 
 Launch relay_probe_launch(const uint16_t* in, uint16_t* h, uint16_t* out, uint32_t* ticket,
                           uint32_t* flags, int tiles, int blocks) {
-  const TensorMap h_map{h, 64, 64 * tiles, 64, 64, 64}, out_map{out, 64, 64 * tiles, 64, 64, 64};
+  const TensorMap h_map = make_tensor_map({h, 64, 64 * tiles, 64, 64, 64});
+  const TensorMap out_map = make_tensor_map({out, 64, 64 * tiles, 64, 64, 64});
   const RelayProbeArgs args{in, h, ticket, flags, tiles};
   Launch l;
   l.name = "relay_probe";
