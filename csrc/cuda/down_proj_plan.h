@@ -70,10 +70,13 @@ struct DownProjSm90Tile {
   static constexpr int kSharedBytes = kStages * kStageBytes + kBarrierBytes + kSharedAlign;
   static_assert(kRank % 16 == 0 && kRank <= kMaxRank, "wgmma takes an N of up to 256");
   static_assert(kXBytes % kAtomBytes == 0 && kDownBytes % kAtomBytes == 0, "tiles are whole atoms");
+  static_assert(kStages % kConsumers == 0,
+                "a stage always goes to the same warpgroup: another one, a round behind, would take "
+                "the phase before for the one it waits for");
   static_assert(kSumBytes <= kStages * kStageBytes, "the sums reuse the stages");
   static_assert(kSharedBytes <= kSharedSm90, "sm_90 has 227 KB of shared memory a block");
 };
-#define LK_DOWN_PROJ_SM90_TILES(X) X(16, 8) X(32, 8) X(64, 6) X(128, 4) X(256, 5)
+#define LK_DOWN_PROJ_SM90_TILES(X) X(16, 8) X(32, 8) X(64, 6) X(128, 4) X(256, 4)
 
 // ---- the choice ----------------------------------------------------------------------------------
 

@@ -2,11 +2,7 @@
 
 #include <algorithm>
 
-#include "descriptor.h"
-
 namespace emu {
-
-using lora_kernels::swizzled;
 
 // ---- named and cluster barriers ------------------------------------------------------------------
 
@@ -233,7 +229,7 @@ void for_box(const TensorMap& m, uint32_t address, int column, int row, F f) {
       const int64_t left = y >= 0 && y < m.rows && x >= 0 ? m.columns - x : 0;
       auto* element = static_cast<const uint16_t*>(m.base) + y * m.row_stride + x;
       // The swizzle is a function of the address, as in hardware.
-      f(swizzled(address + offset), element, static_cast<int>(std::clamp<int64_t>(left, 0, 8)));
+      f(swizzle_128(address + offset), element, static_cast<int>(std::clamp<int64_t>(left, 0, 8)));
     }
 }
 

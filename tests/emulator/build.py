@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "emulator"
 EMULATOR = ROOT / "tests" / "emulator"
 FLAGS = ["-O2", "-std=c++17", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi"]
-MUTANT_FLAGS = ["-O1", *FLAGS[1:]]
+MUTANT_FLAGS = ["-O1", *(f for f in FLAGS[1:] if f not in ("-Wall", "-Werror"))]
 MODULE = "emulated"
 
 

@@ -15,6 +15,9 @@ constexpr uint32_t kSharedBytes = 227 << 10;  // of sm_90
 constexpr uint32_t kCellBytes = 16;           // of shared memory
 constexpr uint8_t kPoison = 0xFF;             // as bf16 and fp16 a NaN
 
+// The 128-byte swizzle as hardware applies it: bits 4-6 of the address exclusive-or bits 7-9.
+inline uint32_t swizzle_128(uint32_t address) { return address ^ ((address >> 3) & 0x70); }
+
 enum class Proxy { generic, async };
 
 // Who accesses, seen from the memory: the event, and what is ordered before it.

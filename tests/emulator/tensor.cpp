@@ -3,11 +3,7 @@
 #include <algorithm>
 #include <limits>
 
-#include "descriptor.h"
-
 namespace emu {
-
-using lora_kernels::swizzled;
 
 namespace {
 
@@ -142,7 +138,7 @@ void fetch(const Operand& o, bool transposed, int rows, int first, bool is_bf16,
       for (int c = 0; c < 2; ++c) {
         const uint32_t mn = static_cast<uint32_t>(first + i);
         const uint32_t at = o.address + mn % 8 * 128 + mn / 8 * o.stride + static_cast<uint32_t>(c) * 16;
-        shared.read(swizzled(at), chunk, 16, a);
+        shared.read(swizzle_128(at), chunk, 16, a);
         for (int k = 0; k < 8; ++k) to[i * 16 + c * 8 + k] = number(chunk[k], is_bf16);
       }
     return;
@@ -151,7 +147,7 @@ void fetch(const Operand& o, bool transposed, int rows, int first, bool is_bf16,
     for (int i = 0; i < rows; i += 8) {
       const uint32_t mn = static_cast<uint32_t>(first + i), row = static_cast<uint32_t>(k);
       const uint32_t at = o.address + mn % 64 * 2 + mn / 64 * o.leading + row % 8 * 128 + row / 8 * o.stride;
-      shared.read(swizzled(at), chunk, 16, a);
+      shared.read(swizzle_128(at), chunk, 16, a);
       for (int e = 0; e < 8; ++e) to[(i + e) * 16 + k] = number(chunk[e], is_bf16);
     }
 }

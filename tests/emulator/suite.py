@@ -1,0 +1,110 @@
+"""The problems that a mutant has to fail: `python suite.py LIBRARY PROBLEMS.npz [NAME ...]`.
+
+numpy alone, so that a process for each mutant costs little; each mutant has one of its own, since it
+may crash or hang. Exit code 0: everything is right; 1: the first wrong result or report is printed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+
+import numpy as np
+
+SCHEDULES = (("early", 0), ("late", 1), ("random", 2), ("random", 3))
+MULTIPROCESSORS = 4
+POISON = 0xFFFF  # what the emulator fills outputs with
+
+
+class Wrong(Exception):
+    """A result that is not what it must be."""
+
+
+def views(x: np.ndarray) -> np.ndarray:
+    """The same values with a padded, 16-byte aligned row stride."""
+    wide = np.zeros((x.shape[0], (x.shape[1] + 7) // 8 * 8 + 8), np.uint16)
+    wide[:, : x.shape[1]] = x
+    return wide[:, : x.shape[1]]
+
+
+def check_down_proj(emulated, problem: dict[str, np.ndarray], compute: int) -> None:
+    x, down, expected = problem["x"], problem["down"], problem["h"]
+    if problem["mn_major"]:
+        down = np.ascontiguousarray(down.T).T
+    if problem["padded"]:
+        x, down = views(x), (down if problem["mn_major"] else views(down))
+    for timing, schedule in SCHEDULES:
+        # Rows of even length with a gap behind them, where an odd rank's last pair would land.
+        rows, r = expected.shape
+        wide = np.zeros((rows, (r + 2) // 2 * 2), np.uint16)
+        h = wide[:, :r]
+        found = emulated.down_proj(
+            x, down, h, True, problem["seed"].tolist(), int(problem["threshold"]), 2.0, compute,
+            MULTIPROCESSORS, schedule, timing, 3,
+        )  # fmt: skip
+        if not np.array_equal(h, expected):
+            raise Wrong(f"{np.sum(h != expected)} elements of h differ")
+        if not (wide[:-1, r:] == POISON).all():
+            raise Wrong("the gap between the rows of h was written")
+        if found["bank_conflicts"]:
+            raise Wrong(f"{found['bank_conflicts']} bank conflicts")
+
+
+def check_gemm(emulated, problem: dict[str, np.ndarray]) -> None:
+    for timing, schedule in SCHEDULES:
+        c = np.zeros(problem["c"].shape, np.uint16)
+        emulated.gemm_probe(
+            problem["a"], problem["b"], c, 128, bool(problem["trans_a"]), bool(problem["trans_b"]),
+            2, schedule, timing, 4,
+        )  # fmt: skip
+        if not np.array_equal(c, problem["c"]):
+            raise Wrong(f"{np.sum(c != problem['c'])} elements of c differ")
+
+
+def check_relay(emulated, problem: dict[str, np.ndarray]) -> None:
+    source = problem["in"]
+    for timing, schedule in SCHEDULES:
+        for resident in (1, 3):
+            h, out = ([np.zeros_like(source) for _ in range(2)] for _ in range(2))
+            emulated.relay_probe(source, h, out, 4, schedule, timing, resident)
+            if not all(np.array_equal(o, source) for o in out):
+                raise Wrong("out differs from in")
+
+
+CHECKS: dict[str, Callable] = {
+    "sm80": lambda e, p: check_down_proj(e, p, 80),
+    "sm90": lambda e, p: check_down_proj(e, p, 90),
+    "gemm": check_gemm,
+    "relay": check_relay,
+}
+
+
+def read_problems(path: str) -> dict[str, dict[str, np.ndarray]]:
+    """Arrays named "problem/array"."""
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for name, array in np.load(path).items():
+        problem, _, key = name.partition("/")
+        found.setdefault(problem, {})[key] = array
+    return found
+
+
+def main(library: str, problems: str, kinds: list[str]) -> int:
+    spec = importlib.util.spec_from_file_location("emulated", library)
+    assert spec is not None and spec.loader is not None
+    emulated = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(emulated)
+    for name, problem in read_problems(problems).items():
+        kind = name.split("-")[0]
+        if kind not in kinds:
+            continue
+        try:
+            CHECKS[kind](emulated, problem)
+        except (Wrong, RuntimeError) as error:
+            print(f"{name}: {error}")
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2], sys.argv[3:] or list(CHECKS)))

@@ -1,0 +1,215 @@
+"""Planted bugs: one replacement of source text each, and the part of the suite that must notice.
+
+A mutant is (name, file, text, replacement, sources that are compiled with it, suite). The text must
+occur in the file exactly once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+SM80, SM90 = "csrc/cuda/down_proj_sm80.cuh", "csrc/cuda/down_proj_sm90.cuh"
+DROPOUT, STORE = "csrc/cuda/dropout.cuh", "csrc/cuda/store_h.cuh"
+PLAN, DESCRIPTOR = "csrc/cuda/down_proj_plan.cpp", "csrc/cuda/descriptor.h"
+PROBES = "tests/emulator/probes.cuh"
+
+
+class Mutant(NamedTuple):
+    name: str
+    file: str
+    text: str
+    replacement: str
+    sources: tuple[str, ...]
+    suite: str
+
+
+# A function of a shared header is one symbol in the library, whichever object it comes from.
+BOTH = ("down_proj_sm80", "down_proj_sm90")
+
+
+def sm80(name: str, text: str, replacement: str, file: str = SM80) -> Mutant:
+    return Mutant(name, file, text, replacement, BOTH[:1] if file == SM80 else BOTH, "sm80")
+
+
+def sm90(name: str, text: str, replacement: str, file: str = SM90) -> Mutant:
+    return Mutant(name, file, text, replacement, BOTH[1:] if file == SM90 else BOTH, "sm90")
+
+
+def plan(name: str, text: str, replacement: str, suite: str) -> Mutant:
+    return Mutant(name, PLAN, text, replacement, ("down_proj",), suite)
+
+
+def probe(name: str, text: str, replacement: str, suite: str) -> Mutant:
+    return Mutant(name, PROBES, text, replacement, ("probes",), suite)
+
+
+KILLED = [
+    # descriptors and swizzle
+    sm90("wrong LBO", "step * kMnMajorStep, kRowElements * kRowBytes)",
+         "step * kMnMajorStep, kAtomBytes)"),
+    sm90("wrong SBO", "return matrix_descriptor(address, kChunkBytes, kAtomBytes);",
+         "return matrix_descriptor(address, kChunkBytes, kRowBytes);", DESCRIPTOR),
+    sm90("wrong k advance of x", "ring.x(s) + step * kKMajorStep", "ring.x(s) + step * 16"),
+    sm90("wrong k advance of down", "mn_major_descriptor(tile + step * kMnMajorStep",
+         "mn_major_descriptor(tile + step * kKMajorStep"),
+    sm90("transposition not said", "ptx::wgmma<T, 0, kMnMajor>", "ptx::wgmma<T, 0, 0>"),
+    sm90("unswizzled ldmatrix", "ring.x(s) + swizzled(offset)", "ring.x(s) + offset"),
+    sm90("wrong swizzle", "offset ^ ((offset >> 7 & 7) << 4)", "offset ^ ((offset >> 7 & 3) << 4)",
+         DESCRIPTOR),
+    # pipeline
+    sm90("early slot release",
+         "    if (lane == 0 && i >= first + Tile::kConsumers)\n"
+         "      ptx::barrier_arrive(ring.empty((i - Tile::kConsumers) % Tile::kStages));",
+         "    if (lane == 0) ptx::barrier_arrive(ring.empty(s));"),
+    sm90("wrong phase of full", "    ptx::barrier_wait(ring.full(s), i / Tile::kStages & 1);\n"
+         "    ptx::wgmma_keep(sum);",
+         "    ptx::barrier_wait(ring.full(s), (i / Tile::kStages + 1) & 1);\n"
+         "    ptx::wgmma_keep(sum);"),
+    sm90("wrong phase of empty", "(round - 1) & 1", "round & 1"),
+    sm90("too few tx bytes", "ring.full(s), Tile::kStageBytes)", "ring.full(s), Tile::kXBytes)"),
+    sm90("too many tx bytes", "ring.full(s), Tile::kStageBytes)",
+         "ring.full(s), Tile::kStageBytes + 16)"),
+    sm90("full not waited for", "    ptx::barrier_wait(ring.full(s), i / Tile::kStages & 1);\n"
+         "    LK_UNROLL\n    for (uint32_t group", "    LK_UNROLL\n    for (uint32_t group"),
+    sm90("empty not waited for",
+         "    if (round > 0) ptx::barrier_wait(ring.empty(s), (round - 1) & 1);\n", ""),
+    sm90("empty counts one warp", "ring.empty(s), 4)", "ring.empty(s), 1)"),
+    sm90("barriers not fenced", "    ptx::barrier_init_fence();\n", ""),
+    sm90("barriers used before they are known", "  ptx::block_sync();\n\n  if (warp == kProducer)",
+         "  if (warp == kProducer)"),
+    sm90("one panel missing", "p < Tile::kRank / 64; ++p", "p < (Tile::kRank + 64) / 128; ++p"),
+    sm90("next k-block skipped", "int k = static_cast<int>(i * kRowElements)",
+         "int k = static_cast<int>((i + i / 3) * kRowElements)"),
+    # wgmma
+    sm90("fragments reused while read",
+         "      ptx::wgmma_wait<0>();\n    }\n    if (lane == 0)",
+         "      ptx::wgmma_wait<1>();\n    }\n    if (lane == 0)"),
+    sm90("sums used before they are there", "  ptx::wgmma_wait<0>();\n  ptx::wgmma_keep(sum);\n}",
+         "  ptx::wgmma_wait<1>();\n  ptx::wgmma_keep(sum);\n}"),
+    sm90("no wgmma fence", "    ptx::wgmma_keep(sum);\n    ptx::wgmma_fence();\n    LK_UNROLL\n"
+         "    for (uint32_t step", "    ptx::wgmma_keep(sum);\n    LK_UNROLL\n"
+         "    for (uint32_t step"),
+    sm90("no commit", "      ptx::wgmma_commit();\n      ptx::wgmma_keep(sum);",
+         "      ptx::wgmma_keep(sum);"),
+    # exchange of the sums
+    sm90("stages overwritten while read",
+         "  ptx::named_barrier_sync<1>(256);  // all stages were multiplied: their memory is free\n",
+         ""),
+    sm90("sums read before they are written", "  ptx::named_barrier_sync<2>(256);\n", ""),
+    sm90("one warpgroup forgotten", "sum[4 * n + e] + ptx::load_shared(at(4 * n + e))",
+         "sum[4 * n + e]"),
+    sm90("barrier of the wrong size", "ptx::named_barrier_sync<1>(256)",
+         "ptx::named_barrier_sync<1>(128)"),
+    # dropout
+    sm90("mask shifted by a fragment", "i * kRowElements + step * 16, lane)",
+         "i * kRowElements + step * 16 + 16, lane)"),
+    sm90("mask rows of another warp", "dropout, row + warp % 4 * 16,", "dropout, row,"),
+    sm90("threshold itself dropped", "kMaskBits), d.threshold)", "kMaskBits), d.threshold + 65537)",
+         DROPOUT),
+    sm90("mask registers exchanged", "words.v[v] & (kMaskBits", "words.v[v ^ 1] & (kMaskBits",
+         DROPOUT),
+    sm80("shard origin ignored", "column_group(d.col0 + col + lane % 4 * 2)",
+         "column_group(col + lane % 4 * 2)", DROPOUT),
+    sm80("unaligned origin taken as aligned", "row % 16 == 0 && col % 16 == 0};", "true};", DROPOUT),
+    sm80("mask drawn with six rounds", "kPhiloxRounds = 7", "kPhiloxRounds = 6", "csrc/philox.h"),
+    sm80("one mask for all rows", "block_row + warp_m * 16, s * Tile::kDepth",
+         "warp_m * 16, s * Tile::kDepth"),
+    # cp.async ring
+    sm80("stage not waited for", "ptx::cp_async_wait<Tile::kStages - 2>()",
+         "ptx::cp_async_wait<Tile::kStages - 1>()"),
+    sm80("stage overwritten while read", "    ptx::block_sync();\n    const int64_t next",
+         "    const int64_t next"),
+    sm80("commits not counted", "                       args, layout, block_row, next * Tile::kDepth,"
+         " thread);\n    ptx::cp_async_commit();",
+         "                       args, layout, block_row, next * Tile::kDepth,"
+         " thread), ptx::cp_async_commit();"),
+    sm80("wrong stage", "static_cast<uint32_t>(next % Tile::kStages) *",
+         "static_cast<uint32_t>((next + 1) % Tile::kStages) *"),
+    sm80("fragments of down exchanged", "a, b[0], b[1], T{})", "a, b[0], b[2], T{})"),
+    sm80("bank conflicts", "chunk ^ (row & 7)", "chunk ^ (row & 3)"),
+    sm80("slices added too early", "  ptx::block_sync();\n  if (warp_k > 0) return;",
+         "  if (warp_k > 0) return;"),
+    sm80("a slice forgotten", "uint32_t slice = 1; slice", "uint32_t slice = 2; slice"),
+    # tails
+    sm80("row tail off by one", "m < args.M ? args.K - k : 0", "m <= args.M ? args.K - k : 0"),
+    sm80("depth tail off by one", "m < args.M ? args.K - k : 0", "m < args.M ? args.K - k + 1 : 0"),
+    sm80("rank tail off by one", "n < args.r ? args.K - k : 0", "n <= args.r ? args.K - k : 0"),
+    sm90("store past the last row", "r >= args.M || col >= args.r", "r > args.M || col >= args.r",
+         STORE),
+    sm80("store past the last rank", "pairs && col + 1 < args.r", "pairs && col < args.r", STORE),
+    sm80("scale forgotten", "sum[2 * half + 1] * args.scale", "sum[2 * half + 1]", STORE),
+    # host side
+    plan("stride of a single row", "return rows > 1 ? stride : (width + 7) / 8 * 8;",
+         "return rows > 1 ? stride : width;", "sm90"),
+    plan("box of the wrong height", "a.K), plan.rows, a.x.dtype}", "a.K), 32, a.x.dtype}", "sm90"),
+    plan("second launch writes over the first", "(args.h.data) + first * args.h.col_stride",
+         "(args.h.data)", "sm80"),
+    plan("alignment ignored", "col_stride == 1 && aligned(m, 16) && (rows == 1 || "
+         "row_stride % 8 == 0)", "col_stride == 1", "sm80"),
+    # clusters, by the probe
+    probe("no multicast", "kBoth = 3", "kBoth = 1", "gemm"),
+    probe("empty counts one block", "8 * P::kCluster);", "8);", "gemm"),
+    probe("arrival at the own block alone",
+          "      if (lane < P::kCluster) ptx::barrier_arrive_remote(ring.empty(read), lane);\n"
+          "      store_probe_tile",
+          "      if (lane < P::kCluster)\n"
+          "        ptx::barrier_arrive_remote(ring.empty(read), ptx::cluster_rank());\n"
+          "      store_probe_tile", "gemm"),
+    probe("released before it was read",
+          "        if (k > 0 && lane < P::kCluster) "
+          "ptx::barrier_arrive_remote(ring.empty(read), lane);\n        read = ring.stage;",
+          "        read = ring.stage;\n"
+          "        if (lane < P::kCluster && k + 1 < blocks_k) "
+          "ptx::barrier_arrive_remote(ring.empty(read), lane);", "gemm"),
+    probe("both halves into the same place", "ring.b() + rank * (P::kBBytes / 2)", "ring.b()",
+          "gemm"),
+    probe("no proxy fence before the store", "  ptx::fence_async_shared();\n", "", "gemm"),
+    probe("no barrier before the store", "  sync();\n  if (thread == 0) {\n    LK_UNROLL",
+          "  if (thread == 0) {\n    LK_UNROLL", "gemm"),
+    probe("output staging overwritten", "  if (thread == 0) ptx::tma_store_wait_read<0>();\n", "",
+          "gemm"),
+    probe("block leaves its cluster",
+          "  // Neither block leaves while the other may still signal it.\n"
+          "  ptx::cluster_arrive();\n  ptx::cluster_wait();\n", "", "gemm"),
+    probe("more registers than there are", "registers_increase<232>", "registers_increase<240>",
+          "gemm"),
+    probe("epilogue swizzle", "panels + n / 4 * P::kPanelBytes + swizzled(row * kRowBytes + chunk * "
+          "kChunkBytes)",
+          "panels + n / 4 * P::kPanelBytes + (row * kRowBytes + chunk * kChunkBytes)", "gemm"),
+    probe("phase not flipped", "      phase ^= 1;\n    }\n  }", "    }\n  }", "gemm"),
+    # flags and tickets, by the probe
+    probe("flag before the proxy fence", "      ptx::fence_async_global();\n      ptx::block_sync();",
+          "      ptx::block_sync();", "relay"),
+    probe("flag before the barrier",
+          "      ptx::fence_async_global();\n      ptx::block_sync();\n"
+          "      if (thread == 0) ptx::store_release",
+          "      ptx::fence_async_global();\n"
+          "      if (thread == 0) ptx::store_release", "relay"),
+    probe("flag of another tile", "ptx::load_acquire(args.flags + item - args.tiles)",
+          "ptx::load_acquire(args.flags + (item - args.tiles) / 2)", "relay"),
+    probe("consumers claim first", "static_cast<int>(ptx::load_shared_word(claimed));",
+          "2 * args.tiles - 1 - static_cast<int>(ptx::load_shared_word(claimed));", "relay"),
+    probe("ticket read before all left", "    ptx::block_sync();  // the item before was read by all\n",
+          "", "relay"),
+    probe("tile overwritten while stored", "      ptx::tma_store_wait_read<0>();\n    }\n  }",
+          "    }\n  }", "relay"),
+]  # fmt: skip
+
+# Changes that the suite cannot see, each with the reason.
+SURVIVORS = [
+    (
+        sm90("compiler fence dropped", "    ptx::wgmma_commit();\n    ptx::wgmma_keep(sum);\n"
+             "    // The group", "    ptx::wgmma_commit();\n    // The group"),
+        "binds the compiler, not the machine: ptxas's remarks are the test of it (tests/gates.py)",
+    ),
+    (
+        sm80("last wait dropped", "  ptx::cp_async_wait<0>();\n\n  if constexpr", "  if constexpr"),
+        "benign: every group that is left is empty",
+    ),
+    (
+        probe("reader's proxy fence dropped",
+              "      ptx::fence_async_global();\n      ptx::barrier_arrive_expect",
+              "      ptx::barrier_arrive_expect", "relay"),
+        "benign: the writer's fence orders its writes, and the emulator asks for that one",
+    ),
+]  # fmt: skip

@@ -1,0 +1,143 @@
+"""Each planted bug of mutants.py turns the suite red; unchanged sources leave it green."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from emulator import build
+from mutants import KILLED, SURVIVORS, Mutant
+
+from lora_kernels import dropout
+
+SUITE = build.EMULATOR / "suite.py"
+TIMEOUT = 60  # seconds; a run of the whole suite takes a few
+# kind, (M, K, r), `down` has its rank contiguous, seed, rows padded
+DOWN_PROJ = [
+    ("sm90", (200, 456, 16), False, [], False),
+    ("sm90", (130, 1032, 24), False, [3, 4], False),
+    ("sm90", (70, 584, 136), True, [], False),
+    ("sm90", (65, 136, 200), False, [5, 6, 16, 32], True),
+    ("sm90", (1, 70, 8), False, [], True),
+    ("sm80", (200, 328, 24), False, [3, 4], False),
+    ("sm80", (33, 1000, 13), False, [5, 6, 16, 32], True),
+    ("sm80", (50, 333, 7), False, [5, 6, 3, 21], False),
+    ("sm80", (40, 136, 100), True, [], False),
+    ("sm80", (20, 72, 300), False, [], False),
+]
+
+
+def ternary(generator: np.random.Generator, *shape: int, keep: int) -> np.ndarray:
+    """-1, 0, 1 with about `keep` non-zeros a row: every sum is an integer that bf16 holds."""
+    values = generator.integers(-1, 2, shape)
+    return values * (generator.random(shape) < keep / shape[-1])
+
+
+def bf16(values: np.ndarray) -> np.ndarray:
+    return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def masked(seed: list[int], x: np.ndarray) -> tuple[np.ndarray, int]:
+    """A mask and its threshold, at which some elements that matter just survive."""
+    for threshold in range(4000, 4100):
+        kept, fewer = (
+            dropout.reference_mask(torch.tensor(seed), *x.shape, t).numpy()
+            for t in (threshold, threshold + 1)
+        )
+        if np.count_nonzero(x[kept != fewer]) >= 2:
+            return kept, threshold
+    raise AssertionError("no threshold decides about two elements")
+
+
+def down_proj_problem(shape, mn_major, seed, padded) -> dict[str, np.ndarray]:
+    m, k, r = shape
+    g = np.random.default_rng(m + k + r)
+    x, down = ternary(g, m, k, keep=k // 2), ternary(g, r, k, keep=40)
+    kept, threshold = np.ones((m, k), bool), 0
+    if seed:
+        kept, threshold = masked(seed, x)
+    h = 2 * (np.where(kept, x, 0) @ down.T)
+    assert np.abs(h).max() < 256
+    return dict(
+        x=bf16(x), down=bf16(down), h=bf16(h), mn_major=np.array(mn_major),
+        seed=np.array(seed, np.int64), padded=np.array(padded), threshold=np.array(threshold),
+    )  # fmt: skip
+
+
+def gemm_problem(trans_a: bool, trans_b: bool) -> dict[str, np.ndarray]:
+    g = np.random.default_rng(9)
+    a, b = ternary(g, 328, 456, keep=60), ternary(g, 200, 456, keep=60)
+    operands = {
+        "a": np.ascontiguousarray(bf16(a.T if trans_a else a)),
+        "b": np.ascontiguousarray(bf16(b.T if trans_b else b)),
+    }
+    return operands | dict(c=bf16(a @ b.T), trans_a=np.array(trans_a), trans_b=np.array(trans_b))
+
+
+@pytest.fixture(scope="session")
+def problems(tmp_path_factory) -> Path:
+    found = {f"{c[0]}-{i}": down_proj_problem(*c[1:]) for i, c in enumerate(DOWN_PROJ)}
+    found |= {f"gemm-{a}{b}": gemm_problem(a, b) for a, b in [(False, False), (True, True)]}
+    source = np.random.default_rng(3).integers(0, 1 << 15, (64 * 5, 64)).astype(np.uint16)
+    found["relay"] = {"in": source}
+    arrays = {f"{name}/{key}": v for name, p in found.items() for key, v in p.items()}
+    path = tmp_path_factory.mktemp("mutations") / "problems.npz"
+    np.savez(path, **arrays)
+    return path
+
+
+def run_suite(library: Path, problems: Path, *kinds: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(SUITE), str(library), str(problems), *kinds]
+    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+
+
+def plant(mutant: Mutant, tree: Path) -> Path:
+    """The library with this bug in it."""
+    for folder in ("csrc", "tests/emulator"):
+        shutil.copytree(build.ROOT / folder, tree / folder)
+    path = tree / mutant.file
+    source = path.read_text()
+    assert source.count(mutant.text) == 1, f"{mutant.name}: its text must occur once"
+    path.write_text(source.replace(mutant.text, mutant.replacement))
+    for kernel in (tree / "tests/emulator").glob("down_proj_sm*.cpp"):
+        # The suite is in bf16: half the instantiations, half the time.
+        kernel.write_text(kernel.read_text().replace("F16>", "Bf16>"))
+    return build.build(tree, mutant.sources)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def needs_a_compiler():
+    pytest.importorskip("pybind11")
+    if build.compiler() is None:
+        pytest.skip("no C++ compiler")
+
+
+def test_unchanged_sources_are_green(problems):
+    done = run_suite(build.build(), problems)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("mutant", KILLED, ids=lambda m: m.name.replace(" ", "_"))
+def test_planted_bug_turns_the_suite_red(mutant, problems, tmp_path):
+    library = plant(mutant, tmp_path)
+    try:
+        done = run_suite(library, problems, mutant.suite)
+    except subprocess.TimeoutExpired:
+        return
+    assert done.returncode != 0, "survived"
+
+
+@pytest.mark.parametrize("mutant, reason", SURVIVORS, ids=lambda m: getattr(m, "name", None))
+def test_known_survivors_survive(mutant, reason, problems, tmp_path):
+    """If one is noticed after all, it belongs among the killed."""
+    done = run_suite(plant(mutant, tmp_path), problems, mutant.suite)
+    assert done.returncode == 0, done.stdout
+
+
+def test_enough_are_planted():
+    assert len(KILLED) >= 20 and len({m.name for m in KILLED}) == len(KILLED)
