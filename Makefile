@@ -1,5 +1,10 @@
 # make test       what CI runs: build, lint, fast tests
+# make test-all   the slow tests too
 # make bench      the microbenchmark against the unfused baseline, on whatever this machine has
+#
+# make gpu        on a machine with a GPU: tests, sanitizers, timings, DRAM bytes, into OUT
+# make publish    what OUT proves, as an entry of bench/results/
+# make gates      registers and instructions of every CUDA kernel, into docs/kernels.md
 #
 # PYTHON=/path/to/python takes an interpreter that already has torch (and, for `make test`, pytest, numpy,
 # hypothesis and pybind11) and installs nothing into it but this package. Without it, a .venv is made.
@@ -19,7 +24,9 @@ STAMP := build/.installed-$(subst /,_,$(PY))
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 export HF_HUB_OFFLINE := 1
 
-.PHONY: build test test-all lint bench bench-overhead bench-kernels example clean
+OUT ?= bench/out/gpu
+
+.PHONY: build test test-all lint bench bench-overhead bench-kernels gpu publish gates example clean
 
 build: $(STAMP)
 
@@ -34,15 +41,15 @@ $(STAMP): $(ENV) $(SOURCES)
 	mkdir -p build && touch $@
 
 test: build lint
-	$(PY) -m pytest -n 2 -m "not slow and not gpu"
+	$(PY) -m pytest -n 2 --dist loadgroup -m "not slow and not gpu"
 
 test-all: build lint
-	$(PY) -m pytest -n 2
+	$(PY) -m pytest -n 2 --dist loadgroup
 
 # Formatters are pinned in .venv; those of another interpreter may disagree with them.
 lint: $(ENV)
 ifeq ($(PYTHON),)
-	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(shell find csrc tests -name '*.h' -o -name '*.cpp' \
 	  -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 else
@@ -57,6 +64,16 @@ bench-overhead: build
 
 bench-kernels: build
 	$(PY) -m bench.bench_kernels $(ARGS)
+
+# Builds by itself and without a network: a machine with a GPU may have none.
+gpu:
+	PYTHON=$(PY) bash bench/gpu_suite.sh $(OUT) $(ARGS)
+
+publish: build
+	$(PY) -m bench.publish $(OUT) $(ARGS)
+
+gates: build
+	$(PY) tests/gates.py --write
 
 example: build
 	$(PY) examples/finetune_sentiment.py $(ARGS)

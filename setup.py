@@ -16,8 +16,11 @@ from pathlib import Path
 from setuptools import setup
 
 BUILD = os.environ.get("LORA_KERNELS_BUILD", "auto")
-ARCHS = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0+PTX;9.0a"
+DEFAULT_ARCHS = "8.0+PTX;9.0a"
+ARCHS = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
 TORCH_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # loads in any torch from 2.11 on
+NVCC_FLAGS = ["-O3", "-std=c++17", "-lineinfo", "-Xptxas=-v,-warn-spills",
+              "-Xcompiler=-fvisibility=hidden"]  # fmt: skip
 
 
 def cuda_home():
@@ -87,7 +90,8 @@ def extension():
     sources = ["csrc/torch/module.cpp", "csrc/torch/cpu.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
     options = {}
     if home:
-        sources += ["csrc/torch/cuda.cpp", *sorted(glob("csrc/cuda/*.cu"))]
+        cuda = [*glob("csrc/cuda/*.cpp"), *glob("csrc/cuda/*.cu")]
+        sources += ["csrc/torch/cuda.cpp", *sorted(cuda)]
         options = dict(
             include_dirs=[f"{home}/include"],
             library_dirs=[f"{home}/lib64"],
@@ -100,8 +104,7 @@ def extension():
         depends=headers,
         extra_compile_args=dict(
             cxx=["-O3", "-std=c++17", "-fvisibility=hidden", "-g0", TORCH_ABI],
-            nvcc=["-O3", "-std=c++17", "-lineinfo", "-Xptxas=-v,-warn-spills",
-                  "-Xcompiler=-fvisibility=hidden", *gencode(ARCHS)],
+            nvcc=[*NVCC_FLAGS, *gencode(ARCHS)],
         ),
         # libtorch.so pulls in libtorch_cuda.so where there is one: it resolves the weak stream
         # symbol

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from emulator import build
 
 import lora_kernels as lk
-from emulator import build
 
 USABLE = [name for name, missing in lk.backends().items() if missing is None and name != "cuda"]
 # Paths that round the frozen product before the rank-r term is added: their bound says so.

@@ -1,4 +1,4 @@
-"""The CUDA down_proj kernels, sm_80 and sm_90a, in the emulator: h = scale * dropout(x) * down^T."""
+"""The CUDA down_proj kernels, sm_80 and sm_90a, in the emulator and on a GPU."""
 
 from __future__ import annotations
 

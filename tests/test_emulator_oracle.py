@@ -88,8 +88,7 @@ def test_their_boxes_and_descriptors_multiply(emulated, row, timing):
 
 
 def test_our_descriptors_are_theirs(emulated):
-    """k_major_descriptor and mn_major_descriptor bit for bit; a leading offset that one panel leaves
-    unused may differ."""
+    """Bit for bit, but for a leading offset that a single panel leaves unused."""
     leading = 0x3FFF << 16
     for row in USED:
         for spec in (row["a"], row["b"]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -101,9 +102,10 @@ def plant(mutant: Mutant, tree: Path) -> Path:
     for folder in ("csrc", "tests/emulator"):
         shutil.copytree(build.ROOT / folder, tree / folder)
     path = tree / mutant.file
-    source = path.read_text()
-    assert source.count(mutant.text) == 1, f"{mutant.name}: its text must occur once"
-    path.write_text(source.replace(mutant.text, mutant.replacement))
+    pattern = r"\s+".join(map(re.escape, mutant.text.split()))
+    source, count = re.subn(pattern, lambda _: mutant.replacement, path.read_text())
+    assert count == 1, f"{mutant.name}: its text must occur once, not {count} times"
+    path.write_text(source)
     for kernel in (tree / "tests/emulator").glob("down_proj_sm*.cpp"):
         # The suite is in bf16: half the instantiations, half the time.
         kernel.write_text(kernel.read_text().replace("F16>", "Bf16>"))

@@ -1,8 +1,9 @@
 // How tiles lie in shared memory: 16-bit elements, 128-byte swizzle everywhere.
 //
-// A K-major tile has rows of 64 elements along K; an MN-major tile consists of panels of 64 elements
-// along M or N, one row for each k. Either way a row is 128 bytes, 8 rows are one swizzle atom of
-// 1024 bytes, and within an atom the hardware exchanges 16-byte chunk c of row i with chunk c ^ i.
+// A K-major tile has rows of 64 elements along K; an MN-major tile consists of panels of 64
+// elements along M or N, one row for each k. Either way a row is 128 bytes, 8 rows are one swizzle
+// atom of 1024 bytes, and within an atom the hardware exchanges 16-byte chunk c of row i with chunk
+// c ^ i.
 #pragma once
 #include <cstdint>
 
@@ -14,18 +15,18 @@
 
 namespace lora_kernels {
 
-constexpr uint32_t kRowBytes = 128;      // one row of a tile: the swizzle's width
-constexpr uint32_t kRowElements = 64;    // of 16 bits
-constexpr uint32_t kAtomBytes = 1024;    // 8 rows; every tile starts at a multiple of it
-constexpr uint32_t kChunkBytes = 16;     // what the swizzle moves as one
-constexpr uint32_t kMmaDepth = 16;       // K of one wgmma or mma.sync
+constexpr uint32_t kRowBytes = 128;    // one row of a tile: the swizzle's width
+constexpr uint32_t kRowElements = 64;  // of 16 bits
+constexpr uint32_t kAtomBytes = 1024;  // 8 rows; every tile starts at a multiple of it
+constexpr uint32_t kChunkBytes = 16;   // what the swizzle moves as one
+constexpr uint32_t kMmaDepth = 16;     // K of one wgmma or mma.sync
 constexpr uint64_t kSwizzle128 = 1ull << 62;
 
 // Where byte `offset` of a tile lies in it.
 LK_SHARED_FUNCTION uint32_t swizzled(uint32_t offset) { return offset ^ ((offset >> 7 & 7) << 4); }
 
-// The operand of a wgmma, PTX ISA "matrix descriptor": address bits 0-13, leading byte offset 16-29,
-// stride byte offset 32-45, all in units of 16 bytes; the swizzle in bits 62-63.
+// The operand of a wgmma, PTX ISA "matrix descriptor": address bits 0-13, leading byte offset
+// 16-29, stride byte offset 32-45, all in units of 16 bytes; the swizzle in bits 62-63.
 LK_SHARED_FUNCTION uint64_t matrix_descriptor(uint32_t address, uint32_t leading, uint32_t stride) {
   return (address & 0x3ffff) >> 4 | static_cast<uint64_t>(leading >> 4) << 16 |
          static_cast<uint64_t>(stride >> 4) << 32 | kSwizzle128;

@@ -84,8 +84,15 @@ DownProjPlan plan_down_proj(const DownProjArgs& args, int compute, int multiproc
   const TileFacts t = reason == nullptr ? choose(kSm90Tiles, r, args.M, multiprocessors)
                                         : choose(kSm80Tiles, r, args.M, multiprocessors);
   const auto kernel = reason == nullptr ? DownProjKernel::sm90 : DownProjKernel::sm80;
-  return {kernel, t.rank, t.rows, t.depth, t.stages, t.threads, t.shared_bytes,
-          (args.M + t.rows - 1) / t.rows, layout,
+  return {kernel,
+          t.rank,
+          t.rows,
+          t.depth,
+          t.stages,
+          t.threads,
+          t.shared_bytes,
+          (args.M + t.rows - 1) / t.rows,
+          layout,
           reason == nullptr ? "TMA and wgmma: x and down lie as TMA needs them" : reason};
 }
 

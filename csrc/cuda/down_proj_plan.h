@@ -13,12 +13,13 @@
 
 namespace lora_kernels {
 
-constexpr int kMaxRank = 256;  // of one launch; larger ranks take several
-constexpr int kSharedSm80 = 99 << 10;   // what sm_86 and sm_89 allow a block
+constexpr int kMaxRank = 256;          // of one launch; larger ranks take several
+constexpr int kSharedSm80 = 99 << 10;  // what sm_86 and sm_89 allow a block
 constexpr int kSharedSm90 = 227 << 10;
 constexpr int kSharedAlign = 1024;  // a launch adds it to align its tiles
 
-// ---- sm_80: cp.async and mma.sync ----------------------------------------------------------------
+// ---- sm_80: cp.async and mma.sync
+// ----------------------------------------------------------------
 
 // One block: kRows rows of x by all kRank columns. Its warps are kWarpsM groups of 16 rows times
 // kWarpsK slices of the depth, whose sums are added in order at the end.
@@ -31,7 +32,7 @@ struct DownProjSm80Tile {
   // K-major: rows of kDepth, swizzled. MN-major: rows of kRank, padded to an odd number of chunks.
   static constexpr int kDownPitch = kRank * 2 + 16;
   static constexpr int kDownBytes =
-      kRank * kDepth * 2 > kDepth * kDownPitch ? kRank * kDepth * 2 : kDepth * kDownPitch;
+      kRank * kDepth * 2 > kDepth* kDownPitch ? kRank * kDepth * 2 : kDepth * kDownPitch;
   static constexpr int kStageBytes = kXBytes + kDownBytes;
   static constexpr int kSumBytes = (kWarpsK - 1) * kRows * kRank * 4;
   static constexpr int kSharedBytes =
@@ -54,10 +55,11 @@ struct DownProjSm80Tile {
   X(128, 128, 8, 1, 64, 2)         \
   X(256, 64, 4, 2, 64, 2)
 
-// ---- sm_90a: TMA and wgmma -----------------------------------------------------------------------
+// ---- sm_90a: TMA and wgmma
+// -----------------------------------------------------------------------
 
-// One block: 64 rows of x by all kRank columns; two consumer warpgroups take turns at the stages and
-// add their sums at the end, one warp loads.
+// One block: 64 rows of x by all kRank columns; two consumer warpgroups take turns at the stages
+// and add their sums at the end, one warp loads.
 template <int kRank_, int kStages_>
 struct DownProjSm90Tile {
   static constexpr int kRank = kRank_, kStages = kStages_, kRows = 64, kConsumers = 2;
@@ -70,24 +72,26 @@ struct DownProjSm90Tile {
   static constexpr int kSharedBytes = kStages * kStageBytes + kBarrierBytes + kSharedAlign;
   static_assert(kRank % 16 == 0 && kRank <= kMaxRank, "wgmma takes an N of up to 256");
   static_assert(kXBytes % kAtomBytes == 0 && kDownBytes % kAtomBytes == 0, "tiles are whole atoms");
-  static_assert(kStages % kConsumers == 0,
-                "a stage always goes to the same warpgroup: another one, a round behind, would take "
-                "the phase before for the one it waits for");
+  static_assert(
+      kStages % kConsumers == 0,
+      "a stage always goes to the same warpgroup: another one, a round behind, would take "
+      "the phase before for the one it waits for");
   static_assert(kSumBytes <= kStages * kStageBytes, "the sums reuse the stages");
   static_assert(kSharedBytes <= kSharedSm90, "sm_90 has 227 KB of shared memory a block");
 };
 #define LK_DOWN_PROJ_SM90_TILES(X) X(16, 8) X(32, 8) X(64, 6) X(128, 4) X(256, 4)
 
-// ---- the choice ----------------------------------------------------------------------------------
+// ---- the choice
+// ----------------------------------------------------------------------------------
 
 enum class DownProjKernel { none, sm80, sm90 };
 
 // How the operands lie in memory.
 struct DownProjLayout {
-  bool mn_major;      // `down` has its rank dimension contiguous
-  bool x_vectors;     // x and down come in 16-byte pieces, else element by element
+  bool mn_major;   // `down` has its rank dimension contiguous
+  bool x_vectors;  // x and down come in 16-byte pieces, else element by element
   bool down_vectors;
-  bool h_pairs;       // h takes two columns at once
+  bool h_pairs;  // h takes two columns at once
 };
 
 struct DownProjPlan {
@@ -112,13 +116,13 @@ TensorMapSpec down_map_spec(const DownProjArgs& args, const DownProjPlan& plan);
 // Calls f(Tile{}) for the tile of a plan; false if no kernel was built for it.
 template <class F>
 bool with_sm80_tile(const DownProjPlan& plan, const F& f) {
-#define LK_TILE(...)                                                \
-  {                                                                       \
-    using Tile = DownProjSm80Tile<__VA_ARGS__>;                           \
-    if (plan.rank == Tile::kRank && plan.rows == Tile::kRows) {           \
-      f(Tile{});                                                          \
-      return true;                                                        \
-    }                                                                     \
+#define LK_TILE(...)                                            \
+  {                                                             \
+    using Tile = DownProjSm80Tile<__VA_ARGS__>;                 \
+    if (plan.rank == Tile::kRank && plan.rows == Tile::kRows) { \
+      f(Tile{});                                                \
+      return true;                                              \
+    }                                                           \
   }
   LK_DOWN_PROJ_SM80_TILES(LK_TILE)
 #undef LK_TILE
@@ -126,13 +130,13 @@ bool with_sm80_tile(const DownProjPlan& plan, const F& f) {
 }
 template <class F>
 bool with_sm90_tile(const DownProjPlan& plan, const F& f) {
-#define LK_TILE(...)                                                               \
-  {                                                                       \
-    using Tile = DownProjSm90Tile<__VA_ARGS__>;                           \
-    if (plan.rank == Tile::kRank) {                                       \
-      f(Tile{});                                                          \
-      return true;                                                        \
-    }                                                                     \
+#define LK_TILE(...)                            \
+  {                                             \
+    using Tile = DownProjSm90Tile<__VA_ARGS__>; \
+    if (plan.rank == Tile::kRank) {             \
+      f(Tile{});                                \
+      return true;                              \
+    }                                           \
   }
   LK_DOWN_PROJ_SM90_TILES(LK_TILE)
 #undef LK_TILE

@@ -7,8 +7,8 @@ namespace {
 template <class Tile, class T>
 cudaError_t launch(const DownProjArgs& args, const DownProjPlan& plan, cudaStream_t stream) {
   const auto kernel = down_proj_sm80_kernel<Tile, T>;
-  const cudaError_t error = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes);
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes);
   if (error != cudaSuccess) return error;
   kernel<<<static_cast<unsigned>(plan.blocks), Tile::kThreads, Tile::kSharedBytes, stream>>>(
       args, plan.layout);

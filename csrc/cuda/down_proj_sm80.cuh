@@ -84,8 +84,8 @@ __device__ __forceinline__ void load_down_fragment(uint32_t (&b)[4], uint32_t ti
     ptx::load_matrix_x4_transposed(b, tile + (step * 16 + k_half * 8 + inner) * Tile::kDownPitch +
                                           (n * 2 + n_half) * kChunkBytes);
   else
-    ptx::load_matrix_x4(
-        b, tile + chunk_offset<Tile>(n * 16 + n_half * 8 + inner, step * 2 + k_half));
+    ptx::load_matrix_x4(b,
+                        tile + chunk_offset<Tile>(n * 16 + n_half * 8 + inner, step * 2 + k_half));
 }
 
 // Adds the sums of the other slices of the depth to those of slice 0, in order.

@@ -38,7 +38,8 @@ cudaError_t launch_typed(const DownProjArgs& args, const DownProjPlan& plan, cud
   with_sm90_tile(plan, [&](auto tile) {
     using Tile = decltype(tile);
     if (plan.layout.mn_major) {
-      if constexpr (Tile::kRank >= kRowElements) error = launch<Tile, T, true, false>(args, plan, stream);
+      if constexpr (Tile::kRank >= kRowElements)
+        error = launch<Tile, T, true, false>(args, plan, stream);
     } else if (args.dropout.seed != nullptr) {
       error = launch<Tile, T, false, true>(args, plan, stream);
     } else {

@@ -15,8 +15,13 @@ struct DropoutState {
 __device__ __forceinline__ DropoutState load_dropout(const Dropout& d) {
   if (d.seed == nullptr) return {0, 0, 0, 0, 0, false, false};
   const int64_t row = row0(d), col = col0(d);
-  return {static_cast<uint64_t>(d.seed[0]), static_cast<uint64_t>(d.seed[1]), row, col,
-          d.threshold << 16 | d.threshold,  true, row % 16 == 0 && col % 16 == 0};
+  return {static_cast<uint64_t>(d.seed[0]),
+          static_cast<uint64_t>(d.seed[1]),
+          row,
+          col,
+          d.threshold << 16 | d.threshold,
+          true,
+          row % 16 == 0 && col % 16 == 0};
 }
 
 // Bit e of the result: whether element e of the lane's 8 is kept, each drawn on its own.
@@ -40,9 +45,8 @@ __device__ __forceinline__ uint32_t keep_bits(const DropoutState& d, int64_t row
 __device__ __forceinline__ void apply_dropout(uint32_t (&a)[4], const DropoutState& d, int64_t row,
                                               int64_t col, uint32_t lane) {
   if (d.aligned) {
-    const PhiloxWords words =
-        philox(column_group(d.col0 + col + lane % 4 * 2), row_group(d.row0 + row + lane / 4),
-               d.offset, d.seed);
+    const PhiloxWords words = philox(column_group(d.col0 + col + lane % 4 * 2),
+                                     row_group(d.row0 + row + lane / 4), d.offset, d.seed);
     LK_UNROLL
     for (int v = 0; v < 4; ++v)
       a[v] &= ptx::halves_at_least(words.v[v] & (kMaskBits << 16 | kMaskBits), d.threshold);

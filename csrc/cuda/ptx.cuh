@@ -91,7 +91,8 @@ LK_PTX void store_global(float* address, float value) {
   asm volatile("st.global.f32 [%0], %1;" ::"l"(address), "f"(value) : "memory");
 }
 
-// ---- flags and tickets in global memory ----------------------------------------------------------
+// ---- flags and tickets in global memory
+// ----------------------------------------------------------
 
 LK_PTX uint32_t load_acquire(const uint32_t* flag) {
   uint32_t v;
@@ -167,7 +168,8 @@ LK_PTX void barrier_wait(uint32_t barrier, uint32_t parity) {
       : "memory");
 }
 
-// ---- asynchronous copies -------------------------------------------------------------------------
+// ---- asynchronous copies
+// -------------------------------------------------------------------------
 
 // 16 bytes of which the first `bytes` come from source, the rest are zero.
 LK_PTX void cp_async_16(uint32_t destination, const void* source, uint32_t bytes) {
@@ -199,10 +201,10 @@ LK_PTX void tma_load_multicast(uint32_t destination, const TensorMap* map, uint3
       : "memory");
 }
 LK_PTX void tma_store(const TensorMap* map, uint32_t source, int column, int row) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::
-                   "l"(map),
-               "r"(source), "r"(column), "r"(row)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+      "r"(source), "r"(column), "r"(row)
+      : "memory");
 }
 LK_PTX void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 // Until all but kPending groups have read their shared memory.
@@ -216,7 +218,8 @@ LK_PTX void tma_store_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// ---- matrix fragments ----------------------------------------------------------------------------
+// ---- matrix fragments
+// ----------------------------------------------------------------------------
 
 // Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
 LK_PTX void load_matrix_x4(uint32_t (&r)[4], uint32_t address) {
@@ -294,9 +297,9 @@ LK_PTX void wgmma_keep(uint32_t (&a)[4]) {
 
 template <class T, int kCount>
 struct Wgmma;
-// d [64, 2 kCount] += a [64, 16] * b [16, 2 kCount], both operands through descriptors (SharedMatrix
-// of descriptor.h); d = a * b unless `accumulate`. kTransA, kTransB: 1 where the operand's M or N
-// dimension is the contiguous one, 0 where K is.
+// d [64, 2 kCount] += a [64, 16] * b [16, 2 kCount], both operands through descriptors
+// (SharedMatrix of descriptor.h); d = a * b unless `accumulate`. kTransA, kTransB: 1 where the
+// operand's M or N dimension is the contiguous one, 0 where K is.
 template <class T, int kTransA, int kTransB, int kCount>
 LK_PTX void wgmma(float (&d)[kCount], uint64_t a, uint64_t b, bool accumulate) {
   Wgmma<T, kCount>::template run<kTransA, kTransB>(d, a, b, accumulate);
@@ -361,7 +364,8 @@ LK_WGMMA_BOTH(256, 128, LK_REGISTERS_0_7 LK_REGISTERS_8_15 LK_REGISTERS_16_31 LK
 #undef LK_WGMMA
 // clang-format on
 
-// ---- registers, launches -------------------------------------------------------------------------
+// ---- registers, launches
+// -------------------------------------------------------------------------
 
 // By all warps of a warpgroup: gives registers back to the block's pool, or takes more of it.
 template <int kRegisters>

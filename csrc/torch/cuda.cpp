@@ -50,13 +50,20 @@ DownProjArgs down_proj_args(const Operand& x, const Operand& down, const Optiona
     STD_TORCH_CHECK(seed->device() == x.tensor.device(), op, ": seed must be on x's device");
   const Dropout dropout = dropout_of(seed, threshold, op);
   const Matrix h{nullptr, down.rows, 1, x.matrix.dtype};
-  return {x.matrix, down.matrix, h, x.rows, x.cols, down.rows,
-          static_cast<float>(scale * inverse_keep(dropout)), dropout};
+  return {x.matrix,
+          down.matrix,
+          h,
+          x.rows,
+          x.cols,
+          down.rows,
+          static_cast<float>(scale * inverse_keep(dropout)),
+          dropout};
 }
 
 Tensor down_proj_cuda(const Tensor& x, const Tensor& down, const OptionalTensor& seed,
                       int64_t threshold, double scale) {
-  const Operand rows = flatten_rows(x, "down_proj", "x"), ranks = operand(down, "down_proj", "down");
+  const Operand rows = flatten_rows(x, "down_proj", "x"),
+                ranks = operand(down, "down_proj", "down");
   DownProjArgs args = down_proj_args(rows, ranks, seed, threshold, scale);
   DeviceGuard guard(x.get_device_index());
   Tensor h = torch::stable::empty({args.M, args.r}, x.scalar_type(), std::nullopt, x.device());
@@ -66,7 +73,8 @@ Tensor down_proj_cuda(const Tensor& x, const Tensor& down, const OptionalTensor&
 }
 
 std::string down_proj_plan_cuda(const Tensor& x, const Tensor& down, const OptionalTensor& seed) {
-  const Operand rows = flatten_rows(x, "down_proj", "x"), ranks = operand(down, "down_proj", "down");
+  const Operand rows = flatten_rows(x, "down_proj", "x"),
+                ranks = operand(down, "down_proj", "down");
   const DownProjArgs args = down_proj_args(rows, ranks, seed, 0, 1.0);
   DeviceGuard guard(x.get_device_index());
   DownProjPlan plan;

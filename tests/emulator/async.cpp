@@ -4,13 +4,14 @@
 
 namespace emu {
 
-// ---- named and cluster barriers ------------------------------------------------------------------
+// ---- named and cluster barriers
+// ------------------------------------------------------------------
 
 void sync_named(int id, unsigned threads, bool waits, Place at) {
   if (id < 0 || id > 15 || threads % 32 || threads == 0)
-    machine->fail("barrier misuse: bar " + std::to_string(id) + " of " + std::to_string(threads) +
-                      " threads",
-                  at);
+    machine->fail(
+        "barrier misuse: bar " + std::to_string(id) + " of " + std::to_string(threads) + " threads",
+        at);
   NamedBarrier& b = block().named[id];
   uint64_t generation = 0;
   // Warps arrive as a whole: bar.sync is a warp's instruction.
@@ -72,7 +73,8 @@ void wait_cluster(Place at) {
   });
 }
 
-// ---- mbarriers -----------------------------------------------------------------------------------
+// ---- mbarriers
+// -----------------------------------------------------------------------------------
 
 namespace {
 
@@ -154,7 +156,8 @@ void wait_barrier(uint32_t address, uint32_t parity, Place at) {
   acquire(warp(), b.completed);
 }
 
-// ---- cp.async ------------------------------------------------------------------------------------
+// ---- cp.async
+// ------------------------------------------------------------------------------------
 
 void copy_async(uint32_t to, const void* from, uint32_t bytes, Place at) {
   if (bytes > 16) machine->fail("cp.async of " + std::to_string(bytes) + " bytes", at);
@@ -206,7 +209,8 @@ void wait_copies(uint32_t pending, Place) {
     warp().known.generic.advance(warp().agent + kCopy, t.copies_committed - pending);
 }
 
-// ---- TMA -----------------------------------------------------------------------------------------
+// ---- TMA
+// -----------------------------------------------------------------------------------------
 
 TensorMap make_tensor_map(const TensorMap& m) {
   const bool valid = reinterpret_cast<uintptr_t>(m.base) % 16 == 0 && m.row_stride % 8 == 0 &&
@@ -247,7 +251,8 @@ void load_tensor(uint32_t to, const TensorMap& map, uint32_t barrier, int column
     const bool remote = rank != block().rank;
     ++target->loads_in_flight;
     Mbarrier* b = &shared->barrier(barrier, "TMA load", at);
-    if (!b->fenced) machine->fail("missing fence: TMA on an mbarrier without fence.mbarrier_init", at);
+    if (!b->fenced)
+      machine->fail("missing fence: TMA on an mbarrier without fence.mbarrier_init", at);
     machine->post([=] {
       const Access a{{b->agent, b->phase + 1}, known.get(), Proxy::async, "TMA load", at};
       for_box(m, to, column, row, [&](uint32_t address, const uint16_t* from, int elements) {
@@ -297,7 +302,8 @@ void wait_stores(uint32_t pending, bool only_read, Place) {
   if (!only_read) w.known.generic.advance(w.agent + kStoreWrite, w.stores_committed - pending);
 }
 
-// ---- fences and flags ----------------------------------------------------------------------------
+// ---- fences and flags
+// ----------------------------------------------------------------------------
 
 // Only writes of the fencing warp itself: every writer has to fence, before it tells anybody. (The
 // memory model would also accept a fence further along the chain.)
@@ -310,8 +316,7 @@ void fence_proxy() {
 uint32_t acquire_flag(const uint32_t* flag, Place at) {
   Knowledge& knowledge = global.flag(flag, "ld.acquire", at);
   Thread& t = self();
-  if (t.polled == flag)
-    machine->wait_until("a flag", at, [&] { return *flag != t.polled_value; });
+  if (t.polled == flag) machine->wait_until("a flag", at, [&] { return *flag != t.polled_value; });
   t.polled = flag;
   t.polled_value = *flag;
   acquire(warp(), knowledge);
@@ -332,7 +337,8 @@ uint32_t add_to(uint32_t* counter, uint32_t value, Place at) {
   return before;
 }
 
-// ---- registers and dependent launches -------------------------------------------------------------
+// ---- registers and dependent launches
+// -------------------------------------------------------------
 
 void change_registers(int registers, bool increase, Place at) {
   if (registers < 24 || registers > 256 || registers % 8)
@@ -344,7 +350,8 @@ void change_registers(int registers, bool increase, Place at) {
   struct {
   } none;
   const int wanted = 32 * (registers - w.registers);
-  if (increase) machine->wait_until("free registers", at, [&] { return b.free_registers >= wanted; });
+  if (increase)
+    machine->wait_until("free registers", at, [&] { return b.free_registers >= wanted; });
   machine->collective("setmaxnreg", at, &none, [&](auto&) {
     if ((wanted > 0) != increase)
       machine->fail("setmaxnreg." + std::string(increase ? "inc" : "dec") + " from " +

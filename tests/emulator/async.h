@@ -4,8 +4,8 @@
 
 namespace emu {
 
-// What cuTensorMapEncodeTiled encodes: rows of 16-bit elements, boxes of 64 columns at most, 128-byte
-// swizzle, zero fill.
+// What cuTensorMapEncodeTiled encodes: rows of 16-bit elements, boxes of 64 columns at most,
+// 128-byte swizzle, zero fill.
 struct TensorMap {
   const void* base = nullptr;
   int64_t columns = 0, rows = 0, row_stride = 0;  // elements

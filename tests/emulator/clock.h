@@ -1,8 +1,8 @@
 // Vector clocks: which events are ordered before which, whatever the emulated timing was.
 //
 // An agent is whatever completes its events in order: a warp, and beside it its tensor core (wgmma
-// groups), the reads and the writes of its bulk stores, its cp.async groups; and each mbarrier, whose
-// phases complete the TMA loads that count on it. An event is a stamp (agent, number).
+// groups), the reads and the writes of its bulk stores, its cp.async groups; and each mbarrier,
+// whose phases complete the TMA loads that count on it. An event is a stamp (agent, number).
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -16,9 +16,7 @@ struct Stamp {
 
 class Clock {
  public:
-  uint32_t operator[](uint32_t agent) const {
-    return agent < seen_.size() ? seen_[agent] : 0;
-  }
+  uint32_t operator[](uint32_t agent) const { return agent < seen_.size() ? seen_[agent] : 0; }
   void advance(uint32_t agent, uint32_t number) {
     if (agent >= seen_.size()) seen_.resize(agent + 1);
     if (seen_[agent] < number) seen_[agent] = number;

@@ -11,9 +11,7 @@
 #define __cluster_dims__(...)
 
 namespace emu {
-inline Dim thread_index() {
-  return {static_cast<unsigned>(warp().index * 32 + self().lane), 0, 0};
-}
+inline Dim thread_index() { return {static_cast<unsigned>(warp().index * 32 + self().lane), 0, 0}; }
 inline Dim block_index() { return {block().index_x, block().index_y, 0}; }
 inline Dim grid_size() {
   const Launch& l = *block().grid->launch;

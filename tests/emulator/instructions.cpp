@@ -20,7 +20,8 @@ void load_operand(const OperandSpec& o, const TensorMap& map, uint32_t to, uint3
 }
 
 uint32_t copied_bytes(const OperandSpec& o) {
-  return static_cast<uint32_t>(o.copies.size()) * static_cast<uint32_t>(o.box_inner * o.box_outer) * 2;
+  return static_cast<uint32_t>(o.copies.size()) * static_cast<uint32_t>(o.box_inner * o.box_outer) *
+         2;
 }
 
 uint64_t descriptor_at(const OperandSpec& o, uint32_t tile, size_t step) {
@@ -37,7 +38,7 @@ void multiply(float (&d)[kCount], const OperandSpec& a, const OperandSpec& b, ui
     if (a_registers.empty()) {
       wgmma<T, kTransA, kTransB>(d, descriptor_at(a, tile, step), right, step > 0);
     } else {
-      auto* r = reinterpret_cast<uint32_t(*)[4]>(fragments[step].data());
+      auto* r = reinterpret_cast<uint32_t (*)[4]>(fragments[step].data());
       std::copy_n(&a_registers[(step * 128 + threadIdx.x) * 4], 4, *r);
       wgmma<T, kTransB>(d, *r, right, step > 0);
     }
@@ -158,7 +159,7 @@ std::vector<float> run_mma(const std::vector<uint32_t>& a, const std::vector<uin
     float d[4] = {};
     uint32_t left[4];
     std::copy_n(&a[threadIdx.x * 4], 4, left);
-    const uint32_t *right = &b[threadIdx.x * 2];
+    const uint32_t* right = &b[threadIdx.x * 2];
     if (is_bf16)
       mma_m16n8k16(d, left, right[0], right[1], bf16{});
     else

@@ -10,7 +10,7 @@ Machine* machine = nullptr;
 
 namespace {
 
-constexpr int kRegisters = 65536;  // of a multiprocessor
+constexpr int kRegisters = 65536;             // of a multiprocessor
 constexpr uint64_t kDelay = 60, kStall = 40;  // rounds, at most
 constexpr int kStallPercent = 3;
 
@@ -90,8 +90,8 @@ bool Machine::run_warp(Warp& w) {
       self = nullptr;
       if (!error_.empty()) return true;
       again = progress = true;
-      if (t.done && std::all_of(w.threads.begin(), w.threads.end(),
-                                [](const Thread& u) { return u.done; }) &&
+      if (t.done &&
+          std::all_of(w.threads.begin(), w.threads.end(), [](const Thread& u) { return u.done; }) &&
           ++w.block->warps_done == static_cast<int>(w.block->warps.size()))
         check_exit(*w.block);
     }
@@ -158,8 +158,7 @@ void Machine::start_cluster(Grid& grid) {
       agents_ += kAgentsOfWarp;
       w.known.generic.advance(w.agent, 1);
       // A programmatic launch knows of the grid before it by griddepcontrol.wait alone.
-      if (launch.after >= 0 && !launch.programmatic)
-        w.known.join(grids_[launch.after].finished);
+      if (launch.after >= 0 && !launch.programmatic) w.known.join(grids_[launch.after].finished);
       if (!spare_threads_.empty()) {
         w.threads = std::move(spare_threads_.back());
         spare_threads_.pop_back();
@@ -221,7 +220,8 @@ void Machine::report_deadlock() {
                     ") warp " + std::to_string(w.index) + " waits for " +
                     (t.waits_for ? t.waits_for : "nothing") + " at " + name_of(t.place)];
   std::string text = "deadlock: no thread can go on";
-  for (auto& [what, lanes] : waiting) text += "\n  " + what + " (" + std::to_string(lanes) + " lanes)";
+  for (auto& [what, lanes] : waiting)
+    text += "\n  " + what + " (" + std::to_string(lanes) + " lanes)";
   throw Error(text);
 }
 
@@ -272,7 +272,8 @@ void Machine::run(const std::vector<Launch>& launches, const Options& options) {
   }
   while (!events_.empty()) deliver(true);
   for (Grid& g : grids_)
-    if (!g.complete()) throw Error(g.launch->name + ": could not start, more blocks than residency");
+    if (!g.complete())
+      throw Error(g.launch->name + ": could not start, more blocks than residency");
 }
 
 }  // namespace emu

@@ -105,8 +105,8 @@ struct Thread {
 
 struct Warp {
   Block* block = nullptr;
-  int index = 0;        // in its block
-  uint32_t agent = 0;   // agent + kTensor.. are its engines
+  int index = 0;       // in its block
+  uint32_t agent = 0;  // agent + kTensor.. are its engines
   Knowledge known;
   uint64_t stalled_until = 0;
   std::vector<Thread> threads;

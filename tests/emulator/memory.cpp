@@ -22,8 +22,8 @@ bool ordered(const Record& before, bool was_write, const Access& a) {
 [[noreturn]] void race(const Record& before, const char* did, const char* does, const Access& a,
                        const std::string& where) {
   const bool proxy = a.known->generic.covers(before.stamp);
-  machine->fail(std::string(proxy ? "missing proxy fence: " : "race: ") + where + ", " + did + " by " +
-                    text(before) + ", is " + does + " by " + a.instruction +
+  machine->fail(std::string(proxy ? "missing proxy fence: " : "race: ") + where + ", " + did +
+                    " by " + text(before) + ", is " + does + " by " + a.instruction +
                     (proxy ? " without a proxy fence between" : ", unordered"),
                 a.place);
 }
@@ -91,8 +91,9 @@ void SharedMemory::write(uint32_t address, const void* from, uint32_t size, cons
 Mbarrier& SharedMemory::barrier(uint32_t address, const char* instruction, Place at) {
   auto found = barriers.find(address);
   if (found == barriers.end())
-    machine->fail(std::string("barrier misuse: ") + instruction + " of an mbarrier that was not initialised",
-                  at);
+    machine->fail(
+        std::string("barrier misuse: ") + instruction + " of an mbarrier that was not initialised",
+        at);
   return found->second;
 }
 
@@ -121,13 +122,15 @@ Buffer& GlobalMemory::find(const void* address, uint64_t bytes, const Access& a)
     Buffer& b = std::prev(after)->second;
     if (first + bytes <= b.begin + b.size) return b;
     if (first < b.begin + b.size + (1 << 16))
-      machine->fail("out of bounds: " + std::string(a.instruction) + " of " + std::to_string(bytes) +
-                        " bytes at byte " + std::to_string(first - b.begin) + " of " + b.name +
-                        ", which has " + std::to_string(b.size),
+      machine->fail("out of bounds: " + std::string(a.instruction) + " of " +
+                        std::to_string(bytes) + " bytes at byte " +
+                        std::to_string(first - b.begin) + " of " + b.name + ", which has " +
+                        std::to_string(b.size),
                     a.place);
   }
-  machine->fail("out of bounds: " + std::string(a.instruction) + " of global memory outside every tensor",
-                a.place);
+  machine->fail(
+      "out of bounds: " + std::string(a.instruction) + " of global memory outside every tensor",
+      a.place);
 }
 
 void GlobalMemory::read(const void* from, void* to, uint64_t bytes, const Access& a) {
@@ -137,7 +140,8 @@ void GlobalMemory::read(const void* from, void* to, uint64_t bytes, const Access
   Buffer& b = find(from, bytes, a);
   const uint64_t offset = static_cast<const uint8_t*>(from) - b.begin;
   if (b.use != Use::input)
-    for (uint64_t c = offset / 2; c < (offset + bytes + 1) / 2; ++c) read_cell(b.cells[c], a, b.name);
+    for (uint64_t c = offset / 2; c < (offset + bytes + 1) / 2; ++c)
+      read_cell(b.cells[c], a, b.name);
   std::memcpy(to, from, bytes);
 }
 
@@ -148,7 +152,8 @@ void GlobalMemory::write(void* to, const void* from, uint64_t bytes, const Acces
   if (b.use == Use::input)
     machine->fail("input overwritten: " + b.name + " is written by " + a.instruction, a.place);
   const uint64_t offset = static_cast<uint8_t*>(to) - b.begin;
-  for (uint64_t c = offset / 2; c < (offset + bytes + 1) / 2; ++c) write_cell(b.cells[c], a, b.name);
+  for (uint64_t c = offset / 2; c < (offset + bytes + 1) / 2; ++c)
+    write_cell(b.cells[c], a, b.name);
   std::memcpy(to, from, bytes);
 }
 
@@ -157,15 +162,16 @@ Knowledge& GlobalMemory::flag(const uint32_t* address, const char* instruction, 
   return flags_[address];
 }
 
-// ---- exit ----------------------------------------------------------------------------------------
+// ---- exit
+// ----------------------------------------------------------------------------------------
 
 void check_drained(Warp& w) {
   auto leaves = [&](const char* what) {
     machine->self = nullptr;
     const Block& b = *w.block;
     machine->fail(b.grid->launch->name + " block (" + std::to_string(b.index_x) + ", " +
-                      std::to_string(b.index_y) + ") warp " + std::to_string(w.index) + " exits with " +
-                      what,
+                      std::to_string(b.index_y) + ") warp " + std::to_string(w.index) +
+                      " exits with " + what,
                   w.threads[0].place);
   };
   if (!w.wgmmas.empty()) leaves("wgmma that it did not wait for");

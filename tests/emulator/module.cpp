@@ -68,8 +68,14 @@ DownProjArgs down_proj_args(const Array& x, const Array& down, const Array& h, b
     throw py::value_error("x [M, K], down [r, K] and h [M, r] do not fit together");
   const Dropout dropout{seed.empty() ? nullptr : seed.data(), static_cast<int>(seed.size()),
                         threshold};
-  return {matrix_of(x, is_bf16), matrix_of(down, is_bf16), matrix_of(h, is_bf16), x.shape(0),
-          x.shape(1), down.shape(0), scale, dropout};
+  return {matrix_of(x, is_bf16),
+          matrix_of(down, is_bf16),
+          matrix_of(h, is_bf16),
+          x.shape(0),
+          x.shape(1),
+          down.shape(0),
+          scale,
+          dropout};
 }
 
 py::dict plan(const Array& x, const Array& down, const Array& h, const std::vector<int64_t>& seed,
@@ -114,10 +120,10 @@ py::dict gemm_probe(const Array& a, const Array& b, Array c, int tile_n, bool tr
   add_buffer("b", b, emu::Use::input);
   add_buffer("c", c, emu::Use::output);
   const auto K = static_cast<int>(a.shape(trans_a ? 0 : 1));
-  return run({emu::gemm_probe_launch(a.data(), b.data(), c.mutable_data(),
-                                     static_cast<int>(c.shape(0)), static_cast<int>(c.shape(1)), K,
-                                     tile_n, trans_a, trans_b, clusters)},
-             options_of(schedule, timing, resident_blocks));
+  return run(
+      {emu::gemm_probe_launch(a.data(), b.data(), c.mutable_data(), static_cast<int>(c.shape(0)),
+                              static_cast<int>(c.shape(1)), K, tile_n, trans_a, trans_b, clusters)},
+      options_of(schedule, timing, resident_blocks));
 }
 
 // `grids` of them at once, each with its own h, out, ticket and flags.

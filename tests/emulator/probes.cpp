@@ -20,8 +20,8 @@ std::function<void()> gemm_body(bool trans_a, bool trans_b, const TensorMap& a, 
 
 Launch gemm_probe_launch(const uint16_t* a, const uint16_t* b, uint16_t* c, int M, int N, int K,
                          int tile_n, bool trans_a, bool trans_b, int clusters) {
-  const TensorMap a_map = make_tensor_map(trans_a ? TensorMap{a, M, K, M, 64, 64}
-                                                  : TensorMap{a, K, M, K, 64, 128});
+  const TensorMap a_map =
+      make_tensor_map(trans_a ? TensorMap{a, M, K, M, 64, 64} : TensorMap{a, K, M, K, 64, 128});
   const TensorMap b_map = make_tensor_map(trans_b ? TensorMap{b, N, K, N, 64, 64}
                                                   : TensorMap{b, K, N, K, 64, tile_n / 2});
   const TensorMap c_map = make_tensor_map({c, N, M, N, 64, 64});

@@ -6,7 +6,8 @@
 
 namespace lora_kernels {
 
-// ---- c [M, N] = a b^T: cluster multicast, both majors of both operands, setmaxnreg, TMA stores -----
+// ---- c [M, N] = a b^T: cluster multicast, both majors of both operands, setmaxnreg, TMA stores
+// -----
 
 struct GemmProbeArgs {
   int M, N, K;
@@ -21,8 +22,7 @@ struct GemmProbe {
   static constexpr uint32_t kPanelBytes = kRowElements * kRowBytes;  // 64 columns of c, or of an MN
   static constexpr uint32_t kStageBytes = kABytes + kBBytes;
   static constexpr uint32_t kCBytes = kM * kN * 2;
-  static constexpr uint32_t kSharedBytes =
-      kStages * kStageBytes + kCBytes + 2 * kStages * 8 + 1024;
+  static constexpr uint32_t kSharedBytes = kStages * kStageBytes + kCBytes + 2 * kStages * 8 + 1024;
   static_assert(kN % 128 == 0, "each block of a cluster loads half of b's panels");
 };
 
@@ -91,9 +91,9 @@ __device__ __forceinline__ void multiply_probe_stage(float (&acc)[P::kN / 2],
     const uint32_t a = ring.a() + group * P::kPanelBytes;  // 64 rows, or one panel of 64 columns
     const uint64_t left = P::kTransA ? mn_major_descriptor(a + step * kMnMajorStep, P::kPanelBytes)
                                      : k_major_descriptor(a + step * kKMajorStep);
-    const uint64_t right =
-        P::kTransB ? mn_major_descriptor(ring.b() + step * kMnMajorStep, P::kPanelBytes)
-                   : k_major_descriptor(ring.b() + step * kKMajorStep);
+    const uint64_t right = P::kTransB
+                               ? mn_major_descriptor(ring.b() + step * kMnMajorStep, P::kPanelBytes)
+                               : k_major_descriptor(ring.b() + step * kKMajorStep);
     ptx::wgmma<typename P::T, P::kTransA, P::kTransB>(acc, left, right, true);
   }
   ptx::wgmma_commit();
@@ -194,7 +194,8 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(P::kThreads, 1)
   ptx::cluster_wait();
 }
 
-// ---- out = in through h: tickets, flags, generic writes that TMA reads in another block ------------
+// ---- out = in through h: tickets, flags, generic writes that TMA reads in another block
+// ------------
 
 constexpr uint32_t kRelayTile = 64 * kRowBytes;
 

@@ -1,7 +1,8 @@
 """The problems that a mutant has to fail: `python suite.py LIBRARY PROBLEMS.npz [NAME ...]`.
 
-numpy alone, so that a process for each mutant costs little; each mutant has one of its own, since it
-may crash or hang. Exit code 0: everything is right; 1: the first wrong result or report is printed.
+numpy alone, so that a process for each mutant costs little; each mutant has one of its own, since
+it may crash or hang. Exit code 0: everything is right; 1: the first wrong result or report is
+printed.
 """
 
 from __future__ import annotations

@@ -27,7 +27,8 @@ struct Matrices {
 
 }  // namespace
 
-// ---- ldmatrix, stmatrix, mma.sync ------------------------------------------------------------------
+// ---- ldmatrix, stmatrix, mma.sync
+// ------------------------------------------------------------------
 
 void load_matrices(uint32_t (&r)[4], uint32_t address, bool transposed, Place at) {
   if (address % 16) machine->fail("misaligned: ldmatrix", at);
@@ -81,7 +82,8 @@ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, b
       const int g = lane / 4, t = lane % 4;
       for (int half = 0; half < 2; ++half) {
         for (int v = 0; v < 4; ++v)  // rows g, g + 8; columns 2t, 2t + 1 and 8 further
-          left[g + v % 2 * 8][2 * t + half + v / 2 * 8] = number(half_of(lanes[lane]->a[v], half), is_bf16);
+          left[g + v % 2 * 8][2 * t + half + v / 2 * 8] =
+              number(half_of(lanes[lane]->a[v], half), is_bf16);
         for (int v = 0; v < 2; ++v)
           right[2 * t + half + v * 8][g] = number(half_of(lanes[lane]->b[v], half), is_bf16);
       }
@@ -127,8 +129,8 @@ Operand decode(uint64_t descriptor, Place at) {
 }
 
 // Element (mn, k..) of an operand as the canonical layouts of the PTX ISA define them: 8 x 128-byte
-// atoms; K-major: `stride` from one 8 rows of M or N to the next. MN-major: `stride` from one 8 rows
-// of K to the next, `leading` from 64 elements of M or N to the next.
+// atoms; K-major: `stride` from one 8 rows of M or N to the next. MN-major: `stride` from one 8
+// rows of K to the next, `leading` from 64 elements of M or N to the next.
 void fetch(const Operand& o, bool transposed, int rows, int first, bool is_bf16, const Access& a,
            float* to) {
   SharedMemory& shared = *block().shared;
@@ -137,7 +139,8 @@ void fetch(const Operand& o, bool transposed, int rows, int first, bool is_bf16,
     for (int i = 0; i < rows; ++i)
       for (int c = 0; c < 2; ++c) {
         const uint32_t mn = static_cast<uint32_t>(first + i);
-        const uint32_t at = o.address + mn % 8 * 128 + mn / 8 * o.stride + static_cast<uint32_t>(c) * 16;
+        const uint32_t at =
+            o.address + mn % 8 * 128 + mn / 8 * o.stride + static_cast<uint32_t>(c) * 16;
         shared.read(swizzle_128(at), chunk, 16, a);
         for (int k = 0; k < 8; ++k) to[i * 16 + c * 8 + k] = number(chunk[k], is_bf16);
       }
@@ -146,7 +149,8 @@ void fetch(const Operand& o, bool transposed, int rows, int first, bool is_bf16,
   for (int k = 0; k < 16; ++k)
     for (int i = 0; i < rows; i += 8) {
       const uint32_t mn = static_cast<uint32_t>(first + i), row = static_cast<uint32_t>(k);
-      const uint32_t at = o.address + mn % 64 * 2 + mn / 64 * o.leading + row % 8 * 128 + row / 8 * o.stride;
+      const uint32_t at =
+          o.address + mn % 64 * 2 + mn / 64 * o.leading + row % 8 * 128 + row / 8 * o.stride;
       shared.read(swizzle_128(at), chunk, 16, a);
       for (int e = 0; e < 8; ++e) to[(i + e) * 16 + k] = number(chunk[e], is_bf16);
     }
@@ -167,7 +171,8 @@ void execute(Warp& w, WgmmaOp& op) {
         a[row * 16 + k] = number(half_of(op.registers[lane][e / 2], e % 2), op.is_bf16);
       }
   } else {
-    fetch(decode(op.a, op.place), op.transposed_a, 16, w.index % 4 * 16, op.is_bf16, access, a.data());
+    fetch(decode(op.a, op.place), op.transposed_a, 16, w.index % 4 * 16, op.is_bf16, access,
+          a.data());
   }
   fetch(decode(op.b, op.place), op.transposed_b, op.columns, 0, op.is_bf16, access, b.data());
   op.product.assign(static_cast<size_t>(op.columns) * 16, 0.0f);
@@ -221,7 +226,8 @@ void issue_wgmma(float* d, int count, const uint32_t* a, uint64_t a_descriptor, 
   taken(self(), d, count);
   machine->collective("wgmma", at, &mine, [&](auto& lanes) {
     Warp& w = warp();
-    if (!w.wgmma_fenced) machine->fail("missing fence: wgmma without wgmma.fence since the last wait", at);
+    if (!w.wgmma_fenced)
+      machine->fail("missing fence: wgmma without wgmma.fence since the last wait", at);
     auto op = std::make_shared<WgmmaOp>();
     for (int lane = 0; lane < 32; ++lane) {
       if (lanes[lane]->descriptors[0] != a_descriptor || lanes[lane]->descriptors[1] != b ||
@@ -260,7 +266,8 @@ void wait_wgmmas(uint32_t pending, Place at) {
   } none;
   Warp& w = warp();
   machine->collective("wgmma.wait_group", at, &none, [&](auto&) {
-    const uint32_t committed = w.wgmma_committed, complete = committed > pending ? committed - pending : 0;
+    const uint32_t committed = w.wgmma_committed,
+                   complete = committed > pending ? committed - pending : 0;
     // Every lane's accumulators that no later group owns come back.
     while (!w.wgmmas.empty() && w.wgmmas.front()->group <= complete) {
       WgmmaOp& op = *w.wgmmas.front();
@@ -269,7 +276,8 @@ void wait_wgmmas(uint32_t pending, Place at) {
         Accumulators& acc = taken(w.threads[lane], op.d[lane], op.columns / 2);
         for (int i = 0; i < acc.count; ++i) {
           const int row = lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-          acc.saved[i] = (op.accumulate ? acc.saved[i] : 0.0f) + op.product[row * op.columns + column];
+          acc.saved[i] =
+              (op.accumulate ? acc.saved[i] : 0.0f) + op.product[row * op.columns + column];
         }
       }
       w.wgmmas.pop_front();

@@ -7,7 +7,7 @@ namespace emu {
 
 // A wgmma as one warp sees it: 16 of its 64 rows.
 struct WgmmaOp {
-  uint64_t a = 0, b = 0;  // descriptors
+  uint64_t a = 0, b = 0;                        // descriptors
   std::array<const uint32_t*, 32> registers{};  // of a, if it is in registers
   std::array<float*, 32> d{};
   bool a_in_registers = false, transposed_a = false, transposed_b = false, is_bf16 = false;
