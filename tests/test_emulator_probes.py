@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import subprocess
+
+import gates
 import numpy as np
 import pytest
+import torch
+from emulator import build
 
 SCHEDULES = [("early", 0), ("late", 1), ("random", 2), ("random", 3)]
 
@@ -80,3 +86,61 @@ def test_schedules_differ(emulated):
 
     assert rounds(1) == rounds(1)
     assert len({rounds(seed) for seed in range(8)}) > 1
+
+
+# ---- the same kernels on a device: what the emulator assumes of the hardware --------------------
+
+
+@pytest.fixture(scope="module")
+def probes(tmp_path_factory) -> ctypes.CDLL:
+    """probes.cu, compiled by the nvcc of this machine."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the probes are for compute capability 9.0")
+    nvcc = gates.find_nvcc()
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    library = tmp_path_factory.mktemp("probes") / "probes.so"
+    sources = [build.EMULATOR / "probes.cu", build.ROOT / "csrc/cuda/encode_tensor_map.cpp"]
+    target = ["-gencode=arch=compute_90a,code=sm_90a", "-shared", "-Xcompiler=-fPIC"]
+    command = [nvcc, *gates.nvcc_flags(), *target, "-o", str(library), *map(str, sources)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return ctypes.CDLL(str(library))
+
+
+def pointer(t: torch.Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(t.data_ptr())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile_n", [128, 256])
+@pytest.mark.parametrize("trans", [(a, b) for a in (False, True) for b in (False, True)])
+@pytest.mark.parametrize("shape", [*SHAPES, (4096, 1536, 2048)])
+def test_cluster_gemm_on_the_gpu(probes, shape, trans, tile_n):
+    m, n, k = shape
+    g = torch.Generator(device="cuda").manual_seed(m)
+    a, b = (
+        torch.randint(-1, 2, (rows, k), generator=g, device="cuda").bfloat16() for rows in (m, n)
+    )
+    a, b = (t * (torch.rand(t.shape, generator=g, device="cuda") < 30 / k) for t in (a, b))
+    left, right = (t.t().contiguous() if f else t for t, f in zip((a, b), trans, strict=True))
+    c = torch.full((m, n), torch.nan, device="cuda", dtype=torch.bfloat16)
+    torch.cuda.synchronize()  # the probe runs in the default stream
+    arguments = (pointer(left), pointer(right), pointer(c), m, n, k, tile_n, *map(int, trans))
+    assert probes.probe_gemm(*arguments) == 0
+    assert torch.equal(c.double(), a.double() @ b.double().t())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("blocks", [1, 7, 5000])
+def test_relay_on_the_gpu(probes, blocks):
+    """5000 blocks are more than fit: progress must not need all of them at once."""
+    tiles = 600
+    source = torch.randn(64 * tiles, 64, device="cuda", dtype=torch.bfloat16)
+    for _ in range(5):
+        h, out = (torch.full_like(source, torch.nan) for _ in range(2))
+        words = torch.zeros(1 + tiles, dtype=torch.int32, device="cuda")
+        torch.cuda.synchronize()
+        arguments = (pointer(source), pointer(h), pointer(out), pointer(words), tiles, blocks)
+        assert probes.probe_relay(*arguments) == 0
+        assert torch.equal(out, source)

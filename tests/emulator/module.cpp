@@ -78,6 +78,20 @@ DownProjArgs down_proj_args(const Array& x, const Array& down, const Array& h, b
           dropout};
 }
 
+// Of each tile, by its name in a demangled kernel.
+std::map<std::string, int> shared_bytes() {
+  std::map<std::string, int> found;
+#define LK_TILE(...) \
+  found["DownProjSm80Tile<" #__VA_ARGS__ ">"] = DownProjSm80Tile<__VA_ARGS__>::kSharedBytes;
+  LK_DOWN_PROJ_SM80_TILES(LK_TILE)
+#undef LK_TILE
+#define LK_TILE(...) \
+  found["DownProjSm90Tile<" #__VA_ARGS__ ">"] = DownProjSm90Tile<__VA_ARGS__>::kSharedBytes;
+  LK_DOWN_PROJ_SM90_TILES(LK_TILE)
+#undef LK_TILE
+  return found;
+}
+
 py::dict plan(const Array& x, const Array& down, const Array& h, const std::vector<int64_t>& seed,
               int compute, int multiprocessors) {
   const DownProjArgs args = down_proj_args(x, down, h, true, seed, 0, 1.0f);
@@ -186,6 +200,7 @@ PYBIND11_MODULE(emulated, m) {
     return py::make_tuple(k_major_descriptor(0), mn_major_descriptor(0, panel_bytes), kKMajorStep,
                           kMnMajorStep);
   });
+  m.def("shared_bytes", &shared_bytes);
   m.def("plan", &plan);
   m.def("down_proj", &down_proj, py::arg("x"), py::arg("down"), py::arg("h"), py::arg("is_bf16"),
         py::arg("seed"), py::arg("threshold"), py::arg("scale"), py::arg("compute"),

@@ -161,7 +161,9 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(P::kThreads, 1)
   if (warpgroup == 0) {
     ptx::registers_decrease<40>();
     if (thread == 0) {
+#pragma unroll 1
       for (uint32_t t = ptx::cluster_index(); t < tiles; t += ptx::cluster_count())
+#pragma unroll 1
         for (uint32_t k = 0; k < blocks_k; ++k, ring.advance()) {
           ptx::barrier_wait(ring.empty(ring.stage), ring.phase ^ 1);
           load_probe_stage(ring, &a_map, &b_map, tile_at<P>(t, args.N), static_cast<int>(k * 64));
