@@ -73,7 +73,8 @@ def test_page_is_current(kernels, nvcc, emulated):
     if gates.page_version() not in (None, version):
         pytest.skip(f"docs/kernels.md is of nvcc {gates.page_version()}, this is {version}")
     current = gates.PAGE.read_text() if gates.PAGE.exists() else ""
-    assert current == gates.page(kernels, version, emulated.shared_bytes()), "run python tests/gates.py --write"
+    expected = gates.page(kernels, version, emulated.shared_bytes())
+    assert current == expected, "run python tests/gates.py --write"
 
 
 def test_build_time(built):

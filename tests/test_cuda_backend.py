@@ -1,0 +1,110 @@
+"""Backend `cuda` on a device: the kernels there are, the vendor's GEMMs for the rest."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from problems import SHAPES, Problem, make, make_exact
+from tolerance import assert_c1, assert_c2, assert_c4
+
+import lora_kernels as lk
+from lora_kernels import backend as backends
+from lora_kernels.schemas import KERNELS, has_kernel
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Until fused_gemm is ours, the vendor rounds the product before the LoRA term is added.
+EAGER_LIKE = not has_kernel("fused_gemm", "CUDA")
+
+
+def on_device(problem: Problem) -> Problem:
+    moved = {n: v.cuda() for n, v in vars(problem).items() if isinstance(v, torch.Tensor)}
+    return replace(problem, **moved)
+
+
+def run(problem: Problem, backend: str | None) -> dict[str, torch.Tensor]:
+    return {name: t.cpu() for name, t in on_device(problem).run(backend).items()}
+
+
+def test_the_summary_names_who_serves_what():
+    """Each kernel is named once: as ours, or as the vendor's."""
+    summary = backends._cuda_summary()
+    assert all(summary.count(name) == 1 for name in KERNELS)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["cuda", "composed"])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_every_shape(shape, dtype, p, name):
+    problem = make(shape, dtype, dropout_p=p)
+    got = run(problem, name)
+    eager_like = EAGER_LIKE or name == "composed"
+    assert_c1(problem, got, eager_like=eager_like)
+    assert_c2(problem, got, eager_like=eager_like)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_float32_adapters(p):
+    problem = make((200, 136, 264, 16), torch.bfloat16, adapter_dtype=torch.float32, dropout_p=p)
+    got = run(problem, "cuda")
+    assert got["lora_a"].dtype == got["lora_b"].dtype == torch.float32
+    assert_c1(problem, got, eager_like=EAGER_LIKE)
+
+
+@pytest.mark.gpu
+def test_exact_problems():
+    for seed in range(4):
+        problem = make_exact((128, 64, 128, 16), torch.bfloat16, seed)
+        assert_c4(problem, run(problem, "cuda"))
+
+
+@pytest.mark.gpu
+def test_same_bits_on_every_stream():
+    problem = on_device(make((2000, 128, 512, 16), torch.bfloat16, dropout_p=0.1))
+    first = problem.run("cuda")
+    for _ in range(4):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            again = problem.run("cuda")
+        stream.synchronize()
+        assert all(torch.equal(first[name], again[name]) for name in ("y", "lora_b"))
+
+
+@pytest.mark.gpu
+def test_graph_capture():
+    """Nothing synchronises with the host, and a replay computes the same."""
+    p = on_device(make((2000, 128, 512, 16), torch.bfloat16))
+    call = (p.x, p.weight, p.lora_a, p.lora_b, p.bias)
+    expected = lk.fused_lora_linear(*call, backend="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = lk.fused_lora_linear(*call, backend="cuda")
+    y.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.gpu
+def test_the_choice_is_visible():
+    x = torch.zeros(4096, 1024, device="cuda", dtype=torch.bfloat16)
+    w, a, b = x[:512], x[:16], x[:512, :16]
+    found = lk.explain(x, w, a, b, dropout_p=0.1)
+    assert found.backend == "composed" and "evidence" in found.passed_over["cuda"]
+    forced = lk.explain(x, w, a, b, dropout_p=0.1, backend="cuda")
+    assert re.search(r"down_proj_sm\d0 \d+x\d+x\d+, \d+ stages, \d+ blocks", forced.plan)
+
+
+@pytest.mark.gpu
+def test_float32_is_refused_with_the_remedy():
+    x = torch.zeros(8, 8, device="cuda")
+    with pytest.raises(RuntimeError, match="cannot serve this call"):
+        lk.fused_lora_linear(x, x, x, x, backend="cuda")
+    with pytest.raises(RuntimeError, match="backend='composed'"):
+        torch.ops.lora_kernels.down_proj(x, x, None, 0, 1.0)
