@@ -90,12 +90,14 @@ def extension():
     sources = ["csrc/torch/module.cpp", "csrc/torch/cpu.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
     options = {}
     if home:
+        defines = [("LK_SM90A", "1")] if "9.0a" in ARCHS else []
         cuda = [*glob("csrc/cuda/*.cpp"), *glob("csrc/cuda/*.cu")]
         sources += ["csrc/torch/cuda.cpp", *sorted(cuda)]
         options = dict(
             include_dirs=[f"{home}/include"],
             library_dirs=[f"{home}/lib64"],
             libraries=["cudart_static", "rt", "dl", "pthread"],
+            define_macros=defines,
         )
     ext = cpp.CppExtension(
         "lora_kernels._C",

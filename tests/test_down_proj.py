@@ -20,13 +20,13 @@ SHAPES = {
     "rank_64": (80, 136, 64),
     "rank_past_a_panel": (65, 136, 72),
     "rank_256": (64, 264, 256),
-    "rank_past_one_launch": (20, 40, 300),
+    "rank_past_one_block": (20, 40, 300),
     "tall": (300, 128, 16),
     "odd_everything": (33, 47, 7),
 }
 SEEDS = {"p0": None, "dropped": [77, 5], "sharded": [77, 5, 32, 48], "unaligned": [7, 5, 3, 21]}
 THRESHOLD = 3000
-SMALL, LARGE = 4, 1000  # multiprocessors: few fill the device with tall tiles, many with low ones
+SMALL, LARGE = 1, 1000  # multiprocessors: tall tiles fill few, many take low ones
 
 
 def bits(t: torch.Tensor) -> np.ndarray:
@@ -163,7 +163,7 @@ def test_every_plan_fits(emulated, m, r):
     for compute in (80, 86, 90, 120):
         for mn_major in (False, True):
             p = plan_of(emulated, m, 4096, r, compute, mn_major=mn_major)
-            assert p["rank"] >= r and p["blocks"] * p["rows"] >= m
+            assert p["rank"] * p["rank_blocks"] >= r and p["blocks"] * p["rows"] >= m
             assert p["shared_bytes"] <= (227 if p["kernel"] == "sm90" else 99) << 10
             assert p["kernel"] == "sm80" or compute == 90
 
@@ -179,6 +179,16 @@ def test_the_plan_says_why(emulated):
     ]:
         found = plan_of(emulated, **arguments)
         assert found["kernel"] == "sm80" and reason in found["reason"]
+        assert "down_proj_sm80" in found["text"] and reason in found["text"]
+
+
+def test_a_build_without_sm90a_has_no_sm90_plan(emulated):
+    """Its kernels would be empty."""
+    x = np.zeros((4096, 64), np.uint16)
+    arrays = (x, x[:16], np.zeros((4096, 16), np.uint16))
+    assert emulated.plan(*arrays, [], 90, 132)["kernel"] == "sm90"
+    found = emulated.plan(*arrays, [], 90, 132, sm90a=False)
+    assert found["kernel"] == "sm80" and "9.0a" in found["reason"]
 
 
 @pytest.mark.gpu

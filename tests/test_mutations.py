@@ -18,18 +18,24 @@ from lora_kernels import dropout
 
 SUITE = build.EMULATOR / "suite.py"
 TIMEOUT = 60  # seconds; a run of the whole suite takes a few
-# kind, (M, K, r), `down` has its rank contiguous, seed, rows padded
+# kind, (M, K, r), `down` has its rank contiguous, seed, rows padded; few multiprocessors take tall
+# tiles, many low ones
+FEW, MANY = 1, 100
 DOWN_PROJ = [
-    ("sm90", (200, 456, 16), False, [], False),
-    ("sm90", (130, 1032, 24), False, [3, 4], False),
-    ("sm90", (70, 584, 136), True, [], False),
-    ("sm90", (65, 136, 200), False, [5, 6, 16, 32], True),
-    ("sm90", (1, 70, 8), False, [], True),
-    ("sm80", (200, 328, 24), False, [3, 4], False),
-    ("sm80", (33, 1000, 13), False, [5, 6, 16, 32], True),
-    ("sm80", (50, 333, 7), False, [5, 6, 3, 21], False),
-    ("sm80", (40, 136, 100), True, [], False),
-    ("sm80", (20, 72, 300), False, [], False),
+    ("sm90", (200, 1160, 16), False, [], False, FEW),
+    ("sm90", (130, 2120, 24), False, [3, 4], False, FEW),
+    ("sm90", (170, 584, 136), True, [], False, FEW),
+    ("sm90", (200, 328, 200), False, [5, 6, 16, 32], True, FEW),
+    ("sm90", (200, 72, 300), False, [], False, FEW),
+    ("sm90", (200, 72, 304), True, [], False, FEW),
+    ("sm90", (1, 70, 8), False, [], True, FEW),
+    ("sm80", (200, 520, 24), False, [3, 4], False, FEW),
+    ("sm80", (33, 2000, 13), False, [5, 6, 16, 32], True, MANY),
+    ("sm80", (50, 333, 7), False, [5, 6, 3, 21], False, MANY),
+    ("sm80", (40, 136, 100), True, [], False, MANY),
+    ("sm80", (90, 328, 100), True, [], False, FEW),
+    ("sm80", (70, 200, 300), False, [], False, FEW),
+    ("sm80", (20, 72, 100), False, [], False, MANY),
 ]
 
 
@@ -55,7 +61,7 @@ def masked(seed: list[int], x: np.ndarray) -> tuple[np.ndarray, int]:
     raise AssertionError("no threshold decides about two elements")
 
 
-def down_proj_problem(shape, mn_major, seed, padded) -> dict[str, np.ndarray]:
+def down_proj_problem(shape, mn_major, seed, padded, multiprocessors) -> dict[str, np.ndarray]:
     m, k, r = shape
     g = np.random.default_rng(m + k + r)
     x, down = ternary(g, m, k, keep=k // 2), ternary(g, r, k, keep=40)
@@ -67,6 +73,7 @@ def down_proj_problem(shape, mn_major, seed, padded) -> dict[str, np.ndarray]:
     return dict(
         x=bf16(x), down=bf16(down), h=bf16(h), mn_major=np.array(mn_major),
         seed=np.array(seed, np.int64), padded=np.array(padded), threshold=np.array(threshold),
+        multiprocessors=np.array(multiprocessors),
     )  # fmt: skip
 
 

@@ -1,35 +1,36 @@
 #include "down_proj.h"
 
-#include <algorithm>
-
 namespace lora_kernels {
+namespace {
 
-cudaError_t device_plan_down_proj(const DownProjArgs& args, DownProjPlan* plan) {
-  int device, major, minor, multiprocessors;
-  cudaError_t error = cudaGetDevice(&device);
+#ifdef LK_SM90A
+constexpr bool kSm90a = true;
+#else
+constexpr bool kSm90a = false;
+#endif
+
+}  // namespace
+
+cudaError_t device_plan_down_proj(const DownProjArgs& args, int device, DownProjPlan* plan) {
+  int major = 0, minor = 0, multiprocessors = 0;
+  cudaError_t error = cudaSuccess;
   const auto attribute = [&](int* value, cudaDeviceAttr what) {
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, what, device);
   };
   attribute(&major, cudaDevAttrComputeCapabilityMajor);
   attribute(&minor, cudaDevAttrComputeCapabilityMinor);
   attribute(&multiprocessors, cudaDevAttrMultiProcessorCount);
-  if (error != cudaSuccess) return error;
-  *plan = plan_down_proj(rank_slice(args, 0), 10 * major + minor, multiprocessors);
-  return cudaSuccess;
+  if (error == cudaSuccess)
+    *plan = plan_down_proj(args, {10 * major + minor, multiprocessors, kSm90a});
+  return error;
 }
 
-cudaError_t launch_down_proj(const DownProjArgs& args, cudaStream_t stream) {
-  for (int64_t first = 0; first < args.r; first += kMaxRank) {
-    const DownProjArgs slice = rank_slice(args, first);
-    DownProjPlan plan;
-    cudaError_t error = device_plan_down_proj(slice, &plan);
-    if (error == cudaSuccess && plan.kernel == DownProjKernel::sm80)
-      error = launch_down_proj_sm80(slice, plan, stream);
-    if (error == cudaSuccess && plan.kernel == DownProjKernel::sm90)
-      error = launch_down_proj_sm90(slice, plan, stream);
-    if (error != cudaSuccess) return error;
-  }
-  return cudaSuccess;
+cudaError_t launch_down_proj(const DownProjArgs& args, int device, cudaStream_t stream) {
+  DownProjPlan plan;
+  const cudaError_t error = device_plan_down_proj(args, device, &plan);
+  if (error != cudaSuccess || plan.kernel == DownProjKernel::none) return error;
+  return plan.kernel == DownProjKernel::sm90 ? launch_down_proj_sm90(args, plan, stream)
+                                             : launch_down_proj_sm80(args, plan, stream);
 }
 
 }  // namespace lora_kernels

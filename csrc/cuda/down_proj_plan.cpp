@@ -21,27 +21,6 @@ DownProjLayout layout_of(const DownProjArgs& a) {
           a.h.col_stride == 1 && a.h.row_stride % 2 == 0 && aligned(a.h, 4)};
 }
 
-// nullptr if the sm_90 kernel serves the call, else why it does not.
-const char* not_sm90(const DownProjArgs& a, const DownProjLayout& layout, int compute,
-                     int multiprocessors) {
-  constexpr int64_t kLimit = int64_t{1} << 31;  // of a TMA coordinate
-  const int64_t down_stride = layout.mn_major ? a.down.col_stride : a.down.row_stride;
-  const int64_t down_width = layout.mn_major ? a.r : a.K, down_rows = layout.mn_major ? a.K : a.r;
-  if (compute != 90) return "the device is not of compute capability 9.0";
-  if (a.K == 0) return "K is 0: there is nothing to load";
-  if (!layout.x_vectors || (a.M > 1 && a.x.row_stride < a.K))
-    return "TMA cannot address x: it needs contiguous rows on 16-byte boundaries";
-  if (!layout.down_vectors || (down_rows > 1 && down_stride < down_width))
-    return "TMA cannot address A or B: it needs contiguous rows on 16-byte boundaries";
-  if (layout.mn_major && a.dropout.seed != nullptr)
-    return "dropout with a transposed A has no TMA kernel";
-  if (a.M >= kLimit || a.K >= kLimit) return "a dimension is past 2^31, which TMA cannot address";
-  // 64-row blocks that fill less than a fifth of the device stream slower than 16-row blocks on all
-  // of it. A model: one multiprocessor streams about 50 bytes a clock, a fifth saturate memory.
-  if ((a.M + 63) / 64 * 5 < multiprocessors) return "too few rows: lower tiles fill the device";
-  return nullptr;
-}
-
 struct TileFacts {
   int rank, rows, depth, stages, threads, shared_bytes;
 };
@@ -56,44 +35,73 @@ constexpr TileFacts kSm80Tiles[] = {LK_DOWN_PROJ_SM80_TILES(LK_FACTS)};
 constexpr TileFacts kSm90Tiles[] = {LK_DOWN_PROJ_SM90_TILES(LK_FACTS)};
 #undef LK_FACTS
 
-// Of the tiles with the smallest rank that holds r: the tallest that still fills half the device,
-// else the lowest.
+int64_t blocks_of(int64_t M, const TileFacts& t) { return (M + t.rows - 1) / t.rows; }
+
+// The tile of this height whose rank holds r, or the one of the largest rank.
 template <int kCount>
-TileFacts choose(const TileFacts (&tiles)[kCount], int64_t r, int64_t M, int multiprocessors) {
-  int rank = kMaxRank;
-  for (const TileFacts& t : tiles)
-    if (t.rank >= r) rank = std::min(rank, t.rank);
+TileFacts tile_of(const TileFacts (&tiles)[kCount], int rows, int64_t r) {
   TileFacts best{};
   for (const TileFacts& t : tiles) {
-    if (t.rank != rank) continue;
-    const bool fills = (M + t.rows - 1) / t.rows * 2 >= multiprocessors;
-    if (best.rows == 0 || (fills ? t.rows > best.rows : t.rows < best.rows)) best = t;
+    const bool better = best.rank < r ? t.rank > best.rank : t.rank >= r && t.rank < best.rank;
+    if (t.rows == rows && (best.rank == 0 || better)) best = t;
   }
   return best;
 }
 
+// Narrow MN-major panels: only whole panels of 64 columns are used until a GPU proved others.
+TileFacts sm90_tile(const DownProjArgs& a, const DownProjLayout& layout) {
+  return tile_of(kSm90Tiles, 64, layout.mn_major ? std::max<int64_t>(a.r, 64) : a.r);
+}
+
+// Whether 64-row blocks keep enough of x in flight to saturate memory: bandwidth times latency,
+// about 19 KB for each multiprocessor of an H100 (3 TB/s by 0.8 us). Else lower tiles, more blocks.
+bool streams(const DownProjArgs& a, const TileFacts& t, int multiprocessors) {
+  constexpr int64_t kInFlight = 19 << 10;
+  const int64_t busy = std::min<int64_t>(blocks_of(a.M, t), multiprocessors);
+  return busy * t.stages * t.rows * kRowBytes >= kInFlight * multiprocessors;
+}
+
+// nullptr if the sm_90 kernel serves the call, else why it does not.
+const char* not_sm90(const DownProjArgs& a, const DownProjLayout& layout, const Target& target) {
+  constexpr int64_t kLimit = int64_t{1} << 31;  // of a TMA coordinate
+  const int64_t down_stride = layout.mn_major ? a.down.col_stride : a.down.row_stride;
+  const int64_t down_width = layout.mn_major ? a.r : a.K, down_rows = layout.mn_major ? a.K : a.r;
+  if (target.compute != 90) return "the device is not of compute capability 9.0";
+  if (!target.sm90a) return "built without sm_90a: TORCH_CUDA_ARCH_LIST has no 9.0a";
+  if (a.K == 0) return "K is 0: there is nothing to load";
+  if (!layout.x_vectors || (a.M > 1 && a.x.row_stride < a.K))
+    return "TMA cannot address x: it needs contiguous rows on 16-byte boundaries";
+  if (!layout.down_vectors || (down_rows > 1 && down_stride < down_width))
+    return "TMA cannot address A or B: it needs contiguous rows on 16-byte boundaries";
+  if (layout.mn_major && a.dropout.seed != nullptr)
+    return "dropout with a transposed A has no TMA kernel";
+  if (a.M >= kLimit || a.K >= kLimit) return "a dimension is past 2^31, which TMA cannot address";
+  if (!streams(a, sm90_tile(a, layout), target.multiprocessors))
+    return "too few rows: lower tiles fill the device";
+  return nullptr;
+}
+
 }  // namespace
 
-DownProjPlan plan_down_proj(const DownProjArgs& args, int compute, int multiprocessors) {
+DownProjPlan plan_down_proj(const DownProjArgs& args, const Target& target) {
   const DownProjLayout layout = layout_of(args);
   if (args.M <= 0 || args.r <= 0)
-    return {DownProjKernel::none, 0, 0, 0, 0, 0, 0, 0, layout, "h is empty"};
-  const char* reason = not_sm90(args, layout, compute, multiprocessors);
-  // Narrow MN-major panels: only whole panels of 64 columns are used until a GPU proved others.
-  const int64_t r = reason == nullptr && layout.mn_major ? std::max<int64_t>(args.r, 64) : args.r;
-  const TileFacts t = reason == nullptr ? choose(kSm90Tiles, r, args.M, multiprocessors)
-                                        : choose(kSm80Tiles, r, args.M, multiprocessors);
-  const auto kernel = reason == nullptr ? DownProjKernel::sm90 : DownProjKernel::sm80;
-  return {kernel,
+    return {DownProjKernel::none, 0, 0, 0, 0, 0, 0, 0, 0, layout, "h is empty"};
+  const char* reason = not_sm90(args, layout, target);
+  const bool sm90 = reason == nullptr;
+  const bool tall = (args.M + 63) / 64 >= target.multiprocessors;
+  const TileFacts t = sm90 ? sm90_tile(args, layout) : tile_of(kSm80Tiles, tall ? 64 : 16, args.r);
+  return {sm90 ? DownProjKernel::sm90 : DownProjKernel::sm80,
           t.rank,
           t.rows,
           t.depth,
           t.stages,
           t.threads,
           t.shared_bytes,
-          (args.M + t.rows - 1) / t.rows,
+          blocks_of(args.M, t),
+          (args.r + t.rank - 1) / t.rank,
           layout,
-          reason == nullptr ? "TMA and wgmma: x and down lie as TMA needs them" : reason};
+          sm90 ? "TMA and wgmma: x and down lie as TMA needs them" : reason};
 }
 
 std::string describe(const DownProjPlan& p) {
@@ -101,16 +109,9 @@ std::string describe(const DownProjPlan& p) {
   const auto number = [](int64_t n) { return std::to_string(n); };
   return std::string("down_proj_") + (p.kernel == DownProjKernel::sm90 ? "sm90" : "sm80") + " " +
          number(p.rows) + "x" + number(p.rank) + "x" + number(p.depth) + ", " + number(p.stages) +
-         " stages, " + number(p.blocks) + " blocks of " + number(p.threads) + " threads, " +
-         number(p.shared_bytes / 1024) + " KB shared (" + p.reason + ")";
-}
-
-DownProjArgs rank_slice(const DownProjArgs& args, int64_t first) {
-  DownProjArgs slice = args;
-  slice.r = std::min<int64_t>(kMaxRank, args.r - first);
-  slice.down.data = static_cast<uint16_t*>(args.down.data) + first * args.down.row_stride;
-  slice.h.data = static_cast<uint16_t*>(args.h.data) + first * args.h.col_stride;
-  return slice;
+         " stages, " + number(p.blocks) + " x " + number(p.rank_blocks) + " blocks of " +
+         number(p.threads) + " threads, " + number(p.shared_bytes / 1024) + " KB shared (" +
+         p.reason + ")";
 }
 
 namespace {

@@ -1,9 +1,8 @@
 // Which down_proj kernel serves a call, and its tile: host code alone, so tests need no GPU.
 //
 // h [M, r] = scale * dropout(x) [M, K] * down [r, K]^T reads x once: M K 2 bytes at memory speed is
-// the floor, and `down`, which every block reads again, comes out of L2. So tiles are low (many
-// blocks, every multiprocessor streams) until `down` outweighs x: with R rows a tile, L2 serves
-// 1 + r / R bytes for each byte of x. These choices are by that model, not by measurement.
+// the floor, and `down`, which every block reads again, comes out of L2. docs/down_proj.md has the
+// model that the choices follow; no measurement has confirmed it yet.
 #pragma once
 #include <string>
 
@@ -46,13 +45,10 @@ struct DownProjSm80Tile {
 #define LK_DOWN_PROJ_SM80_TILES(X) \
   X(16, 16, 1, 4, 256, 4)          \
   X(32, 16, 1, 4, 128, 5)          \
-  X(64, 16, 1, 4, 128, 4)          \
-  X(128, 16, 1, 4, 64, 4)          \
-  X(256, 16, 1, 4, 64, 2)          \
   X(16, 64, 4, 2, 64, 6)           \
   X(32, 64, 4, 2, 64, 5)           \
-  X(64, 128, 8, 1, 64, 3)          \
-  X(128, 128, 8, 1, 64, 2)         \
+  X(64, 64, 4, 2, 64, 4)           \
+  X(128, 64, 4, 2, 64, 3)          \
   X(256, 64, 4, 2, 64, 2)
 
 // ---- sm_90a: TMA and wgmma
@@ -79,39 +75,51 @@ struct DownProjSm90Tile {
   static_assert(kSumBytes <= kStages * kStageBytes, "the sums reuse the stages");
   static_assert(kSharedBytes <= kSharedSm90, "sm_90 has 227 KB of shared memory a block");
 };
-#define LK_DOWN_PROJ_SM90_TILES(X) X(16, 8) X(32, 8) X(64, 6) X(128, 4) X(256, 4)
+#define LK_DOWN_PROJ_SM90_TILES(X) X(16, 16) X(32, 16) X(64, 12) X(128, 8) X(256, 4)
 
 // ---- the choice
 // ----------------------------------------------------------------------------------
 
 enum class DownProjKernel { none, sm80, sm90 };
 
+// What the kernels are to run on.
+struct Target {
+  int compute;  // capability: 80, 86, 90 ...
+  int multiprocessors;
+  bool sm90a;  // whether the library holds code for it
+};
+
 // How the operands lie in memory.
 struct DownProjLayout {
-  bool mn_major;   // `down` has its rank dimension contiguous
-  bool x_vectors;  // x and down come in 16-byte pieces, else element by element
-  bool down_vectors;
-  bool h_pairs;  // h takes two columns at once
+  bool mn_major;                 // `down` has its rank dimension contiguous
+  bool x_vectors, down_vectors;  // in 16-byte pieces
+  bool h_pairs;                  // h takes two columns at once
 };
 
 struct DownProjPlan {
   DownProjKernel kernel;  // none: h is empty
   int rank, rows, depth, stages, threads, shared_bytes;
-  int64_t blocks;
+  int64_t blocks, rank_blocks;  // the grid: over rows, over ranks
   DownProjLayout layout;
   const char* reason;  // why this kernel
 };
 
-// `compute`: 80, 86, 90 ...; `multiprocessors` of the device. args.r <= kMaxRank.
-DownProjPlan plan_down_proj(const DownProjArgs& args, int compute, int multiprocessors);
+DownProjPlan plan_down_proj(const DownProjArgs& args, const Target& target);
 
 // One line for `explain`.
 std::string describe(const DownProjPlan& plan);
-// The ranks from `first` on, as many as one launch takes.
-DownProjArgs rank_slice(const DownProjArgs& args, int64_t first);
-// What TMA loads: boxes of 64 rows of x, and of all ranks of down or 64 of its k-rows.
+// What TMA loads: boxes of 64 rows of x, and of all ranks of a block or 64 k-rows of down.
 TensorMapSpec x_map_spec(const DownProjArgs& args, const DownProjPlan& plan);
 TensorMapSpec down_map_spec(const DownProjArgs& args, const DownProjPlan& plan);
+
+// The same call for `count` ranks from `first` on.
+LK_SHARED_FUNCTION DownProjArgs rank_slice(const DownProjArgs& args, int64_t first, int64_t count) {
+  DownProjArgs slice = args;
+  slice.r = args.r - first < count ? args.r - first : count;
+  slice.down.data = static_cast<uint16_t*>(args.down.data) + first * args.down.row_stride;
+  slice.h.data = static_cast<uint16_t*>(args.h.data) + first * args.h.col_stride;
+  return slice;
+}
 
 // Calls f(Tile{}) for the tile of a plan; false if no kernel was built for it.
 template <class F>

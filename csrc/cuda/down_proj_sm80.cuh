@@ -1,9 +1,10 @@
 // h [M, r] = scale * dropout(x) [M, K] * down [r, K]^T by cp.async and mma.sync; any layout.
 //
-// One block computes kRows rows of h over all of K, so x is read once and nothing is exchanged
-// between blocks. Its warps split the rows (16 each) and the k16 steps of a stage; the sums of the
-// slices are added in order at the end, which keeps the result independent of timing. Dropout is
-// applied to x in registers, between ldmatrix and mma.
+// One block computes kRows rows and kRank columns of h over all of K, so nothing is exchanged
+// between blocks. Blocks of the same rows (blockIdx.y) read x once from memory and again from L2;
+// only a few rows are split so. The warps split the rows (16 each) and the k16 steps of a stage;
+// the sums of the slices are added in order at the end, which keeps the result independent of
+// timing. Dropout is applied to x in registers, between ldmatrix and mma.
 #pragma once
 #include "down_proj_plan.h"
 #include "dropout.cuh"
@@ -11,7 +12,14 @@
 
 namespace lora_kernels {
 
-// The 8 elements from (row, col) on along `stride`, of which `valid` exist.
+// A tile in global memory: element (row, col) of it, counted from the matrix's own (0, 0), lies at
+// row * row_stride + col * col_stride; rows and cols bound it.
+struct TileSource {
+  const uint16_t* data;
+  int64_t row_stride, col_stride, rows, cols;
+};
+
+// The 8 elements from `from` on, of which `valid` exist.
 __device__ __forceinline__ void load_elements(uint32_t (&v)[4], const uint16_t* from,
                                               int64_t stride, int valid) {
   LK_UNROLL
@@ -22,18 +30,31 @@ __device__ __forceinline__ void load_elements(uint32_t (&v)[4], const uint16_t* 
   }
 }
 
-// One chunk of 8 elements of m into shared memory: zero where the matrix ends.
-__device__ __forceinline__ void load_chunk(uint32_t to, const Matrix& m, int64_t offset,
-                                           int64_t stride, int64_t left, bool vectors) {
+// Rows [row0, row0 + kRows) by 8 kChunks columns from col0 on, zero where the matrix ends.
+// place(row, chunk) is where a chunk of 8 elements goes. A thread takes one column of chunks, so
+// its share costs an address and an addition each.
+template <int kRows, int kChunks, int kThreads, bool kVectors, class Place>
+__device__ __forceinline__ void load_tile(const TileSource& m, int64_t row0, int64_t col0,
+                                          uint32_t thread, const Place& place) {
+  static_assert(kThreads % kChunks == 0, "a thread's chunks must lie below one another");
+  constexpr int kRowStep = kThreads / kChunks;
+  const uint32_t row = thread / kChunks, chunk = thread % kChunks;
+  const int64_t col = col0 + chunk * 8, left = m.cols - col, first = row0 + row;
   const int valid = left < 0 ? 0 : left > 8 ? 8 : static_cast<int>(left);
-  const uint16_t* data = static_cast<const uint16_t*>(m.data);
-  const uint16_t* from = valid > 0 ? data + offset : data;
-  if (vectors) {
-    ptx::cp_async_16(to, from, valid * 2);
-  } else {
-    uint32_t v[4];
-    load_elements(v, from, stride, valid);
-    ptx::store_shared_x4(to, v);
+  const uint16_t* from = m.data + first * m.row_stride + col * m.col_stride;
+  LK_UNROLL
+  for (int i = 0; i < (kRows + kRowStep - 1) / kRowStep; ++i) {
+    const uint32_t r = row + i * kRowStep;
+    if (kRows % kRowStep != 0 && r >= kRows) break;
+    const int here = first + i * kRowStep < m.rows ? valid : 0;
+    const uint16_t* at = here > 0 ? from + i * kRowStep * m.row_stride : m.data;
+    if constexpr (kVectors) {
+      ptx::cp_async_16(place(r, chunk), at, here * 2);
+    } else {
+      uint32_t v[4];
+      load_elements(v, at, m.col_stride, here);
+      ptx::store_shared_x4(place(r, chunk), v);
+    }
   }
 }
 
@@ -43,36 +64,25 @@ __device__ __forceinline__ uint32_t chunk_offset(uint32_t row, uint32_t chunk) {
   return row * (Tile::kDepth * 2) + ((chunk ^ (row & 7)) * kChunkBytes);
 }
 
-template <class Tile>
-__device__ __forceinline__ void load_stage(uint32_t stage, const DownProjArgs& args,
-                                           const DownProjLayout& layout, int64_t block_row,
-                                           int64_t k0, uint32_t thread) {
-  constexpr uint32_t kChunks = Tile::kDepth / 8, kRankChunks = Tile::kRank / 8;
-  for (uint32_t i = thread; i < Tile::kRows * kChunks; i += Tile::kThreads) {
-    const uint32_t row = i / kChunks, chunk = i % kChunks;
-    const int64_t m = block_row + row, k = k0 + chunk * 8;
-    load_chunk(stage + chunk_offset<Tile>(row, chunk), args.x,
-               m * args.x.row_stride + k * args.x.col_stride, args.x.col_stride,
-               m < args.M ? args.K - k : 0, layout.x_vectors);
-  }
-  const Matrix& down = args.down;
+// x and down of one stage, `k` elements into the depth.
+template <class Tile, bool kVectors>
+__device__ __forceinline__ void load_stage(uint32_t stage, const TileSource& x,
+                                           const TileSource& down, bool mn_major, int64_t block_row,
+                                           int64_t k, uint32_t thread) {
+  constexpr int kChunks = Tile::kDepth / 8;
   const uint32_t to = stage + Tile::kXBytes;
-  if (layout.mn_major) {
-    for (uint32_t i = thread; i < Tile::kDepth * kRankChunks; i += Tile::kThreads) {
-      const uint32_t row = i / kRankChunks, chunk = i % kRankChunks;
-      const int64_t k = k0 + row, n = chunk * 8;
-      load_chunk(to + row * Tile::kDownPitch + chunk * kChunkBytes, down,
-                 k * down.col_stride + n * down.row_stride, down.row_stride,
-                 k < args.K ? args.r - n : 0, layout.down_vectors);
-    }
-  } else {
-    for (uint32_t i = thread; i < Tile::kRank * kChunks; i += Tile::kThreads) {
-      const uint32_t n = i / kChunks, chunk = i % kChunks;
-      const int64_t k = k0 + chunk * 8;
-      load_chunk(to + chunk_offset<Tile>(n, chunk), down, n * down.row_stride + k * down.col_stride,
-                 down.col_stride, n < args.r ? args.K - k : 0, layout.down_vectors);
-    }
-  }
+  load_tile<Tile::kRows, kChunks, Tile::kThreads, kVectors>(
+      x, block_row, k, thread,
+      [&](uint32_t row, uint32_t chunk) { return stage + chunk_offset<Tile>(row, chunk); });
+  if (mn_major)
+    load_tile<Tile::kDepth, Tile::kRank / 8, Tile::kThreads, kVectors>(
+        down, k, 0, thread, [&](uint32_t row, uint32_t chunk) {
+          return to + row * Tile::kDownPitch + chunk * kChunkBytes;
+        });
+  else
+    load_tile<Tile::kRank, kChunks, Tile::kThreads, kVectors>(
+        down, 0, k, thread,
+        [&](uint32_t row, uint32_t chunk) { return to + chunk_offset<Tile>(row, chunk); });
 }
 
 // Two n8 blocks of `down` at columns [16 n, 16 n + 16) of one k16 step: fragments {b0, b1} of each.
@@ -110,52 +120,73 @@ __device__ __forceinline__ void add_slices(float (&sum)[Tile::kRank / 8][4], uin
   }
 }
 
+// sum += one stage, as far as this warp's slice of the depth goes.
 template <class Tile, class T>
+__device__ __forceinline__ void multiply_stage(float (&sum)[Tile::kRank / 8][4], uint32_t stage,
+                                               bool mn_major, const LaneDropout& dropout,
+                                               uint32_t k, uint32_t warp_m, uint32_t warp_k,
+                                               uint32_t lane) {
+  LK_UNROLL
+  for (uint32_t i = 0; i < Tile::kDepth / kMmaDepth / Tile::kWarpsK; ++i) {
+    const uint32_t step = i * Tile::kWarpsK + warp_k;
+    uint32_t a[4], b[4];
+    ptx::load_matrix_x4(a,
+                        stage + chunk_offset<Tile>(warp_m * 16 + lane % 16, step * 2 + lane / 16));
+    if (dropout.aligned)
+      apply_aligned_dropout(a, dropout, k + step * kMmaDepth);
+    else if (dropout.on)
+      apply_any_dropout(a, dropout, k + step * kMmaDepth, lane);
+    LK_UNROLL
+    for (uint32_t n = 0; n < Tile::kRank / 16; ++n) {
+      load_down_fragment<Tile>(b, stage + Tile::kXBytes, mn_major, n, step, lane);
+      ptx::mma_m16n8k16(sum[2 * n], a, b[0], b[1], T{});
+      ptx::mma_m16n8k16(sum[2 * n + 1], a, b[2], b[3], T{});
+    }
+  }
+}
+
+template <class Tile, class T, bool kVectors>
 __global__ void __launch_bounds__(Tile::kThreads)
-    down_proj_sm80_kernel(const DownProjArgs args, const DownProjLayout layout) {
+    down_proj_sm80_kernel(const DownProjArgs all, const bool mn_major, const bool h_pairs) {
   const uint32_t thread = threadIdx.x, lane = thread % 32;
   const uint32_t warp_m = thread / 32 % Tile::kWarpsM, warp_k = thread / 32 / Tile::kWarpsM;
   const uint32_t shared = ptx::shared_base();
   const int64_t block_row = int64_t{blockIdx.x} * Tile::kRows;
-  const int64_t stages = (args.K + Tile::kDepth - 1) / Tile::kDepth;
-  const DropoutState dropout = load_dropout(args.dropout);
+  const DownProjArgs args = rank_slice(all, int64_t{blockIdx.y} * Tile::kRank, Tile::kRank);
+  const Matrix &x = args.x, &d = args.down;
+  const TileSource x_tile{static_cast<const uint16_t*>(x.data), x.row_stride, x.col_stride, args.M,
+                          args.K};
+  const auto* down = static_cast<const uint16_t*>(d.data);
+  const TileSource down_tile = mn_major
+                                   ? TileSource{down, d.col_stride, d.row_stride, args.K, args.r}
+                                   : TileSource{down, d.row_stride, d.col_stride, args.r, args.K};
+  const LaneDropout dropout = load_dropout(args.dropout, block_row + warp_m * 16, lane);
+  const auto load = [&](uint32_t slot, int64_t k) {
+    load_stage<Tile, kVectors>(shared + slot * Tile::kStageBytes, x_tile, down_tile, mn_major,
+                               block_row, k, thread);
+  };
   float sum[Tile::kRank / 8][4] = {};
 
   // Fill the ring: one commit a stage, empty or not, so that group s is always stage s.
-  LK_UNROLL
+#pragma unroll 1
   for (int s = 0; s < Tile::kStages - 1; ++s) {
-    if (s < stages)
-      load_stage<Tile>(shared + s * Tile::kStageBytes, args, layout, block_row,
-                       int64_t{s} * Tile::kDepth, thread);
+    if (int64_t{s} * Tile::kDepth < args.K) load(s, int64_t{s} * Tile::kDepth);
     ptx::cp_async_commit();
   }
 
+  uint32_t slot = 0, next_slot = Tile::kStages - 1;
 #pragma unroll 1
-  for (int64_t s = 0; s < stages; ++s) {
-    // Stage s is here, and every warp is done with stage s - 1, whose place the next one takes.
+  for (int64_t k = 0; k < args.K; k += Tile::kDepth) {
+    // This stage is here, and every warp is done with the one before, whose place the next takes.
     ptx::cp_async_wait<Tile::kStages - 2>();
     ptx::block_sync();
-    const int64_t next = s + Tile::kStages - 1;
-    if (next < stages)
-      load_stage<Tile>(shared + static_cast<uint32_t>(next % Tile::kStages) * Tile::kStageBytes,
-                       args, layout, block_row, next * Tile::kDepth, thread);
+    const int64_t next = k + (Tile::kStages - 1) * Tile::kDepth;
+    if (next < args.K) load(next_slot, next);
     ptx::cp_async_commit();
-
-    const uint32_t x = shared + static_cast<uint32_t>(s % Tile::kStages) * Tile::kStageBytes;
-    LK_UNROLL
-    for (uint32_t i = 0; i < Tile::kDepth / kMmaDepth / Tile::kWarpsK; ++i) {
-      const uint32_t step = i * Tile::kWarpsK + warp_k;
-      uint32_t a[4], b[4];
-      ptx::load_matrix_x4(a, x + chunk_offset<Tile>(warp_m * 16 + lane % 16, step * 2 + lane / 16));
-      if (dropout.on)
-        apply_dropout(a, dropout, block_row + warp_m * 16, s * Tile::kDepth + step * 16, lane);
-      LK_UNROLL
-      for (uint32_t n = 0; n < Tile::kRank / 16; ++n) {
-        load_down_fragment<Tile>(b, x + Tile::kXBytes, layout.mn_major, n, step, lane);
-        ptx::mma_m16n8k16(sum[2 * n], a, b[0], b[1], T{});
-        ptx::mma_m16n8k16(sum[2 * n + 1], a, b[2], b[3], T{});
-      }
-    }
+    multiply_stage<Tile, T>(sum, shared + slot * Tile::kStageBytes, mn_major, dropout,
+                            static_cast<uint32_t>(k), warp_m, warp_k, lane);
+    slot = slot + 1 == Tile::kStages ? 0 : slot + 1;
+    next_slot = next_slot + 1 == Tile::kStages ? 0 : next_slot + 1;
   }
   ptx::cp_async_wait<0>();
 
@@ -163,7 +194,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
   if (warp_k > 0) return;
   LK_UNROLL
   for (int n = 0; n < Tile::kRank / 8; ++n)
-    store_h<T>(args, layout.h_pairs, block_row + warp_m * 16, n, sum[n], lane);
+    store_h<T>(args, h_pairs, block_row + warp_m * 16, n, sum[n], lane);
 }
 
 }  // namespace lora_kernels

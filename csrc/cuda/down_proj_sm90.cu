@@ -1,7 +1,7 @@
 #include "down_proj.h"
 #include "encode_tensor_map.h"
 
-// The fat binary also holds sm_80, which has neither TMA nor wgmma: its pass sees empty kernels.
+// The fat binary also holds sm_80, which has neither TMA nor wgmma.
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #include "down_proj_sm90.cuh"
 #else
@@ -10,7 +10,9 @@ namespace lora_kernels {
 template <class Tile, class T, bool kMnMajor, bool kDropout>
 __global__ void down_proj_sm90_kernel(const __grid_constant__ ptx::TensorMap,
                                       const __grid_constant__ ptx::TensorMap, const DownProjArgs,
-                                      const bool) {}
+                                      const bool) {
+  __trap();  // never launched: the plan asks whether sm_90a is in the library
+}
 }  // namespace lora_kernels
 #endif
 
@@ -23,12 +25,10 @@ cudaError_t launch(const DownProjArgs& args, const DownProjPlan& plan, cudaStrea
   cudaError_t error = encode_tensor_map(x_map_spec(args, plan), &x_map);
   if (error == cudaSuccess) error = encode_tensor_map(down_map_spec(args, plan), &down_map);
   const auto kernel = down_proj_sm90_kernel<Tile, T, kMnMajor, kDropout>;
-  if (error == cudaSuccess)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 Tile::kSharedBytes);
+  if (error == cudaSuccess) error = allow_shared_memory(kernel, Tile::kSharedBytes);
   if (error != cudaSuccess) return error;
-  kernel<<<static_cast<unsigned>(plan.blocks), Tile::kThreads, Tile::kSharedBytes, stream>>>(
-      x_map, down_map, args, plan.layout.h_pairs);
+  kernel<<<grid_of(plan), Tile::kThreads, Tile::kSharedBytes, stream>>>(x_map, down_map, args,
+                                                                        plan.layout.h_pairs);
   return cudaGetLastError();
 }
 

@@ -24,7 +24,7 @@ struct DownProjRing {
 template <class Tile, bool kMnMajor>
 __device__ __forceinline__ void load_stages(const DownProjRing<Tile>& ring,
                                             const ptx::TensorMap* x_map,
-                                            const ptx::TensorMap* down_map, int row,
+                                            const ptx::TensorMap* down_map, int row, int rank,
                                             uint32_t blocks_k) {
   constexpr uint32_t kPanelBytes = kRowElements * kRowBytes;
 #pragma unroll 1
@@ -37,9 +37,9 @@ __device__ __forceinline__ void load_stages(const DownProjRing<Tile>& ring,
     if constexpr (kMnMajor) {
       LK_UNROLL
       for (int p = 0; p < Tile::kRank / 64; ++p)
-        ptx::tma_load(ring.down(s) + p * kPanelBytes, down_map, ring.full(s), p * 64, k);
+        ptx::tma_load(ring.down(s) + p * kPanelBytes, down_map, ring.full(s), rank + p * 64, k);
     } else {
-      ptx::tma_load(ring.down(s), down_map, ring.full(s), k, 0);
+      ptx::tma_load(ring.down(s), down_map, ring.full(s), k, rank);
     }
   }
 }
@@ -70,22 +70,21 @@ __device__ __forceinline__ void multiply_stages(float (&sum)[Tile::kRank / 2],
                                  down_descriptor<Tile, kMnMajor>(ring.down(s), step), true);
     ptx::wgmma_commit();
     ptx::wgmma_keep(sum);
-    // The group before this one has read its stage.
-    ptx::wgmma_wait<1>();
-    if (lane == 0 && i >= first + Tile::kConsumers)
-      ptx::barrier_arrive(ring.empty((i - Tile::kConsumers) % Tile::kStages));
+    // Loads in flight are what counts, so the stage goes back before the next one is here: the
+    // other warpgroup keeps the tensor cores busy meanwhile.
+    ptx::wgmma_wait<0>();
+    if (lane == 0) ptx::barrier_arrive(ring.empty(s));
   }
-  ptx::wgmma_wait<0>();
   ptx::wgmma_keep(sum);
 }
 
 // The same with dropout: x goes through registers, and a stage is free once it was multiplied.
-template <class Tile, class T>
+template <class Tile, class T, bool kAligned>
 __device__ __forceinline__ void multiply_dropped_stages(float (&sum)[Tile::kRank / 2],
                                                         const DownProjRing<Tile>& ring,
                                                         uint32_t first, uint32_t blocks_k,
-                                                        const DropoutState& dropout, int64_t row,
-                                                        uint32_t warp, uint32_t lane) {
+                                                        const LaneDropout& dropout, uint32_t warp,
+                                                        uint32_t lane) {
   // Fragments of this many k16 steps are in registers at once: beside 128 accumulators, two.
   constexpr uint32_t kGroup = Tile::kRank > 128 ? 2 : 4;
 #pragma unroll 1
@@ -101,7 +100,10 @@ __device__ __forceinline__ void multiply_dropped_stages(float (&sum)[Tile::kRank
         const uint32_t offset =
             (warp % 4 * 16 + lane % 16) * kRowBytes + (step * 2 + lane / 16) * kChunkBytes;
         ptx::load_matrix_x4(a[j], ring.x(s) + swizzled(offset));
-        apply_dropout(a[j], dropout, row + warp % 4 * 16, i * kRowElements + step * 16, lane);
+        if constexpr (kAligned)
+          apply_aligned_dropout(a[j], dropout, i * kRowElements + step * kMmaDepth);
+        else
+          apply_any_dropout(a[j], dropout, i * kRowElements + step * kMmaDepth, lane);
       }
       LK_UNROLL
       for (uint32_t j = 0; j < kGroup; ++j) ptx::wgmma_keep(a[j]);
@@ -145,9 +147,9 @@ __device__ __forceinline__ void add_and_store(const DownProjArgs& args, bool pai
 }
 
 template <class Tile, class T, bool kMnMajor, bool kDropout>
-__global__ void __launch_bounds__(Tile::kThreads, Tile::kRank <= (kDropout ? 64 : 128) ? 2 : 1)
+__global__ void __launch_bounds__(Tile::kThreads, 1)
     down_proj_sm90_kernel(const __grid_constant__ ptx::TensorMap x_map,
-                          const __grid_constant__ ptx::TensorMap down_map, const DownProjArgs args,
+                          const __grid_constant__ ptx::TensorMap down_map, const DownProjArgs all,
                           const bool h_pairs) {
   static_assert(!(kMnMajor && kDropout), "the masked form takes a K-major down only");
   constexpr uint32_t kProducer = 4 * Tile::kConsumers;
@@ -155,6 +157,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kRank <= (kDropout ? 64 
   const uint32_t warp = ptx::warp_uniform(thread / 32);
   const DownProjRing<Tile> ring;
   const int64_t row = int64_t{blockIdx.x} * Tile::kRows;
+  const int64_t rank = int64_t{blockIdx.y} * Tile::kRank;
+  const DownProjArgs args = rank_slice(all, rank, Tile::kRank);
   const auto blocks_k = static_cast<uint32_t>((args.K + kRowElements - 1) / kRowElements);
 
   if (thread == 0) {
@@ -168,16 +172,21 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kRank <= (kDropout ? 64 
 
   if (warp == kProducer) {
     if (lane == 0)
-      load_stages<Tile, kMnMajor>(ring, &x_map, &down_map, static_cast<int>(row), blocks_k);
+      load_stages<Tile, kMnMajor>(ring, &x_map, &down_map, static_cast<int>(row),
+                                  static_cast<int>(rank), blocks_k);
     return;
   }
   float sum[Tile::kRank / 2] = {};
   const uint32_t first = warp / 4;
-  if constexpr (kDropout)
-    multiply_dropped_stages<Tile, T>(sum, ring, first, blocks_k, load_dropout(args.dropout), row,
-                                     warp, lane);
-  else
+  if constexpr (kDropout) {
+    const LaneDropout dropout = load_dropout(args.dropout, row + warp % 4 * 16, lane);
+    if (dropout.aligned)
+      multiply_dropped_stages<Tile, T, true>(sum, ring, first, blocks_k, dropout, warp, lane);
+    else
+      multiply_dropped_stages<Tile, T, false>(sum, ring, first, blocks_k, dropout, warp, lane);
+  } else {
     multiply_stages<Tile, T, kMnMajor>(sum, ring, first, blocks_k, lane);
+  }
   add_and_store<Tile, T>(args, h_pairs, sum, ring.base, row, thread);
 }
 

@@ -12,7 +12,10 @@ PFN_cuTensorMapEncodeTiled_v12000 find_encoder() {
   cudaDriverEntryPointQueryResult found;
   const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
                                                              12000, cudaEnableDefault, &found);
-  if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) return nullptr;
+  if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) {
+    cudaGetLastError();  // not to be found by the next launch
+    return nullptr;
+  }
   return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
 }
 

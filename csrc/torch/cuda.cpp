@@ -13,7 +13,18 @@
 namespace lora_kernels {
 namespace {
 
-using torch::stable::accelerator::DeviceGuard;
+// Makes the tensor's device current, for torch and for the runtime that this library links itself.
+class OnDeviceOf {
+ public:
+  explicit OnDeviceOf(const Tensor& t) : guard_(t.get_device_index()) {
+    const cudaError_t error = cudaSetDevice(t.get_device_index());
+    STD_TORCH_CHECK(error == cudaSuccess, "lora_kernels: device ", t.get_device_index(), ": ",
+                    cudaGetErrorString(error));
+  }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+};
 
 void check_launch(cudaError_t error, const char* kernel, int64_t rows, int64_t cols) {
   STD_TORCH_CHECK(error == cudaSuccess, kernel, " [", rows, ", ", cols,
@@ -31,7 +42,7 @@ void check_cuda_operand(const Operand& o, const Tensor& like, Dtype dtype, const
 
 Tensor dropout_mask_cuda(const Tensor& seed, int64_t rows, int64_t cols, int64_t threshold) {
   STD_TORCH_CHECK(rows >= 0 && cols >= 0, "dropout_mask: rows and cols must not be negative");
-  DeviceGuard guard(seed.get_device_index());
+  OnDeviceOf device(seed);
   Tensor mask = torch::stable::empty({rows, cols}, ScalarType::Bool, std::nullopt, seed.device());
   DropoutMaskArgs args{static_cast<bool*>(mask.mutable_data_ptr()), rows, cols,
                        dropout_of(seed, threshold, "dropout_mask")};
@@ -65,10 +76,11 @@ Tensor down_proj_cuda(const Tensor& x, const Tensor& down, const OptionalTensor&
   const Operand rows = flatten_rows(x, "down_proj", "x"),
                 ranks = operand(down, "down_proj", "down");
   DownProjArgs args = down_proj_args(rows, ranks, seed, threshold, scale);
-  DeviceGuard guard(x.get_device_index());
+  OnDeviceOf device(x);
   Tensor h = torch::stable::empty({args.M, args.r}, x.scalar_type(), std::nullopt, x.device());
   args.h.data = h.mutable_data_ptr();
-  check_launch(launch_down_proj(args, current_stream(x)), "down_proj", args.M, args.r);
+  check_launch(launch_down_proj(args, x.get_device_index(), current_stream(x)), "down_proj", args.M,
+               args.r);
   return h;
 }
 
@@ -76,9 +88,10 @@ std::string down_proj_plan_cuda(const Tensor& x, const Tensor& down, const Optio
   const Operand rows = flatten_rows(x, "down_proj", "x"),
                 ranks = operand(down, "down_proj", "down");
   const DownProjArgs args = down_proj_args(rows, ranks, seed, 0, 1.0);
-  DeviceGuard guard(x.get_device_index());
+  OnDeviceOf device(x);
   DownProjPlan plan;
-  check_launch(device_plan_down_proj(args, &plan), "down_proj_plan", args.M, args.r);
+  check_launch(device_plan_down_proj(args, x.get_device_index(), &plan), "down_proj_plan", args.M,
+               args.r);
   return describe(plan);
 }
 

@@ -7,9 +7,9 @@
 
 namespace emu {
 
-// What launch_down_proj would launch on such a device; args point into host memory.
-std::vector<Launch> down_proj_launches(const lora_kernels::DownProjArgs& args, int compute,
-                                       int multiprocessors);
+// What launch_down_proj would launch on such a device, or nothing; args point into host memory.
+std::vector<Launch> down_proj_launches(const lora_kernels::DownProjArgs& args,
+                                       const lora_kernels::Target& target);
 
 // The kernel on such arguments; empty if no tile was built for the plan.
 std::function<void()> down_proj_sm80_body(const lora_kernels::DownProjArgs& args,

@@ -93,9 +93,9 @@ std::map<std::string, int> shared_bytes() {
 }
 
 py::dict plan(const Array& x, const Array& down, const Array& h, const std::vector<int64_t>& seed,
-              int compute, int multiprocessors) {
+              int compute, int multiprocessors, bool sm90a) {
   const DownProjArgs args = down_proj_args(x, down, h, true, seed, 0, 1.0f);
-  const DownProjPlan p = plan_down_proj(rank_slice(args, 0), compute, multiprocessors);
+  const DownProjPlan p = plan_down_proj(args, {compute, multiprocessors, sm90a});
   py::dict found;
   const char* names[] = {"none", "sm80", "sm90"};
   found["kernel"] = names[static_cast<int>(p.kernel)];
@@ -106,6 +106,8 @@ py::dict plan(const Array& x, const Array& down, const Array& h, const std::vect
   found["threads"] = p.threads;
   found["shared_bytes"] = p.shared_bytes;
   found["blocks"] = p.blocks;
+  found["rank_blocks"] = p.rank_blocks;
+  found["text"] = describe(p);
   found["mn_major"] = p.layout.mn_major;
   found["vectors"] = py::make_tuple(p.layout.x_vectors, p.layout.down_vectors);
   found["reason"] = p.reason;
@@ -122,7 +124,7 @@ py::dict down_proj(const Array& x, const Array& down, Array h, bool is_bf16,
   add_buffer("x", x, emu::Use::input);
   add_buffer("down", down, emu::Use::input);
   add_buffer("h", h, emu::Use::output);
-  return run(emu::down_proj_launches(args, compute, multiprocessors),
+  return run(emu::down_proj_launches(args, {compute, multiprocessors, true}),
              options_of(schedule, timing, resident_blocks));
 }
 
@@ -201,7 +203,8 @@ PYBIND11_MODULE(emulated, m) {
                           kMnMajorStep);
   });
   m.def("shared_bytes", &shared_bytes);
-  m.def("plan", &plan);
+  m.def("plan", &plan, py::arg("x"), py::arg("down"), py::arg("h"), py::arg("seed"),
+        py::arg("compute"), py::arg("multiprocessors"), py::arg("sm90a") = true);
   m.def("down_proj", &down_proj, py::arg("x"), py::arg("down"), py::arg("h"), py::arg("is_bf16"),
         py::arg("seed"), py::arg("threshold"), py::arg("scale"), py::arg("compute"),
         py::arg("multiprocessors"), py::arg("schedule") = 0, py::arg("timing") = "random",

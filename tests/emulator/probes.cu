@@ -27,8 +27,8 @@ cudaError_t run_gemm(const void* a, const void* b, void* c, int M, int N, int K)
   for (int i = 0; i < 3; ++i)
     if (const cudaError_t error = encode_tensor_map(specs[i], &maps[i])) return error;
   const auto kernel = gemm_probe<P>;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           P::kSharedBytes);
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, P::kSharedBytes);
   if (error != cudaSuccess) return error;
   constexpr int kClusters = 8;  // fewer than tiles: each takes several
   kernel<<<2 * kClusters, P::kThreads, P::kSharedBytes>>>(maps[0], maps[1], maps[2],

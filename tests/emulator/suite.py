@@ -14,7 +14,6 @@ from collections.abc import Callable
 import numpy as np
 
 SCHEDULES = (("early", 0), ("late", 1), ("random", 2), ("random", 3))
-MULTIPROCESSORS = 4
 POISON = 0xFFFF  # what the emulator fills outputs with
 
 
@@ -42,7 +41,7 @@ def check_down_proj(emulated, problem: dict[str, np.ndarray], compute: int) -> N
         h = wide[:, :r]
         found = emulated.down_proj(
             x, down, h, True, problem["seed"].tolist(), int(problem["threshold"]), 2.0, compute,
-            MULTIPROCESSORS, schedule, timing, 3,
+            int(problem["multiprocessors"]), schedule, timing, 3,
         )  # fmt: skip
         if not np.array_equal(h, expected):
             raise Wrong(f"{np.sum(h != expected)} elements of h differ")
