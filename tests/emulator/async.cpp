@@ -7,20 +7,41 @@ namespace emu {
 // ---- named and cluster barriers
 // ------------------------------------------------------------------
 
+void complete_if_gathered(NamedBarrier& b, const Block& of) {
+  const unsigned exited = b.whole_block ? static_cast<unsigned>(of.warps_done) * 32 : 0;
+  if (b.arrived + exited < b.expected) return;
+  b.released = b.gathering;
+  b.gathering = {};
+  b.arrived = 0;
+  ++b.generation;
+}
+
+void complete_if_gathered(ClusterState& c) {
+  if (c.arrived == 0 || c.arrived < c.expected) return;
+  c.arrived = 0;
+  c.released = c.gathering;
+  c.gathering = {};
+  ++c.generation;
+}
+
 void sync_named(int id, unsigned threads, bool waits, Place at) {
+  const bool whole_block = threads == kWholeBlock;
+  if (whole_block) threads = block().grid->launch->threads;
   if (id < 0 || id > 15 || threads % 32 || threads == 0)
-    machine->fail(
-        "barrier misuse: bar " + std::to_string(id) + " of " + std::to_string(threads) + " threads",
-        at);
+    machine->fail("barrier misuse: bar " + std::to_string(id) + " of " + std::to_string(threads) +
+                      " threads",
+                  at);
   NamedBarrier& b = block().named[id];
   uint64_t generation = 0;
   // Warps arrive as a whole: bar.sync is a warp's instruction.
   machine->collective("bar.sync", at, &generation, [&](auto& generations) {
     if (b.arrived > 0 && b.expected != threads)
-      machine->fail("barrier misuse: bar " + std::to_string(id) + " of " + std::to_string(threads) +
-                        " threads, but others gather there for " + std::to_string(b.expected),
+      machine->fail("barrier misuse: bar " + std::to_string(id) + " of " +
+                        std::to_string(threads) + " threads, but others gather there for " +
+                        std::to_string(b.expected),
                     at);
     b.expected = threads;
+    b.whole_block = whole_block;
     b.arrived += 32;
     if (b.arrived > threads)
       machine->fail("barrier misuse: more threads at bar " + std::to_string(id) + " than its " +
@@ -28,12 +49,7 @@ void sync_named(int id, unsigned threads, bool waits, Place at) {
                     at);
     release(warp(), b.gathering);
     for (uint64_t* of_lane : generations) *of_lane = b.generation;
-    if (b.arrived == threads) {
-      b.released = b.gathering;
-      b.gathering = {};
-      b.arrived = 0;
-      ++b.generation;
-    }
+    complete_if_gathered(b, block());
   });
   if (!waits) return;
   machine->wait_until("a named barrier", at, [&] { return b.generation != generation; });
@@ -48,14 +64,10 @@ void arrive_cluster(Place at) {
     if (warp().in_cluster_arrival)
       machine->fail("barrier misuse: barrier.cluster.arrive twice without a wait", at);
     warp().in_cluster_arrival = true;
+    warp().cluster_generation = c.generation + 1;
     release(warp(), c.gathering);
-    if (++c.arrived == c.expected) {
-      c.arrived = 0;
-      c.released = c.gathering;
-      c.gathering = {};
-      ++c.generation;
-    }
-    warp().cluster_generation = c.generation + (c.arrived == 0 ? 0 : 1);
+    ++c.arrived;
+    complete_if_gathered(c);
   });
 }
 
@@ -127,6 +139,8 @@ void init_barrier(uint32_t address, uint32_t arrivals, Place at) {
   b.agent = machine->new_agent();
   b.expected = b.pending = arrivals;
   b.init = warp().stamp();
+  for (uint32_t byte = 0; byte < 8; byte += kCellBytes)
+    s.cells[(address + byte) / kCellBytes].is_barrier = true;
 }
 
 void fence_barrier_init(Place) {
@@ -139,7 +153,7 @@ void arrive_barrier(uint32_t address, unsigned rank, Place at) {
   Mbarrier& b = peer(rank, "mbarrier.arrive", at).shared->barrier(address, "mbarrier.arrive", at);
   if (remote && !b.fenced)
     machine->fail("missing fence: an mbarrier of another block without fence.mbarrier_init", at);
-  if (remote) peer(rank, "mbarrier.arrive", at).remote.push_back(warp().stamp());
+  if (remote) peer(rank, "mbarrier.arrive", at).arrivals[warp().agent] = warp().stamp().number;
   count_arrival(b, 0, at);
 }
 
@@ -160,25 +174,20 @@ void wait_barrier(uint32_t address, uint32_t parity, Place at) {
 // ------------------------------------------------------------------------------------
 
 void copy_async(uint32_t to, const void* from, uint32_t bytes, Place at) {
-  if (bytes > 16) machine->fail("cp.async of " + std::to_string(bytes) + " bytes", at);
-  if (to % 16) machine->fail("misaligned: cp.async into shared memory", at);
+  if (bytes > 16 || bytes % 2) machine->fail("cp.async of " + std::to_string(bytes) + " bytes", at);
   if (bytes > 0 && reinterpret_cast<uintptr_t>(from) % 16)
     machine->fail("misaligned: cp.async of global memory", at);
   Thread& t = self();
-  Warp& w = warp();
-  auto known = std::make_shared<Knowledge>(w.known);
-  const Stamp stamp{w.agent + kCopy, t.copies_committed + 1};
-  const Access read{w.stamp(), &w.known, Proxy::generic, "cp.async", at};
-  uint8_t data[16] = {};
-  // Inputs cannot change: reading them now or later is the same.
-  for (uint32_t i = 0; i < bytes; i += 2)
-    global.read(static_cast<const uint8_t*>(from) + i, data + i, std::min(2u, bytes - i), read);
-  std::array<uint8_t, 16> chunk;
-  std::copy(data, data + 16, chunk.begin());
+  auto known = std::make_shared<Knowledge>(warp().known);
+  const Stamp stamp{warp().agent + kCopy, t.copies_committed + 1};
   SharedMemory* shared = block().shared.get();
-  machine->statistics.bytes_loaded += bytes;
   t.open_copies.copies.push_back([=] {
-    shared->write(to, chunk.data(), 16, {stamp, known.get(), Proxy::generic, "cp.async", at});
+    const Access a{stamp, known.get(), Proxy::generic, "cp.async", at};
+    uint16_t chunk[8] = {};
+    for (uint32_t i = 0; i < bytes / 2; ++i)
+      global.read(static_cast<const uint16_t*>(from) + i, chunk + i, 2, a);
+    shared->write(to, chunk, 16, a);
+    machine->statistics.bytes_loaded += bytes;
   });
 }
 
@@ -251,7 +260,7 @@ void load_tensor(uint32_t to, const TensorMap& map, uint32_t barrier, int column
     const bool remote = rank != block().rank;
     ++target->loads_in_flight;
     Mbarrier* b = &shared->barrier(barrier, "TMA load", at);
-    if (!b->fenced)
+    if (!b->fenced && (remote || !b->fenced_here))
       machine->fail("missing fence: TMA on an mbarrier without fence.mbarrier_init", at);
     machine->post([=] {
       const Access a{{b->agent, b->phase + 1}, known.get(), Proxy::async, "TMA load", at};
@@ -262,7 +271,7 @@ void load_tensor(uint32_t to, const TensorMap& map, uint32_t barrier, int column
         machine->statistics.bytes_loaded += 2 * static_cast<unsigned>(elements);
       });
       --target->loads_in_flight;
-      if (remote) target->remote.push_back(a.stamp);
+      target->arrivals[a.stamp.agent] = a.stamp.number;
       b->bytes -= m.box_rows * m.box_columns * 2;
       complete_if_due(*b, at);
     });
@@ -273,16 +282,20 @@ void store_tensor(const TensorMap& map, uint32_t from, int column, int row, Plac
   if (from % 128) machine->fail("misaligned: TMA store from shared memory", at);
   Warp& w = warp();
   auto known = std::make_shared<Knowledge>(w.known);
-  const uint32_t number = w.stores_committed + 1;
+  // Threads of one warp that store each get a number of their own.
+  Thread& t = self();
+  if (t.open_stores.number == 0) t.open_stores.number = ++w.stores_committed;
+  const uint32_t number = t.open_stores.number;
   const Stamp reads{w.agent + kStoreRead, number}, writes{w.agent + kStoreWrite, number};
   SharedMemory* shared = block().shared.get();
   const TensorMap m = map;
-  w.open_stores.copies.push_back([=] {
+  t.open_stores.copies.push_back([=] {
     const Access read{reads, known.get(), Proxy::async, "TMA store", at};
     const Access write{writes, known.get(), Proxy::async, "TMA store", at};
     for_box(m, from, column, row, [&](uint32_t address, const uint16_t* to, int elements) {
       uint16_t chunk[8];
-      shared->read(address, chunk, 16, read);
+      for (int i = 0; i < elements; i += 2)  // what lies outside the matrix is not read
+        shared->read(address + static_cast<uint32_t>(i) * 2, chunk + i, 4, read);
       for (int i = 0; i < elements; ++i)
         global.write(const_cast<uint16_t*>(to + i), chunk + i, 2, write);
     });
@@ -290,36 +303,64 @@ void store_tensor(const TensorMap& map, uint32_t from, int column, int row, Plac
 }
 
 void commit_stores() {
-  ++warp().stores_committed;
-  commit(warp().store_groups, warp().open_stores);
+  Thread& t = self();
+  if (t.open_stores.number == 0) t.open_stores.number = ++warp().stores_committed;
+  commit(t.store_groups, t.open_stores);
 }
 
 void wait_stores(uint32_t pending, bool only_read, Place) {
+  Thread& t = self();
   Warp& w = warp();
-  run_all_but(pending, w.store_groups);
-  if (w.stores_committed <= pending) return;
-  w.known.generic.advance(w.agent + kStoreRead, w.stores_committed - pending);
-  if (!only_read) w.known.generic.advance(w.agent + kStoreWrite, w.stores_committed - pending);
+  uint32_t complete = 0;
+  if (t.store_groups.size() > pending)
+    complete = t.store_groups[t.store_groups.size() - pending - 1]->number;
+  if (complete > t.stores_read) t.stores_read = complete;
+  run_all_but(pending, t.store_groups);
+  w.known.generic.advance(w.agent + kStoreRead, t.stores_read);
+  if (!only_read && t.store_groups.size() == pending)
+    w.known.generic.advance(w.agent + kStoreWrite, t.stores_read);
 }
 
-// ---- fences and flags
-// ----------------------------------------------------------------------------
+// ---- fences and flags --------------------------------------------------------------------------
 
-// Only writes of the fencing warp itself: every writer has to fence, before it tells anybody. (The
-// memory model would also accept a fence further along the chain.)
-void fence_proxy() {
+// What a fence orders: what its own warp wrote, as soon as every lane that wrote has fenced, and its
+// cp.async; in global memory also what others had fenced before they told. So a write that TMA of
+// another block reads needs a fence on both sides. (The memory model's text would let a fence anywhere
+// between suffice; CUTLASS and the CUDA guide fence in the writers, as is asked for here.)
+void fence_proxy(Space space) {
   Warp& w = warp();
-  w.known.async.advance(w.agent, w.known.generic[w.agent]);
-  w.known.generic.advance(w.agent, w.known.generic[w.agent] + 1);
+  Clock& async = w.known.async(space);
+  uint32_t& unfenced = w.unfenced[static_cast<int>(space)];
+  unfenced &= ~(1u << self().lane);
+  if (unfenced == 0) {
+    async.advance(w.agent, w.known.generic[w.agent]);
+    w.known.generic.advance(w.agent, w.known.generic[w.agent] + 1);
+  }
+  async.advance(w.agent + kCopy, w.known.generic[w.agent + kCopy]);
+  if (space == Space::global) {
+    async.join(w.foreign);
+    return;
+  }
+  for (auto& [address, b] : block().shared->barriers)
+    if (b.init.agent == w.agent) b.fenced_here = true;
 }
 
+// A thread that keeps reading flags while nobody writes one waits until somebody does: a spin loop
+// then neither hangs nor hides a deadlock.
 uint32_t acquire_flag(const uint32_t* flag, Place at) {
+  constexpr int kPatience = 100;
   Knowledge& knowledge = global.flag(flag, "ld.acquire", at);
   Thread& t = self();
-  if (t.polled == flag) machine->wait_until("a flag", at, [&] { return *flag != t.polled_value; });
-  t.polled = flag;
-  t.polled_value = *flag;
-  acquire(warp(), knowledge);
+  if (t.polled_news != machine->news) {
+    t.polled_news = machine->news;
+    t.idle_polls = 0;
+  }
+  if (++t.idle_polls > kPatience)
+    machine->wait_until("a flag", at, [&] { return t.polled_news != machine->news; });
+  Warp& w = warp();
+  w.known.generic.join(knowledge.generic);
+  w.known.async(Space::shared).join(knowledge.async(Space::shared));
+  w.foreign.join(knowledge.async(Space::global));
   return *flag;
 }
 
@@ -328,17 +369,18 @@ void release_flag(uint32_t* flag, uint32_t value, Place at) {
   knowledge = {};
   release(warp(), knowledge);
   *flag = value;
+  ++machine->news;
 }
 
 uint32_t add_to(uint32_t* counter, uint32_t value, Place at) {
   global.flag(counter, "atom.add", at);
   const uint32_t before = *counter;
   *counter = before + value;
+  ++machine->news;
   return before;
 }
 
-// ---- registers and dependent launches
-// -------------------------------------------------------------
+// ---- registers and dependent launches ----------------------------------------------------------
 
 void change_registers(int registers, bool increase, Place at) {
   if (registers < 24 || registers > 256 || registers % 8)

@@ -14,6 +14,7 @@ struct TensorMap {
 // Throws Error where the driver would refuse.
 TensorMap make_tensor_map(const TensorMap& map);
 
+constexpr unsigned kWholeBlock = ~0u;  // all threads that have not exited, as __syncthreads
 void sync_named(int id, unsigned threads, bool waits, Place at);
 void arrive_cluster(Place at);
 void wait_cluster(Place at);
@@ -34,7 +35,7 @@ void store_tensor(const TensorMap& map, uint32_t from, int column, int row, Plac
 void commit_stores();
 void wait_stores(uint32_t pending, bool only_read, Place at);
 
-void fence_proxy();
+void fence_proxy(Space space);
 uint32_t acquire_flag(const uint32_t* flag, Place at);
 void release_flag(uint32_t* flag, uint32_t value, Place at);
 uint32_t add_to(uint32_t* counter, uint32_t value, Place at);

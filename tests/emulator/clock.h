@@ -1,8 +1,9 @@
 // Vector clocks: which events are ordered before which, whatever the emulated timing was.
 //
-// An agent is whatever completes its events in order: a warp, and beside it its tensor core (wgmma
-// groups), the reads and the writes of its bulk stores, its cp.async groups; and each mbarrier,
-// whose phases complete the TMA loads that count on it. An event is a stamp (agent, number).
+//// An agent is whatever completes its events in order: a warp; beside it the reads and the writes of
+// its bulk stores and its cp.async groups; the tensor cores of a warpgroup (wgmma groups); and each
+// mbarrier, whose phases complete the TMA loads that count on it. An event is a stamp (agent,
+// number). The lanes of a warp are one agent: what one lane knows, the others count as knowing.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -32,13 +33,17 @@ class Clock {
   std::vector<uint32_t> seen_;
 };
 
+enum class Space { shared, global };
+
 // What an agent knows: events ordered before it, and those of them that are also ordered for the
-// async proxy, because a proxy fence of the writing warp follows the write.
+// async proxy, because a proxy fence for their space followed the write in the writing thread.
 struct Knowledge {
-  Clock generic, async;
+  Clock generic, fenced[2];
+  Clock& async(Space s) { return fenced[static_cast<int>(s)]; }
+  const Clock& async(Space s) const { return fenced[static_cast<int>(s)]; }
   void join(const Knowledge& other) {
     generic.join(other.generic);
-    async.join(other.async);
+    for (int i = 0; i < 2; ++i) fenced[i].join(other.fenced[i]);
   }
 };
 

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #if !defined(__x86_64__)
 #include <ucontext.h>
@@ -10,6 +11,7 @@
 namespace emu {
 
 constexpr size_t kStackBytes = 96 << 10;
+constexpr uint64_t kCanary = 0x5ca1ab1edeadbea7;  // at the end of the stack
 
 #if defined(__x86_64__)
 // Saves the callee-saved registers and the stack pointer, and takes another's.
@@ -44,6 +46,7 @@ class Fiber {
 
   void start(Entry entry) {
     if (!stack_) stack_.reset(new char[kStackBytes]);
+    std::memcpy(stack_.get(), &kCanary, sizeof(kCanary));
 #if defined(__x86_64__)
     auto top = reinterpret_cast<uintptr_t>(stack_.get() + kStackBytes) & ~uintptr_t{15};
     auto* frame = reinterpret_cast<void**>(top) - 8;  // 6 registers, the entry, its return address
@@ -67,6 +70,7 @@ class Fiber {
     swapcontext(&scheduler_, &context_);
 #endif
   }
+  bool overflowed() const { return std::memcmp(stack_.get(), &kCanary, sizeof(kCanary)) != 0; }
   // From the fiber back into the scheduler.
   void leave() {
 #if defined(__x86_64__)

@@ -23,7 +23,13 @@ std::string name_of(Place p) {
 
 void thread_main() {
   Thread& t = *machine->self;
-  t.warp->block->grid->launch->body();
+  std::string thrown;
+  try {
+    t.warp->block->grid->launch->body();
+  } catch (const std::exception& e) {
+    thrown = e.what();
+  }
+  if (!thrown.empty()) machine->fail("exception: " + thrown, t.place);
   t.done = true;
   machine->leave();
 }
@@ -81,7 +87,10 @@ bool Machine::run_warp(Warp& w) {
   bool progress = false, again = true;
   while (again && error_.empty()) {
     again = false;
-    for (Thread& t : w.threads) {
+    // Lanes in another order each time: what one leaves to another must be synchronised.
+    const uint64_t turn = options_.timing == Timing::early ? 0 : draw(64);
+    for (uint64_t i = 0; i < 32; ++i) {
+      Thread& t = w.threads[turn < 32 ? (i + turn) % 32 : 31 - (i + turn) % 32];
       if (t.done || (t.ready != nullptr && !t.ready(t.ready_argument))) continue;
       self = &t;
       in_fiber_ = true;
@@ -90,25 +99,49 @@ bool Machine::run_warp(Warp& w) {
       self = nullptr;
       if (!error_.empty()) return true;
       again = progress = true;
-      if (t.done &&
-          std::all_of(w.threads.begin(), w.threads.end(), [](const Thread& u) { return u.done; }) &&
-          ++w.block->warps_done == static_cast<int>(w.block->warps.size()))
-        check_exit(*w.block);
+      if (t.fiber.overflowed())
+        throw Error("a thread needs more than " + std::to_string(kStackBytes) +
+                    " bytes of stack\n  " + describe(t));
+      if (t.done && std::all_of(w.threads.begin(), w.threads.end(),
+                                [](const Thread& u) { return u.done; }))
+        finish_warp(w);
     }
     if (options_.timing == Timing::random && chance(30)) break;
   }
   return progress;
 }
 
-// A block may exit only once it knows of everything that others did to its shared memory.
+// Barriers of a whole block or cluster wait for the threads that have not exited.
+void Machine::finish_warp(Warp& w) {
+  Block& b = *w.block;
+  check_drained(w);
+  ++b.warps_done;
+  NamedBarrier& all = b.named[0];
+  if (all.whole_block && all.arrived > 0) complete_if_gathered(all, b);
+  ClusterState& c = *b.cluster;
+  --c.expected;
+  complete_if_gathered(c);
+  if (b.warps_done == static_cast<int>(b.warps.size())) check_exit(b);
+}
+
+// A block may exit only once it knows of everything that happened to its shared memory.
 void Machine::check_exit(Block& b) {
   Clock known;
   for (Warp& w : b.warps) known.join(w.known.generic);
-  for (Stamp s : b.remote)
-    if (!known.covers(s))
-      fail("block " + std::to_string(b.rank) +
-               " of a cluster has exited without knowing of an access by another block",
-           b.warps[0].threads[0].place);
+  const Place at = b.warps[0].threads[0].place;
+  bool unknown = b.loads_in_flight > 0;
+  for (auto [agent, number] : b.arrivals) unknown |= !known.covers({agent, number});
+  if (unknown)
+    fail("block " + std::to_string(b.rank) +
+             " has exited without knowing of a TMA load, or of an arrival by another block",
+         at);
+  for (size_t i = 0; i < b.warps.size(); ++i) {
+    const Warp &w = b.warps[i], &first = b.warps[i / 4 * 4];
+    if (w.wgmma_issued != first.wgmma_issued)
+      fail("wgmma: not all warps of a warpgroup took part", w.threads[0].place);
+    if (w.registers != first.registers)
+      fail("setmaxnreg: not all warps of a warpgroup took part", w.threads[0].place);
+  }
 }
 
 bool Machine::may_start(const Grid& grid) const {
@@ -149,6 +182,7 @@ void Machine::start_cluster(Grid& grid) {
         kRegisters - static_cast<int>(launch.threads) *
                          std::min<int>(255, kRegisters / static_cast<int>(launch.threads) / 8 * 8);
     b->wgmma_log.resize((launch.threads + 127) / 128);
+    for (size_t i = 0; i < b->wgmma_log.size(); ++i) b->tensor_agents.push_back(agents_++);
     b->warps = std::vector<Warp>(launch.threads / 32);
     for (size_t i = 0; i < b->warps.size(); ++i) {
       Warp& w = b->warps[i];
@@ -192,13 +226,11 @@ void Machine::retire() {
     }
     Grid& grid = *b.grid;
     for (Warp& w : b.warps) {
-      check_drained(w);
       grid.finished.join(w.known);
-      grid.finished.async.join(w.known.generic);  // a grid's end is visible to every proxy
-      for (uint32_t engine = kTensor; engine < kAgentsOfWarp; ++engine) {
+      for (uint32_t engine = kStoreRead; engine < kAgentsOfWarp; ++engine)
         grid.finished.generic.advance(w.agent + engine, ~0u);
-        grid.finished.async.advance(w.agent + engine, ~0u);
-      }
+      // A grid's end is visible to every proxy.
+      for (Clock& fenced : grid.finished.fenced) fenced.join(grid.finished.generic);
       spare_threads_.push_back(std::move(w.threads));
     }
     ++grid.blocks_done;
@@ -234,6 +266,10 @@ void Machine::run(const std::vector<Launch>& launches, const Options& options) {
       throw Error(l.name + ": a launch of " + std::to_string(l.grid_x) + " blocks of " +
                   std::to_string(l.threads) + " threads in clusters of " +
                   std::to_string(l.cluster) + " is not possible");
+    if (l.shared_bytes > kMaxSharedBytes || l.cluster > kMaxCluster || l.threads > 1024)
+      throw Error(l.name + ": " + std::to_string(l.shared_bytes) + " bytes of shared memory, " +
+                  std::to_string(l.threads) + " threads, clusters of " + std::to_string(l.cluster) +
+                  ": more than a device has");
     grids_.push_back({&l, 0, l.grid_x * l.grid_y / l.cluster, 0, 0, {}});
   }
   std::vector<Warp*> order;
@@ -247,7 +283,7 @@ void Machine::run(const std::vector<Launch>& launches, const Options& options) {
     order.clear();
     for (auto& b : blocks_)
       for (Warp& w : b->warps) order.push_back(&w);
-    std::shuffle(order.begin(), order.end(), random_);
+    shuffle(order);
     bool progress = false, stalled = false;
     for (Warp* w : order) {
       if (random && chance(kStallPercent)) w->stalled_until = round + draw(kStall);

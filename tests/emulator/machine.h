@@ -69,6 +69,7 @@ struct WgmmaOp;
 // Asynchronous copies that complete together. Whoever runs it empties it: an event, or a wait.
 struct CopyGroup {
   std::vector<std::function<void()>> copies;
+  uint32_t number = 0;
   void run() {
     auto mine = std::move(copies);
     copies.clear();
@@ -98,15 +99,21 @@ struct Thread {
   CopyGroups copy_groups;
   CopyGroup open_copies;
   uint32_t copies_committed = 0;
+  // Bulk stores, likewise; the number of each group among the warp's.
+  CopyGroups store_groups;
+  CopyGroup open_stores;
+  uint32_t stores_read = 0;  // number of the last group that was waited for
   std::vector<Accumulators> accumulators;
-  const uint32_t* polled = nullptr;  // a flag, and what it was: polling it again waits for a change
-  uint32_t polled_value = 0;
+  int idle_polls = 0;        // flags read since anybody wrote one
+  uint64_t polled_news = 0;  // Machine::news at the last of them
 };
 
 struct Warp {
   Block* block = nullptr;
   int index = 0;       // in its block
-  uint32_t agent = 0;  // agent + kTensor.. are its engines
+  uint32_t agent = 0;   // agent + kStoreRead.. are its engines
+  Clock foreign;        // fenced writes to global memory by others: a fence here makes them known
+  uint32_t unfenced[2] = {0, 0};  // lanes that wrote to the space since they last fenced it
   Knowledge known;
   uint64_t stalled_until = 0;
   std::vector<Thread> threads;
@@ -120,20 +127,20 @@ struct Warp {
   std::deque<std::shared_ptr<WgmmaOp>> wgmmas;
   uint32_t wgmma_committed = 0, wgmma_issued = 0;
   bool wgmma_fenced = false;
-  // bulk stores
-  CopyGroups store_groups;
-  CopyGroup open_stores;
-  uint32_t stores_committed = 0;
+  uint32_t stores_committed = 0;  // groups of bulk stores
   bool in_cluster_arrival = false;
   uint64_t cluster_generation = 0;  // that completes the arrival
   int registers = 0;                // of each thread; 0: as launched
 
   Stamp stamp() const { return {agent, known.generic[agent]}; }
 };
-constexpr uint32_t kTensor = 1, kStoreRead = 2, kStoreWrite = 3, kCopy = 4, kAgentsOfWarp = 5;
+constexpr uint32_t kStoreRead = 1, kStoreWrite = 2, kCopy = 3, kAgentsOfWarp = 4;
+constexpr uint32_t kMaxSharedBytes = 227 << 10;  // of a block on sm_90
+constexpr unsigned kMaxCluster = 8;
 
 struct NamedBarrier {
   unsigned expected = 0, arrived = 0;
+  bool whole_block = false;  // __syncthreads
   uint64_t generation = 0;
   Knowledge gathering, released;
 };
@@ -154,12 +161,15 @@ struct Block {
   std::vector<Warp> warps;
   std::unique_ptr<SharedMemory> shared;
   std::array<NamedBarrier, 16> named;
+  std::vector<uint32_t> tensor_agents;           // of each warpgroup
   std::vector<std::vector<uint64_t>> wgmma_log;  // of each warpgroup: signatures in order
   int free_registers = 0;
   int warps_done = 0;
   bool launched_dependents = false;
-  int loads_in_flight = 0;    // TMA, into this block
-  std::vector<Stamp> remote;  // what other blocks of the cluster did to this one's shared memory
+  // The last event of each agent that changed this block's shared memory without its threads: TMA
+  // loads, and arrivals from other blocks.
+  std::map<uint32_t, uint32_t> arrivals;
+  int loads_in_flight = 0;
 };
 
 struct Grid {
@@ -191,6 +201,10 @@ class Machine {
   uint32_t new_agent() { return agents_++; }
   bool chance(int percent) { return static_cast<int>(random_() % 100) < percent; }
   uint64_t draw(uint64_t below) { return random_() % below; }
+  template <class T>
+  void shuffle(std::vector<T>& v) {
+    for (size_t i = v.size(); i > 1; --i) std::swap(v[i - 1], v[draw(i)]);
+  }
   const Options& options() const { return options_; }
   std::string describe(const Thread& t) const;
   std::vector<Grid>& grids() { return grids_; }
@@ -198,6 +212,7 @@ class Machine {
   Thread* self = nullptr;
   Statistics statistics;
   uint64_t round = 0;
+  uint64_t news = 0;  // writes of flags so far
 
  private:
   friend void thread_main();
@@ -209,6 +224,7 @@ class Machine {
   void start_cluster(Grid& grid);
   bool may_start(const Grid& grid) const;
   void retire();
+  void finish_warp(Warp& w);
   void check_exit(Block& b);
   bool run_warp(Warp& warp);
   void deliver(bool force);
@@ -225,6 +241,10 @@ class Machine {
   std::string error_;
   bool in_fiber_ = false;
 };
+
+// Completes a barrier at which everybody has arrived who has not exited.
+void complete_if_gathered(NamedBarrier& b, const Block& of);
+void complete_if_gathered(ClusterState& c);
 
 extern Machine* machine;  // the one that runs
 

@@ -14,9 +14,9 @@ std::string text(const Record& r) {
 
 // Whether what `before` did is ordered before `a`. A generic write must have been fenced for the
 // async proxy; reads and async writes only need to be ordered.
-bool ordered(const Record& before, bool was_write, const Access& a) {
+bool ordered(const Record& before, bool was_write, const Access& a, Space space) {
   const bool crosses = was_write && before.proxy == Proxy::generic && a.proxy == Proxy::async;
-  return (crosses ? a.known->async : a.known->generic).covers(before.stamp);
+  return (crosses ? a.known->async(space) : a.known->generic).covers(before.stamp);
 }
 
 [[noreturn]] void race(const Record& before, const char* did, const char* does, const Access& a,
@@ -30,10 +30,13 @@ bool ordered(const Record& before, bool was_write, const Access& a) {
 
 }  // namespace
 
-void read_cell(Cell& cell, const Access& a, const std::string& where) {
+void read_cell(Cell& cell, const Access& a, Space space, const char* where) {
+  if (cell.is_barrier)
+    machine->fail("barrier misuse: " + std::string(a.instruction) + " of an mbarrier's memory",
+                  a.place);
   if (!cell.written)
-    machine->fail("uninitialised: " + where + " is read by " + a.instruction, a.place);
-  if (!ordered(cell.write, true, a)) race(cell.write, "written", "read", a, where);
+    machine->fail("uninitialised: " + std::string(where) + " is read by " + a.instruction, a.place);
+  if (!ordered(cell.write, true, a, space)) race(cell.write, "written", "read", a, where);
   for (Record& r : cell.reads)
     if (r.stamp.agent == a.stamp.agent) {
       r = {a.stamp, a.proxy, a.instruction, a.place};
@@ -42,14 +45,20 @@ void read_cell(Cell& cell, const Access& a, const std::string& where) {
   cell.reads.push_back({a.stamp, a.proxy, a.instruction, a.place});
 }
 
-void write_cell(Cell& cell, const Access& a, const std::string& where) {
-  if (cell.written && !ordered(cell.write, true, a))
+void write_cell(Cell& cell, const Access& a, Space space, const char* where) {
+  if (cell.is_barrier)
+    machine->fail("barrier misuse: " + std::string(a.instruction) + " over an mbarrier", a.place);
+  if (cell.written && !ordered(cell.write, true, a, space))
     race(cell.write, "written", "overwritten", a, where);
   for (const Record& r : cell.reads)
-    if (!ordered(r, false, a)) race(r, "read", "overwritten", a, where);
+    if (!ordered(r, false, a, space)) race(r, "read", "overwritten", a, where);
   cell.written = true;
   cell.write = {a.stamp, a.proxy, a.instruction, a.place};
   cell.reads.clear();
+}
+
+void mark_unfenced(Space space) {
+  if (machine->self != nullptr) warp().unfenced[static_cast<int>(space)] |= 1u << self().lane;
 }
 
 Access generic_access(const char* instruction, Place at) {
@@ -77,14 +86,15 @@ void SharedMemory::check_bounds(uint32_t address, uint32_t size, const Access& a
 void SharedMemory::read(uint32_t address, void* to, uint32_t size, const Access& a) {
   check_bounds(address, size, a);
   for (uint32_t c = address / kCellBytes; c <= (address + size - 1) / kCellBytes; ++c)
-    read_cell(cells[c], a, "shared memory");
+    read_cell(cells[c], a, Space::shared, "shared memory");
   std::memcpy(to, &bytes[address], size);
 }
 
 void SharedMemory::write(uint32_t address, const void* from, uint32_t size, const Access& a) {
   check_bounds(address, size, a);
   for (uint32_t c = address / kCellBytes; c <= (address + size - 1) / kCellBytes; ++c)
-    write_cell(cells[c], a, "shared memory");
+    write_cell(cells[c], a, Space::shared, "shared memory");
+  if (a.proxy == Proxy::generic) mark_unfenced(Space::shared);
   std::memcpy(&bytes[address], from, size);
 }
 
@@ -106,31 +116,29 @@ void GlobalMemory::clear() {
 
 void GlobalMemory::add(const std::string& name, void* begin, uint64_t bytes, Use use) {
   if (bytes == 0) return;
-  auto* first = static_cast<uint8_t*>(begin);
-  Buffer b{name, first, bytes, use, {}};
+  Buffer b{name, static_cast<uint8_t*>(begin), bytes, use, {}};
   if (use != Use::input) b.cells.resize((bytes + 1) / 2);
   if (use == Use::workspace)
     for (Cell& c : b.cells) c.written = true;
   if (use == Use::output) std::memset(begin, kPoison, bytes);
-  buffers_[first] = std::move(b);
+  buffers_.push_back(std::move(b));
 }
 
 Buffer& GlobalMemory::find(const void* address, uint64_t bytes, const Access& a) {
+  constexpr int64_t kNear = 1 << 16;
   auto* first = static_cast<uint8_t*>(const_cast<void*>(address));
-  auto after = buffers_.upper_bound(first);
-  if (after != buffers_.begin()) {
-    Buffer& b = std::prev(after)->second;
-    if (first + bytes <= b.begin + b.size) return b;
-    if (first < b.begin + b.size + (1 << 16))
-      machine->fail("out of bounds: " + std::string(a.instruction) + " of " +
-                        std::to_string(bytes) + " bytes at byte " +
-                        std::to_string(first - b.begin) + " of " + b.name + ", which has " +
-                        std::to_string(b.size),
-                    a.place);
+  const Buffer* near = nullptr;
+  for (Buffer& b : buffers_) {
+    if (first >= b.begin && first + bytes <= b.begin + b.size) return b;
+    if (first + kNear >= b.begin && first < b.begin + b.size + kNear) near = &b;
   }
-  machine->fail(
-      "out of bounds: " + std::string(a.instruction) + " of global memory outside every tensor",
-      a.place);
+  std::string where = "outside every tensor";
+  if (near != nullptr)
+    where = "at byte " + std::to_string(first - near->begin) + " of " + near->name +
+            ", which has " + std::to_string(near->size);
+  machine->fail("out of bounds: " + std::string(a.instruction) + " of " + std::to_string(bytes) +
+                    " bytes " + where,
+                a.place);
 }
 
 void GlobalMemory::read(const void* from, void* to, uint64_t bytes, const Access& a) {
@@ -141,7 +149,7 @@ void GlobalMemory::read(const void* from, void* to, uint64_t bytes, const Access
   const uint64_t offset = static_cast<const uint8_t*>(from) - b.begin;
   if (b.use != Use::input)
     for (uint64_t c = offset / 2; c < (offset + bytes + 1) / 2; ++c)
-      read_cell(b.cells[c], a, b.name);
+      read_cell(b.cells[c], a, Space::global, b.name.c_str());
   std::memcpy(to, from, bytes);
 }
 
@@ -153,7 +161,8 @@ void GlobalMemory::write(void* to, const void* from, uint64_t bytes, const Acces
     machine->fail("input overwritten: " + b.name + " is written by " + a.instruction, a.place);
   const uint64_t offset = static_cast<uint8_t*>(to) - b.begin;
   for (uint64_t c = offset / 2; c < (offset + bytes + 1) / 2; ++c)
-    write_cell(b.cells[c], a, b.name);
+    write_cell(b.cells[c], a, Space::global, b.name.c_str());
+  if (a.proxy == Proxy::generic) mark_unfenced(Space::global);
   std::memcpy(to, from, bytes);
 }
 
@@ -166,21 +175,17 @@ Knowledge& GlobalMemory::flag(const uint32_t* address, const char* instruction, 
 // ----------------------------------------------------------------------------------------
 
 void check_drained(Warp& w) {
-  auto leaves = [&](const char* what) {
-    machine->self = nullptr;
-    const Block& b = *w.block;
-    machine->fail(b.grid->launch->name + " block (" + std::to_string(b.index_x) + ", " +
-                      std::to_string(b.index_y) + ") warp " + std::to_string(w.index) +
-                      " exits with " + what,
-                  w.threads[0].place);
+  auto leaves = [&](const std::string& what) {
+    machine->fail("warp " + std::to_string(w.index) + " exits with " + what, w.threads[0].place);
   };
   if (!w.wgmmas.empty()) leaves("wgmma that it did not wait for");
-  if (!w.store_groups.empty() || !w.open_stores.copies.empty())
-    leaves("bulk stores whose shared memory may not have been read yet");
-  if (w.block->loads_in_flight > 0) leaves("TMA loads in flight");
-  for (Thread& t : w.threads)
+  for (Thread& t : w.threads) {
+    if (!t.store_groups.empty() || !t.open_stores.copies.empty())
+      leaves("bulk stores whose shared memory may not have been read yet");
+    if (!t.open_copies.copies.empty()) leaves("cp.async that it did not commit");
     for (auto& group : t.copy_groups)
       if (!group->copies.empty()) leaves("cp.async that it did not wait for");
+  }
 }
 
 }  // namespace emu

@@ -11,9 +11,8 @@
 
 namespace emu {
 
-constexpr uint32_t kSharedBytes = 227 << 10;  // of sm_90
-constexpr uint32_t kCellBytes = 16;           // of shared memory
-constexpr uint8_t kPoison = 0xFF;             // as bf16 and fp16 a NaN
+constexpr uint32_t kCellBytes = 4;  // of shared memory
+constexpr uint8_t kPoison = 0xFF;   // as bf16 and fp16 a NaN
 
 // The 128-byte swizzle as hardware applies it: bits 4-6 of the address exclusive-or bits 7-9.
 inline uint32_t swizzle_128(uint32_t address) { return address ^ ((address >> 3) & 0x70); }
@@ -37,7 +36,7 @@ struct Record {
 };
 
 struct Cell {
-  bool written = false;
+  bool written = false, is_barrier = false;
   Record write{};
   std::vector<Record> reads;
 };
@@ -48,13 +47,14 @@ struct Mbarrier {
   int64_t bytes = 0;
   uint32_t phase = 0;
   Stamp init;
-  bool fenced = false;
+  bool fenced = false;       // by fence.mbarrier_init: for other blocks too
+  bool fenced_here = false;  // by a proxy fence: for TMA of this block
   Knowledge gathering, completed;
 };
 
 // Marks the cell read or written, and reports the access if the one before it is not ordered.
-void read_cell(Cell& cell, const Access& a, const std::string& where);
-void write_cell(Cell& cell, const Access& a, const std::string& where);
+void read_cell(Cell& cell, const Access& a, Space space, const char* where);
+void write_cell(Cell& cell, const Access& a, Space space, const char* where);
 
 struct SharedMemory {
   SharedMemory(uint32_t misalignment, uint32_t dynamic_bytes);
@@ -93,13 +93,15 @@ class GlobalMemory {
 
  private:
   Buffer& find(const void* address, uint64_t bytes, const Access& a);
-  std::map<uint8_t*, Buffer> buffers_;  // by begin
+  std::vector<Buffer> buffers_;  // inputs may overlap
   std::unordered_map<const uint32_t*, Knowledge> flags_;
 };
 
 extern GlobalMemory global;
 
 Access generic_access(const char* instruction, Place at);
+// Notes that this lane has written to the space by ordinary stores.
+void mark_unfenced(Space space);
 // At the exit of a warp: reports asynchronous work that nobody waited for.
 void check_drained(Warp& w);
 

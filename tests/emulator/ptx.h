@@ -35,7 +35,7 @@ LK_PTX uint32_t warp_uniform(uint32_t value, Place at = Place::here()) {
 }
 LK_PTX void warp_sync(Place at = Place::here()) { emu::sync_warp(at); }
 LK_PTX void block_sync(Place at = Place::here()) {
-  emu::sync_named(0, emu::block().grid->launch->threads, true, at);
+  emu::sync_named(0, emu::kWholeBlock, true, at);
 }
 
 // ---- shared and global memory
@@ -85,8 +85,8 @@ LK_PTX uint32_t atomic_add(uint32_t* counter, uint32_t value, Place at = Place::
 
 // ---- fences
 
-LK_PTX void fence_async_shared() { emu::fence_proxy(); }
-LK_PTX void fence_async_global() { emu::fence_proxy(); }
+LK_PTX void fence_async_shared() { emu::fence_proxy(emu::Space::shared); }
+LK_PTX void fence_async_global() { emu::fence_proxy(emu::Space::global); }
 
 // ---- barriers
 

@@ -34,6 +34,7 @@ void load_matrices(uint32_t (&r)[4], uint32_t address, bool transposed, Place at
   if (address % 16) machine->fail("misaligned: ldmatrix", at);
   Matrices mine{address, r};
   machine->collective("ldmatrix", at, &mine, [&](auto& lanes) {
+    warp().wgmma_fenced = false;  // registers that a wgmma may take are new
     for (int m = 0; m < 4; ++m) {
       uint16_t matrix[8][8];
       uint32_t rows[8];
@@ -162,7 +163,8 @@ void execute(Warp& w, WgmmaOp& op) {
   // Runs from a wait or from an event; shared memory is that of the issuing warp.
   Thread* before = machine->self;
   if (before == nullptr) machine->self = &w.threads[0];
-  const Access access{{w.agent + kTensor, op.group}, &op.known, Proxy::async, "wgmma", op.place};
+  const uint32_t tensor = w.block->tensor_agents[w.index / 4];
+  const Access access{{tensor, op.group}, &op.known, Proxy::async, "wgmma", op.place};
   std::vector<float> a(16 * 16), b(static_cast<size_t>(op.columns) * 16);
   if (op.a_in_registers) {
     for (int lane = 0; lane < 32; ++lane)
@@ -247,7 +249,9 @@ void issue_wgmma(float* d, int count, const uint32_t* a, uint64_t a_descriptor, 
     op->group = w.wgmma_committed + 1;
     op->known = w.known;
     op->place = at;
-    log_signature(w, a_descriptor * 31 + b * 7 + static_cast<uint64_t>(count) * 4 + accumulate, at);
+    const uint64_t form = static_cast<uint64_t>(count) << 5 | (a != nullptr) << 4 | is_bf16 << 3 |
+                          transposed_a << 2 | transposed_b << 1 | accumulate;
+    log_signature(w, a_descriptor * 31 + b * 7 + form * 1000003, at);
     w.wgmmas.push_back(op);
     Warp* owner = &w;
     if (machine->options().timing != Timing::late)
@@ -265,9 +269,18 @@ void wait_wgmmas(uint32_t pending, Place at) {
   struct {
   } none;
   Warp& w = warp();
+  const uint32_t committed = w.wgmma_committed;
+  const uint32_t complete = committed > pending ? committed - pending : 0;
+  // A wgmma is one operation of four warps: it is complete for all of them, or for none.
+  Warp* first = &w.block->warps[w.index / 4 * 4];
+  machine->wait_until("the other warps of its warpgroup", at, [&] {
+    return std::all_of(first, first + 4,
+                       [&](const Warp& peer) { return peer.wgmma_committed >= complete; });
+  });
   machine->collective("wgmma.wait_group", at, &none, [&](auto&) {
-    const uint32_t committed = w.wgmma_committed,
-                   complete = committed > pending ? committed - pending : 0;
+    for (Warp* peer = first; peer < first + 4; ++peer)
+      for (auto& op : peer->wgmmas)
+        if (op->group <= complete) execute(*peer, *op);
     // Every lane's accumulators that no later group owns come back.
     while (!w.wgmmas.empty() && w.wgmmas.front()->group <= complete) {
       WgmmaOp& op = *w.wgmmas.front();
@@ -293,11 +306,11 @@ void wait_wgmmas(uint32_t pending, Place at) {
           continue;
         }
         std::copy(acc.saved.begin(), acc.saved.end(), acc.registers);
+        w.wgmma_fenced = false;
         acc = std::move(t.accumulators.back());
         t.accumulators.pop_back();
       }
-    w.known.generic.advance(w.agent + kTensor, complete);
-    w.wgmma_fenced = false;
+    w.known.generic.advance(w.block->tensor_agents[w.index / 4], complete);
   });
 }
 
