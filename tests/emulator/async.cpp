@@ -28,17 +28,16 @@ void sync_named(int id, unsigned threads, bool waits, Place at) {
   const bool whole_block = threads == kWholeBlock;
   if (whole_block) threads = block().grid->launch->threads;
   if (id < 0 || id > 15 || threads % 32 || threads == 0)
-    machine->fail("barrier misuse: bar " + std::to_string(id) + " of " + std::to_string(threads) +
-                      " threads",
-                  at);
+    machine->fail(
+        "barrier misuse: bar " + std::to_string(id) + " of " + std::to_string(threads) + " threads",
+        at);
   NamedBarrier& b = block().named[id];
   uint64_t generation = 0;
   // Warps arrive as a whole: bar.sync is a warp's instruction.
   machine->collective("bar.sync", at, &generation, [&](auto& generations) {
     if (b.arrived > 0 && b.expected != threads)
-      machine->fail("barrier misuse: bar " + std::to_string(id) + " of " +
-                        std::to_string(threads) + " threads, but others gather there for " +
-                        std::to_string(b.expected),
+      machine->fail("barrier misuse: bar " + std::to_string(id) + " of " + std::to_string(threads) +
+                        " threads, but others gather there for " + std::to_string(b.expected),
                     at);
     b.expected = threads;
     b.whole_block = whole_block;
@@ -166,6 +165,7 @@ void wait_barrier(uint32_t address, uint32_t parity, Place at) {
   Mbarrier& b = block().shared->barrier(address, "mbarrier.try_wait", at);
   if (!warp().known.generic.covers(b.init))
     machine->fail("race: an mbarrier is waited for before its init is ordered", at);
+  self().idle_polls = 0;
   machine->wait_until("an mbarrier", at, [&] { return (b.phase & 1) != parity; });
   acquire(warp(), b.completed);
 }
@@ -178,7 +178,8 @@ void copy_async(uint32_t to, const void* from, uint32_t bytes, Place at) {
   if (bytes > 0 && reinterpret_cast<uintptr_t>(from) % 16)
     machine->fail("misaligned: cp.async of global memory", at);
   Thread& t = self();
-  auto known = std::make_shared<Knowledge>(warp().known);
+  t.place = at;
+  auto known = snapshot(warp());
   const Stamp stamp{warp().agent + kCopy, t.copies_committed + 1};
   SharedMemory* shared = block().shared.get();
   t.open_copies.copies.push_back([=] {
@@ -251,7 +252,7 @@ void for_box(const TensorMap& m, uint32_t address, int column, int row, F f) {
 void load_tensor(uint32_t to, const TensorMap& map, uint32_t barrier, int column, int row,
                  uint16_t blocks, Place at) {
   if (to % 128) machine->fail("misaligned: TMA load into shared memory", at);
-  auto known = std::make_shared<Knowledge>(warp().known);
+  auto known = snapshot(warp());
   const TensorMap m = map;  // the kernel's copy lives no longer than its thread
   for (unsigned rank = 0; rank < 16; ++rank) {
     if ((blocks >> rank & 1) == 0) continue;
@@ -281,7 +282,7 @@ void load_tensor(uint32_t to, const TensorMap& map, uint32_t barrier, int column
 void store_tensor(const TensorMap& map, uint32_t from, int column, int row, Place at) {
   if (from % 128) machine->fail("misaligned: TMA store from shared memory", at);
   Warp& w = warp();
-  auto known = std::make_shared<Knowledge>(w.known);
+  auto known = snapshot(w);
   // Threads of one warp that store each get a number of their own.
   Thread& t = self();
   if (t.open_stores.number == 0) t.open_stores.number = ++w.stores_committed;
@@ -323,10 +324,10 @@ void wait_stores(uint32_t pending, bool only_read, Place) {
 
 // ---- fences and flags --------------------------------------------------------------------------
 
-// What a fence orders: what its own warp wrote, as soon as every lane that wrote has fenced, and its
-// cp.async; in global memory also what others had fenced before they told. So a write that TMA of
-// another block reads needs a fence on both sides. (The memory model's text would let a fence anywhere
-// between suffice; CUTLASS and the CUDA guide fence in the writers, as is asked for here.)
+// What a fence orders: what its own warp wrote, as soon as every lane that wrote has fenced, and
+// its cp.async; in global memory also what others had fenced before they told. So a write that TMA
+// of another block reads needs a fence on both sides. (The memory model's text would let a fence
+// anywhere between suffice; CUTLASS and the CUDA guide fence in the writers, as is asked for here.)
 void fence_proxy(Space space) {
   Warp& w = warp();
   Clock& async = w.known.async(space);
@@ -348,7 +349,7 @@ void fence_proxy(Space space) {
 // A thread that keeps reading flags while nobody writes one waits until somebody does: a spin loop
 // then neither hangs nor hides a deadlock.
 uint32_t acquire_flag(const uint32_t* flag, Place at) {
-  constexpr int kPatience = 100;
+  constexpr int kPatience = 10000;
   Knowledge& knowledge = global.flag(flag, "ld.acquire", at);
   Thread& t = self();
   if (t.polled_news != machine->news) {

@@ -39,6 +39,12 @@ void release(Warp& w, Knowledge& into) {
   w.known.generic.advance(w.agent, w.known.generic[w.agent] + 1);
 }
 
+std::shared_ptr<Knowledge> snapshot(Warp& w) {
+  auto known = std::make_shared<Knowledge>();
+  release(w, *known);
+  return known;
+}
+
 std::string Machine::describe(const Thread& t) const {
   const Block& b = *t.warp->block;
   return b.grid->launch->name + " block (" + std::to_string(b.index_x) + ", " +
@@ -102,8 +108,8 @@ bool Machine::run_warp(Warp& w) {
       if (t.fiber.overflowed())
         throw Error("a thread needs more than " + std::to_string(kStackBytes) +
                     " bytes of stack\n  " + describe(t));
-      if (t.done && std::all_of(w.threads.begin(), w.threads.end(),
-                                [](const Thread& u) { return u.done; }))
+      if (t.done &&
+          std::all_of(w.threads.begin(), w.threads.end(), [](const Thread& u) { return u.done; }))
         finish_warp(w);
     }
     if (options_.timing == Timing::random && chance(30)) break;
@@ -137,10 +143,11 @@ void Machine::check_exit(Block& b) {
          at);
   for (size_t i = 0; i < b.warps.size(); ++i) {
     const Warp &w = b.warps[i], &first = b.warps[i / 4 * 4];
+    const Place place = (w.threads[0].place.line > 0 ? w : first).threads[0].place;
     if (w.wgmma_issued != first.wgmma_issued)
-      fail("wgmma: not all warps of a warpgroup took part", w.threads[0].place);
+      fail("wgmma: not all warps of a warpgroup took part", place);
     if (w.registers != first.registers)
-      fail("setmaxnreg: not all warps of a warpgroup took part", w.threads[0].place);
+      fail("setmaxnreg: not all warps of a warpgroup took part", place);
   }
 }
 

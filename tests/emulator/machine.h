@@ -111,8 +111,8 @@ struct Thread {
 struct Warp {
   Block* block = nullptr;
   int index = 0;       // in its block
-  uint32_t agent = 0;   // agent + kStoreRead.. are its engines
-  Clock foreign;        // fenced writes to global memory by others: a fence here makes them known
+  uint32_t agent = 0;  // agent + kStoreRead.. are its engines
+  Clock foreign;       // fenced writes to global memory by others: a fence here makes them known
   uint32_t unfenced[2] = {0, 0};  // lanes that wrote to the space since they last fenced it
   Knowledge known;
   uint64_t stalled_until = 0;
@@ -254,6 +254,8 @@ inline Block& block() { return *machine->self->warp->block; }
 
 // Publishes what this warp knows; later events of it are not part of that.
 void release(Warp& w, Knowledge& into);
+// What asynchronous work knows that this warp issues now.
+std::shared_ptr<Knowledge> snapshot(Warp& w);
 inline void acquire(Warp& w, const Knowledge& from) { w.known.join(from); }
 
 template <class Ready>
@@ -282,6 +284,7 @@ void Machine::collective(const char* name, Place at, Mine* mine, Body body) {
          at);
   }
   w.slots[t.lane] = mine;
+  t.idle_polls = 0;
   const uint64_t generation = w.generation;
   t.place = at;
   if (++w.gathered == 32) {

@@ -34,9 +34,7 @@ LK_PTX uint32_t warp_uniform(uint32_t value, Place at = Place::here()) {
   return emu::shuffle_from_0(value, at);
 }
 LK_PTX void warp_sync(Place at = Place::here()) { emu::sync_warp(at); }
-LK_PTX void block_sync(Place at = Place::here()) {
-  emu::sync_named(0, emu::kWholeBlock, true, at);
-}
+LK_PTX void block_sync(Place at = Place::here()) { emu::sync_named(0, emu::kWholeBlock, true, at); }
 
 // ---- shared and global memory
 

@@ -164,7 +164,7 @@ void execute(Warp& w, WgmmaOp& op) {
   Thread* before = machine->self;
   if (before == nullptr) machine->self = &w.threads[0];
   const uint32_t tensor = w.block->tensor_agents[w.index / 4];
-  const Access access{{tensor, op.group}, &op.known, Proxy::async, "wgmma", op.place};
+  const Access access{{tensor, op.group}, op.known.get(), Proxy::async, "wgmma", op.place};
   std::vector<float> a(16 * 16), b(static_cast<size_t>(op.columns) * 16);
   if (op.a_in_registers) {
     for (int lane = 0; lane < 32; ++lane)
@@ -247,7 +247,7 @@ void issue_wgmma(float* d, int count, const uint32_t* a, uint64_t a_descriptor, 
     op->accumulate = accumulate;
     op->columns = 2 * count;
     op->group = w.wgmma_committed + 1;
-    op->known = w.known;
+    op->known = snapshot(w);
     op->place = at;
     const uint64_t form = static_cast<uint64_t>(count) << 5 | (a != nullptr) << 4 | is_bf16 << 3 |
                           transposed_a << 2 | transposed_b << 1 | accumulate;

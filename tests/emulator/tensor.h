@@ -14,7 +14,7 @@ struct WgmmaOp {
   bool accumulate = true;
   int columns = 0;
   uint32_t group = 0;
-  Knowledge known;
+  std::shared_ptr<Knowledge> known;
   Place place;
   bool done = false;
   std::vector<float> product;  // [16, columns]
