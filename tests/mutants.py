@@ -113,6 +113,16 @@ KILLED = [
          "column_group(lane % 4 * 2)", DROPOUT),
     sm80("unaligned origin taken as aligned", "row0(d) % 16 == 0 && first_col % 16 == 0}",
          "true}", DROPOUT),
+    sm80("column origin taken as aligned", "row0(d) % 16 == 0 && first_col % 16 == 0}",
+         "row0(d) % 16 == 0}", DROPOUT),
+    sm80("row origin taken as aligned", "row0(d) % 16 == 0 && first_col % 16 == 0}",
+         "first_col % 16 == 0}", DROPOUT),
+    sm80("origins aligned to 8", "row0(d) % 16 == 0 && first_col % 16 == 0}",
+         "row0(d) % 8 == 0 && first_col % 8 == 0}", DROPOUT),
+    sm90("seed of 32 bits", "static_cast<uint64_t>(d.seed[0])", "static_cast<uint32_t>(d.seed[0])",
+         DROPOUT),
+    sm90("mask repeats after 4096 columns", "d.column_group + col / 4",
+         "d.column_group + col % 4096 / 4", DROPOUT),
     sm80("mask drawn with six rounds", "kPhiloxRounds = 7", "kPhiloxRounds = 6", "csrc/philox.h"),
     sm80("one mask for all rows", "args.dropout, block_row + warp_m * 16, lane",
          "args.dropout, warp_m * 16, lane"),
@@ -137,6 +147,11 @@ KILLED = [
     sm90("store past the last row", "r >= args.M || col >= args.r", "r > args.M || col >= args.r",
          STORE),
     sm80("store past the last rank", "pairs && col + 1 < args.r", "pairs && col < args.r", STORE),
+    sm80("offset of 32 bits", "m.data + first * m.row_stride + col * m.col_stride",
+         "m.data + static_cast<int>(first * m.row_stride) + col * m.col_stride"),
+    sm80("column stride of h ignored", "+ col * h.col_stride;", "+ col;", STORE),
+    sm80("pairs into odd places", "a.h.row_stride % 2 == 0 && aligned(a.h, 4)}",
+         "a.h.row_stride % 2 == 0}", PLAN)._replace(sources=("down_proj",)),
     sm80("scale forgotten", "sum[2 * half + 1] * args.scale", "sum[2 * half + 1]", STORE),
     # host side
     plan("stride of a single row", "return rows > 1 ? stride : (width + 7) / 8 * 8;",
@@ -181,6 +196,11 @@ KILLED = [
     # flags and tickets, by the probe
     probe("flag before the proxy fence", "ptx::fence_async_global(); ptx::block_sync();",
           "ptx::block_sync();", "relay"),
+    probe("reader's proxy fence dropped",
+          "ptx::fence_async_global(); ptx::barrier_arrive_expect", "ptx::barrier_arrive_expect",
+          "relay"),
+    probe("fences of the wrong space", "ptx::fence_async_global(); ptx::block_sync();",
+          "ptx::fence_async_shared(); ptx::block_sync();", "relay"),
     probe("flag before the barrier",
           "      ptx::fence_async_global();\n      ptx::block_sync();\n"
           "      if (thread == 0) ptx::store_release",
@@ -205,11 +225,5 @@ SURVIVORS = [
     (
         sm80("last wait dropped", "  ptx::cp_async_wait<0>();\n\n  if constexpr", "  if constexpr"),
         "benign: every group that is left is empty",
-    ),
-    (
-        probe("reader's proxy fence dropped",
-              "      ptx::fence_async_global();\n      ptx::barrier_arrive_expect",
-              "      ptx::barrier_arrive_expect", "relay"),
-        "benign: the writer's fence orders its writes, and the emulator asks for that one",
     ),
 ]  # fmt: skip

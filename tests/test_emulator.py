@@ -28,6 +28,15 @@ def test_no_kernel_hides_an_instruction():
             assert not found, f"{path.name}: {found}"
 
 
+def test_tensor_maps_are_grid_constants():
+    """The emulator cannot know: TMA reads the map through its address, so it must not be a copy."""
+    for path in [*(build.ROOT / "csrc/cuda").glob("*.cu*"), build.EMULATOR / "probes.cuh"]:
+        for kernel in re.findall(r"__global__[^{;]*", path.read_text()):
+            assert kernel.count("TensorMap") == kernel.count(
+                "const __grid_constant__ ptx::TensorMap"
+            )
+
+
 @pytest.mark.parametrize("timing", TIMINGS)
 @pytest.mark.parametrize("name", MISUSES)
 def test_right_kernels_pass(emulated, name, timing):

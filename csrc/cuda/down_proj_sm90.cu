@@ -16,35 +16,24 @@ __global__ void down_proj_sm90_kernel(const __grid_constant__ ptx::TensorMap,
 }  // namespace lora_kernels
 #endif
 
+#include "down_proj_sm90_dispatch.h"
+
 namespace lora_kernels {
 namespace {
 
-template <class Tile, class T, bool kMnMajor, bool kDropout>
-cudaError_t launch(const DownProjArgs& args, const DownProjPlan& plan, cudaStream_t stream) {
+template <class T>
+cudaError_t launch_typed(const DownProjArgs& args, const DownProjPlan& plan, cudaStream_t stream) {
   CUtensorMap x_map, down_map;
   cudaError_t error = encode_tensor_map(x_map_spec(args, plan), &x_map);
   if (error == cudaSuccess) error = encode_tensor_map(down_map_spec(args, plan), &down_map);
-  const auto kernel = down_proj_sm90_kernel<Tile, T, kMnMajor, kDropout>;
-  if (error == cudaSuccess) error = allow_shared_memory(kernel, Tile::kSharedBytes);
   if (error != cudaSuccess) return error;
-  kernel<<<grid_of(plan), Tile::kThreads, Tile::kSharedBytes, stream>>>(x_map, down_map, args,
-                                                                        plan.layout.h_pairs);
-  return cudaGetLastError();
-}
-
-template <class T>
-cudaError_t launch_typed(const DownProjArgs& args, const DownProjPlan& plan, cudaStream_t stream) {
-  cudaError_t error = cudaErrorInvalidConfiguration;
-  with_sm90_tile(plan, [&](auto tile) {
-    using Tile = decltype(tile);
-    if (plan.layout.mn_major) {
-      if constexpr (Tile::kRank >= kRowElements)
-        error = launch<Tile, T, true, false>(args, plan, stream);
-    } else if (args.dropout.seed != nullptr) {
-      error = launch<Tile, T, false, true>(args, plan, stream);
-    } else {
-      error = launch<Tile, T, false, false>(args, plan, stream);
-    }
+  error = cudaErrorInvalidConfiguration;
+  with_down_proj_sm90<T>(plan, args.dropout.seed != nullptr, [&](auto kernel, auto) {
+    error = allow_shared_memory(kernel, plan.shared_bytes);
+    if (error != cudaSuccess) return;
+    kernel<<<grid_of(plan), plan.threads, plan.shared_bytes, stream>>>(x_map, down_map, args,
+                                                                       plan.layout.h_pairs);
+    error = cudaGetLastError();
   });
   return error;
 }

@@ -144,8 +144,9 @@ LK_PTX void barrier_init_fence() {
 LK_PTX void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// On the barrier at the same address in another block of the cluster. Without `.release.cluster`,
-// which is the default and which nvcc 13.0 turns into a GPU-wide memory barrier when spelt out.
+//// On the barrier at the same address in another block of the cluster. The scope is left at the
+// default, .cta, since nvcc 13.0 turns a spelt-out .release.cluster into a GPU-wide memory barrier:
+// enough to say that this block has read a slot, not to hand written data to the other block.
 LK_PTX void barrier_arrive_remote(uint32_t barrier, uint32_t rank) {
   asm volatile(
       "{\n .reg .b32 remote;\n mapa.shared::cluster.u32 remote, %0, %1;\n"

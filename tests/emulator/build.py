@@ -12,6 +12,7 @@ import importlib.util
 import shutil
 import subprocess
 import sysconfig
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,8 +23,9 @@ ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "emulator"
 EMULATOR = ROOT / "tests" / "emulator"
 FLAGS = ["-O2", "-std=c++17", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi"]
-MUTANT_FLAGS = ["-O1", *(f for f in FLAGS[1:] if f not in ("-Wall", "-Werror"))]
+MUTANT_FLAGS = ["-O0", *(f for f in FLAGS[1:] if f not in ("-Wall", "-Werror"))]
 MODULE = "emulated"
+KEPT_SECONDS = 24 * 3600  # since the last use
 
 
 def compiler() -> str | None:
@@ -61,32 +63,43 @@ def _run(command: list[str]) -> None:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-4000:]}")
 
 
-def compile_object(source: Path, root: Path, flags: list[str]) -> Path:
-    """The object of one source of the emulator, whose includes are those of the tree `root`."""
+def _compile(source: Path, root: Path, flags: list[str], target: Path) -> None:
     import pybind11
 
-    parts = [" ".join(flags).encode(), *(p.read_bytes() for p in [source, *_included(root)])]
+    folders = [root / f for f in ("csrc", "csrc/cuda", "tests", "tests/emulator")]
+    folders += [Path(pybind11.get_include()), Path(sysconfig.get_path("include"))]
+    include = [f"-I{folder}" for folder in folders]
+    half_done = target.with_suffix(".tmp.o")
+    _run([str(compiler()), *flags, *include, "-c", str(source), "-o", str(half_done)])
+    half_done.rename(target)
+
+
+def _object(source: Path) -> Path:
+    """The object of one source of the emulator, from the cache if it is there."""
+    parts = [" ".join(FLAGS).encode(), *(p.read_bytes() for p in [source, *_included(ROOT)])]
     target = CACHE / f"{source.stem}.{_digest(parts)}.o"
     with _locked(target):
         if not target.exists():
-            folders = [root / f for f in ("csrc", "csrc/cuda", "tests", "tests/emulator")]
-            folders += [Path(pybind11.get_include()), Path(sysconfig.get_path("include"))]
-            include = [f"-I{folder}" for folder in folders]
-            half_done = target.with_suffix(".tmp.o")
-            _run([str(compiler()), *flags, *include, "-c", str(source), "-o", str(half_done)])
-            half_done.rename(target)
+            _compile(source, ROOT, FLAGS, target)
+    target.touch()
     return target
 
 
-def link(objects: list[Path]) -> Path:
-    """The shared library of these objects; its folder is named after them."""
-    target = CACHE / _digest([str(o).encode() for o in objects]) / f"{MODULE}.so"
+def _link(objects: list[Path], folder: Path) -> Path:
+    target = folder / f"{MODULE}.so"
     with _locked(target):
         if not target.exists():
             half_done = target.with_suffix(".tmp.so")
             _run([str(compiler()), "-shared", *map(str, objects), "-o", str(half_done)])
             half_done.rename(target)
+    target.touch()
     return target
+
+
+def _forget_old() -> None:
+    for path in CACHE.rglob("*"):
+        if path.is_file() and time.time() - path.stat().st_mtime > KEPT_SECONDS:
+            path.unlink(missing_ok=True)
 
 
 def load(library: Path) -> ModuleType:
@@ -97,20 +110,24 @@ def load(library: Path) -> ModuleType:
     return module
 
 
-def build(mutant: Path | None = None, changed: tuple[str, ...] = ()) -> Path:
-    """The library of the emulated kernels.
+def build() -> Path:
+    """The library of the emulated kernels; what did not change comes from the cache."""
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(_object, sources()))
+    library = _link(objects, CACHE / _digest([str(o).encode() for o in objects]))
+    _forget_old()
+    return library
+
+
+def build_mutant(tree: Path, changed: tuple[str, ...]) -> Path:
+    """The library, in `tree`, of a copy of csrc and tests/emulator with something changed.
 
     Args:
-        mutant: a tree with a copy of csrc and tests/emulator, some of it changed.
-        changed: stems of the sources that are compiled from that tree; all others come from this
-            one, and so from the cache.
+        tree: where the copy is.
+        changed: stems of the sources that are compiled from it; all others come from here.
     """
-    from_mutant = {path.stem: path for path in sources(mutant)} if mutant else {}
-
-    def one(source: Path) -> Path:
-        if mutant and source.stem in changed:
-            return compile_object(from_mutant[source.stem], mutant, MUTANT_FLAGS)
-        return compile_object(source, ROOT, FLAGS)
-
+    targets = {path: tree / f"{path.stem}.o" for path in sources(tree) if path.stem in changed}
     with ThreadPoolExecutor(2) as pool:
-        return link(list(pool.map(one, sources())))
+        list(pool.map(lambda path: _compile(path, tree, MUTANT_FLAGS, targets[path]), targets))
+        objects = [_object(path) for path in sources() if path.stem not in changed]
+    return _link([*targets.values(), *objects], tree)

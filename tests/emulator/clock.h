@@ -1,7 +1,7 @@
 // Vector clocks: which events are ordered before which, whatever the emulated timing was.
 //
 //// An agent is whatever completes its events in order: a warp; beside it the reads and the writes
-///of
+/// of
 // its bulk stores and its cp.async groups; the tensor cores of a warpgroup (wgmma groups); and each
 // mbarrier, whose phases complete the TMA loads that count on it. An event is a stamp (agent,
 // number). The lanes of a warp are one agent: what one lane knows, the others count as knowing.

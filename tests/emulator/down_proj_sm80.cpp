@@ -7,26 +7,16 @@ namespace emu {
 
 using namespace lora_kernels;
 
-namespace {
-
-template <class T>
-std::function<void()> typed_body(const DownProjArgs& args, const DownProjPlan& plan) {
-  std::function<void()> body;
-  const bool mn_major = plan.layout.mn_major, pairs = plan.layout.h_pairs;
-  with_sm80_tile(plan, [&](auto tile) {
-    using Tile = decltype(tile);
-    if (plan.layout.x_vectors && plan.layout.down_vectors)
-      body = [=] { down_proj_sm80_kernel<Tile, T, true>(args, mn_major, pairs); };
-    else
-      body = [=] { down_proj_sm80_kernel<Tile, T, false>(args, mn_major, pairs); };
-  });
-  return body;
-}
-
-}  // namespace
-
 std::function<void()> down_proj_sm80_body(const DownProjArgs& args, const DownProjPlan& plan) {
-  return args.x.dtype == Dtype::bf16 ? typed_body<Bf16>(args, plan) : typed_body<F16>(args, plan);
+  std::function<void()> body;
+  const auto keep = [&](auto kernel, auto) {
+    body = [=] { kernel(args, plan.layout.mn_major, plan.layout.h_pairs); };
+  };
+  if (args.x.dtype == Dtype::bf16)
+    with_down_proj_sm80<Bf16>(plan, keep);
+  else
+    with_down_proj_sm80<F16>(plan, keep);
+  return body;
 }
 
 }  // namespace emu

@@ -28,25 +28,49 @@ def views(x: np.ndarray) -> np.ndarray:
     return wide[:, : x.shape[1]]
 
 
+def place_of_h(rows: int, r: int, where: int) -> tuple[np.ndarray, np.ndarray]:
+    """(h, the memory around it): padded rows; columns apart; transposed; an odd offset."""
+    if where == 1:
+        base = np.zeros((rows, 2 * r), np.uint16)
+        return base[:, ::2], base[:, 1::2]
+    if where == 2:
+        base = np.zeros((r, rows + 1), np.uint16)
+        return base[:, :rows].T, base[:, rows:]
+    if where == 3:
+        base = np.zeros(rows * r + 2, np.uint16)[1:]
+        return base[:-1].reshape(rows, r), base[-1:]
+    # Rows of even length with a gap behind them, where an odd rank's last pair would land.
+    base = np.zeros((rows, (r + 2) // 2 * 2), np.uint16)
+    return base[:, :r], base[:-1, r:]
+
+
+def far_apart(x: np.ndarray) -> np.ndarray:
+    """The same values in rows so far apart that offsets pass 2^31; the gaps cost no memory."""
+    stride = (1 << 25) + 8
+    base = np.zeros(x.shape[0] * stride, np.uint16)
+    apart = np.lib.stride_tricks.as_strided(base, x.shape, (2 * stride, 2))
+    apart[:] = x
+    return apart
+
+
 def check_down_proj(emulated, problem: dict[str, np.ndarray], compute: int) -> None:
     x, down, expected = problem["x"], problem["down"], problem["h"]
     if problem["mn_major"]:
         down = np.ascontiguousarray(down.T).T
     if problem["padded"]:
         x, down = views(x), (down if problem["mn_major"] else views(down))
-    for timing, schedule in SCHEDULES:
-        # Rows of even length with a gap behind them, where an odd rank's last pair would land.
-        rows, r = expected.shape
-        wide = np.zeros((rows, (r + 2) // 2 * 2), np.uint16)
-        h = wide[:, :r]
+    if problem["far"]:
+        x = far_apart(x)
+    for turn, (timing, schedule) in enumerate(SCHEDULES):
+        h, around = place_of_h(*expected.shape, turn)
         found = emulated.down_proj(
             x, down, h, True, problem["seed"].tolist(), int(problem["threshold"]), 2.0, compute,
             int(problem["multiprocessors"]), schedule, timing, 3,
         )  # fmt: skip
         if not np.array_equal(h, expected):
             raise Wrong(f"{np.sum(h != expected)} elements of h differ")
-        if not (wide[:-1, r:] == POISON).all():
-            raise Wrong("the gap between the rows of h was written")
+        if not np.isin(around, (0, POISON)).all():
+            raise Wrong("memory beside h was written")
         if found["bank_conflicts"]:
             raise Wrong(f"{found['bank_conflicts']} bank conflicts")
 
