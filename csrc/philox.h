@@ -27,13 +27,14 @@ struct PhiloxWords {
   uint32_t v[4];
 };
 
+template <int kRounds = kPhiloxRounds>
 LK_HOST_DEVICE PhiloxWords philox(uint32_t column_group, uint32_t row_group, uint64_t offset,
                                   uint64_t seed) {
   uint32_t c0 = column_group, c1 = row_group;
   uint32_t c2 = static_cast<uint32_t>(offset), c3 = static_cast<uint32_t>(offset >> 32);
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   LK_UNROLL
-  for (int round = 0; round < kPhiloxRounds; ++round) {
+  for (int round = 0; round < kRounds; ++round) {
     uint64_t p0 = uint64_t{0xD2511F53u} * c0, p1 = uint64_t{0xCD9E8D57u} * c2;
     c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
     c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;

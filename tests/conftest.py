@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from emulator import build
+from torch.utils import cpp_extension
 
 import lora_kernels as lk
 
@@ -43,9 +44,11 @@ def compiled(tmp_path_factory):
         target = tmp_path_factory.mktemp(name) / f"{name}.so"
         source = Path(__file__).with_name(f"{name}.cpp")
         includes = [pybind11.get_include(), sysconfig.get_path("include")]
+        of_torch = [f"-isystem{folder}" for folder in cpp_extension.include_paths()]
         flags = ["-O1", "-std=c++17", "-shared", "-fPIC", "-Wall", "-Werror", "-Wno-psabi"]
         undefined = ["-fsanitize=undefined", "-fno-sanitize-recover"]
-        command = [compiler, *flags, *undefined, *(f"-I{i}" for i in includes), str(source)]
+        folders = [*(f"-I{i}" for i in includes), *of_torch]
+        command = [compiler, *flags, *undefined, *folders, str(source)]
         subprocess.run([*command, "-o", str(target)], check=True)
         spec = importlib.util.spec_from_file_location(name, target)
         module = importlib.util.module_from_spec(spec)

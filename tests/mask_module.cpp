@@ -1,5 +1,6 @@
 // The source of the CUDA mask kernel, run on the host: threads one after another, in any order,
 // which is what they are since no thread reads what another wrote.
+#include <ATen/core/PhiloxRNGEngine.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -47,7 +48,19 @@ std::vector<uint32_t> philox(uint32_t c0, uint32_t c1, uint64_t offset, uint64_t
   return {words.v[0], words.v[1], words.v[2], words.v[3]};
 }
 
+// Philox4x32-10 of a counter: ours, and torch's own generator.
+using Words = std::vector<uint32_t>;
+std::pair<Words, Words> philox10(uint64_t low, uint64_t high, uint64_t seed) {
+  const auto words = lora_kernels::philox<10>(static_cast<uint32_t>(low),
+                                              static_cast<uint32_t>(low >> 32), high, seed);
+  at::Philox4_32 engine(seed, high, low);
+  Words theirs(4);
+  for (uint32_t& word : theirs) word = engine();
+  return {{words.v, words.v + 4}, theirs};
+}
+
 PYBIND11_MODULE(mask_module, m) {
   m.def("dropout_mask", &dropout_mask);
   m.def("philox", &philox);
+  m.def("philox10", &philox10);
 }

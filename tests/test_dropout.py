@@ -55,6 +55,14 @@ def test_philox_known_answers(mask_module, counter, key, expected):
     assert " ".join(f"{w:08x}" for w in words) == expected
 
 
+@pytest.mark.parametrize("seed", [0, 5, 2**40 + 9, 2**64 - 1])
+def test_philox_is_torchs_generator(mask_module, seed):
+    """With torch's ten rounds, in place of our seven, it is torch's own engine."""
+    for low, high in [(0, 0), (3, 7), (2**33 + 1, 2**50 + 3), (2**64 - 1, 2**64 - 1)]:
+        ours, theirs = mask_module.philox10(low, high, seed)
+        assert ours == theirs
+
+
 def test_specification_element_by_element():
     """The docstring's definition in plain Python integers, against the PyTorch mask."""
     seed, offset, row0, col0, p = -17, 2**35 + 3, 1000, 2**20 + 5, 0.37
