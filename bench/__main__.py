@@ -180,23 +180,25 @@ def main() -> int:
     torch.manual_seed(0)
     cases = shapes.cases(args)
     run = Run(args, console)
+    settings = {
+        "rounds": args.rounds, "seconds_per_table": args.seconds, "skipped": args.skip,
+        "scaling": contenders.SCALING, "warm_up_calls": timing.WARM_UP_CALLS[args.device],
+        "minimum_samples": timing.MINIMUM_SAMPLES, "x_requires_grad": True,
+    }  # fmt: skip
     tables = len(args.mode) * len(args.dropout)
     with report.progress(console) as bar:
         task = bar.add_task("", total=len(cases) * tables)
         for case in cases:
             bar.update(task, description=str(case))
             run.case(case, lambda: bar.advance(task))
+            so_far = {"groups": run.groups, "failures": run.failures}
+            report.write(args.json, "layers", machine, settings, so_far)
 
     summary = summarise(run.groups)
     columns = {f"over_{name}": (name, report.times) for name in contenders.BASELINES}
     title = "fwd+bwd: geometric mean over layers of the speed-up of our automatic choice (*) over"
     if summary:
         console.print(report.table(title, summary, {"tables": ("tables", str)} | columns))
-    settings = {
-        "rounds": args.rounds, "seconds_per_table": args.seconds, "skipped": args.skip,
-        "scaling": contenders.SCALING, "warm_up_calls": timing.WARM_UP_CALLS[args.device],
-        "minimum_samples": timing.MINIMUM_SAMPLES, "x_requires_grad": True,
-    }  # fmt: skip
     content = {"groups": run.groups, "summary": summary, "failures": run.failures}
     report.plot(args.plot, run.groups, machine)
     console.print(f"wrote {args.plot}")

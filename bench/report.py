@@ -231,10 +231,15 @@ def finish(
         )
     if machine["device"] == "cuda":
         machine = machine | {"gpu_afterwards": gpu_state()}
+    write(path, benchmark, machine, settings, content)
+    console.print(f"wrote {path}")
+
+
+def write(path: Path, benchmark: str, machine: dict, settings: dict, content: dict) -> None:
+    """One record, whole or as far as a run has come: whatever ends it, what it measured is kept."""
     head = {"schema": SCHEMA, "benchmark": benchmark, "environment": machine, "settings": settings}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(_dump(head | content) + "\n")
-    console.print(f"wrote {path}")
 
 
 # ---- the plot ------------------------------------------------------------------------------------
