@@ -34,7 +34,7 @@ BINARY = ROOT / "lora_kernels" / "_C.abi3.so"
 SCHEMA = 1
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 LIMITS = {  # seconds; in all less than 9 minutes
-    "probe": 20, "build": 110, "tests": 65,
+    "probe": 20, "build": 85, "tests": 90,
     "memcheck": 35, "racecheck": 35, "initcheck": 35, "synccheck": 35,
     "kernels": 55, "layers": 105, "dram": 35,
 }  # fmt: skip

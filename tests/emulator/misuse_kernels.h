@@ -35,13 +35,20 @@ uint32_t make_barrier(uint32_t arrivals, bool fence = true) {
   block_sync();
   return barrier;
 }
+// By one thread.
+void start_load(uint32_t barrier) {
+  barrier_arrive_expect(barrier, kTile);
+  tma_load(shared_base(), &in_map, barrier, 0, 0);
+}
+void store_tile(const TensorMap& map, uint32_t tile) {
+  tma_store(&map, tile, 0, 0);
+  tma_store_commit();
+  tma_store_wait_read<0>();
+}
 // The tile `in` in shared memory, waited for by every thread.
 uint32_t load_tile() {
   const uint32_t barrier = make_barrier(1), tile = shared_base();
-  if (threadIdx.x == 0) {
-    barrier_arrive_expect(barrier, kTile);
-    tma_load(tile, &in_map, barrier, 0, 0);
-  }
+  if (threadIdx.x == 0) start_load(barrier);
   barrier_wait(barrier, 0);
   return tile;
 }
@@ -62,10 +69,7 @@ void mbarrier_never_completes(bool wrong) {
 }
 void wrong_phase(bool wrong) {
   const uint32_t barrier = make_barrier(1), tile = shared_base();
-  if (threadIdx.x == 0) {
-    barrier_arrive_expect(barrier, kTile);
-    tma_load(tile, &in_map, barrier, 0, 0);
-  }
+  if (threadIdx.x == 0) start_load(barrier);
   barrier_wait(barrier, wrong ? 1 : 0);  // "the phase before the first" counts as complete
   load_shared(tile);
 }
@@ -93,10 +97,7 @@ void barrier_not_initialised(bool wrong) {
 }
 void barrier_init_not_fenced(bool wrong) {
   const uint32_t barrier = make_barrier(1, !wrong);
-  if (threadIdx.x == 0) {
-    barrier_arrive_expect(barrier, kTile);
-    tma_load(shared_base(), &in_map, barrier, 0, 0);
-  }
+  if (threadIdx.x == 0) start_load(barrier);
   barrier_wait(barrier, 0);
 }
 void threads_disagree_on_a_barrier(bool wrong) {
@@ -163,22 +164,14 @@ void stored_before_fence(bool wrong) {
   fill_tile(tile);
   if (!wrong) fence_async_shared();
   block_sync();
-  if (threadIdx.x == 0) {
-    tma_store(&out_map, tile, 0, 0);
-    tma_store_commit();
-    tma_store_wait_read<0>();
-  }
+  if (threadIdx.x == 0) store_tile(out_map, tile);
 }
 void stored_before_barrier(bool wrong) {
   const uint32_t tile = shared_base();
   fill_tile(tile);
   fence_async_shared();
   if (!wrong) block_sync();
-  if (threadIdx.x == 0) {
-    tma_store(&out_map, tile, 0, 0);
-    tma_store_commit();
-    tma_store_wait_read<0>();
-  }
+  if (threadIdx.x == 0) store_tile(out_map, tile);
 }
 void overwritten_while_stored(bool wrong) {
   const uint32_t tile = shared_base();
@@ -244,10 +237,7 @@ void slot_released_early(bool wrong) {
   multiply_tile(d, tile);
   if (!wrong) wgmma_wait<0>();
   block_sync();
-  if (threadIdx.x == 0) {
-    barrier_arrive_expect(barrier, kTile);
-    tma_load(tile, &in_map, barrier, 0, 0);
-  }
+  if (threadIdx.x == 0) start_load(barrier);
   barrier_wait(barrier, 1);
   if (wrong) wgmma_wait<0>();
 }

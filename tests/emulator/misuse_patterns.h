@@ -39,10 +39,7 @@ void init_as_in_the_guide(bool wrong) {
     if (!wrong) fence_async_shared();
   }
   block_sync();
-  if (threadIdx.x == 0) {
-    barrier_arrive_expect(barrier, kTile);
-    tma_load(shared_base(), &in_map, barrier, 0, 0);
-  }
+  if (threadIdx.x == 0) start_load(barrier);
   barrier_wait(barrier, 0);
 }
 void load_never_waited_for(bool wrong) {
@@ -175,11 +172,7 @@ void fence_of_the_other_space(bool wrong) {
   else
     fence_async_shared();
   block_sync();
-  if (threadIdx.x == 0) {
-    tma_store(&out_map, tile, 0, 0);
-    tma_store_commit();
-    tma_store_wait_read<0>();
-  }
+  if (threadIdx.x == 0) store_tile(out_map, tile);
 }
 void fence_by_one_lane(bool wrong) {
   const uint32_t tile = shared_base();
@@ -187,11 +180,7 @@ void fence_by_one_lane(bool wrong) {
   warp_sync();
   if (!wrong || lane_of_thread() == 0) fence_async_shared();
   block_sync();
-  if (threadIdx.x == 0) {
-    tma_store(&out_map, tile, 0, 0);
-    tma_store_commit();
-    tma_store_wait_read<0>();
-  }
+  if (threadIdx.x == 0) store_tile(out_map, tile);
 }
 // The box leaves the matrix: rows and columns outside need not be there.
 void clipped_store(bool wrong) {
@@ -201,11 +190,7 @@ void clipped_store(bool wrong) {
   for (uint32_t i = threadIdx.x; i < rows * 8; i += 128) store_shared_x4(tile + i * 16, zeros);
   fence_async_shared();
   block_sync();
-  if (threadIdx.x == 0) {
-    tma_store(&narrow, tile, 0, 0);
-    tma_store_commit();
-    tma_store_wait_read<0>();
-  }
+  if (threadIdx.x == 0) store_tile(narrow, tile);
 }
 void waited_for_by_another_lane(bool wrong) {
   const uint32_t tile = shared_base();
