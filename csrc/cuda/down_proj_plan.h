@@ -12,13 +12,12 @@
 
 namespace lora_kernels {
 
-constexpr int kMaxRank = 256;          // of one launch; larger ranks take several
+constexpr int kMaxRank = 256;          // of one block; further ranks are other blocks
 constexpr int kSharedSm80 = 99 << 10;  // what sm_86 and sm_89 allow a block
 constexpr int kSharedSm90 = 227 << 10;
 constexpr int kSharedAlign = 1024;  // a launch adds it to align its tiles
 
-// ---- sm_80: cp.async and mma.sync
-// ----------------------------------------------------------------
+// ---- sm_80: cp.async and mma.sync ---------------------------------------------------------------
 
 // One block: kRows rows of x by all kRank columns. Its warps are kWarpsM groups of 16 rows times
 // kWarpsK slices of the depth, whose sums are added in order at the end.
@@ -51,8 +50,7 @@ struct DownProjSm80Tile {
   X(128, 64, 4, 2, 64, 3)          \
   X(256, 64, 4, 2, 64, 2)
 
-// ---- sm_90a: TMA and wgmma
-// -----------------------------------------------------------------------
+// ---- sm_90a: TMA and wgmma ----------------------------------------------------------------------
 
 // One block: 64 rows of x by all kRank columns; two consumer warpgroups take turns at the stages
 // and add their sums at the end, one warp loads.
@@ -77,8 +75,7 @@ struct DownProjSm90Tile {
 };
 #define LK_DOWN_PROJ_SM90_TILES(X) X(16, 16) X(32, 16) X(64, 12) X(128, 8) X(256, 4)
 
-// ---- the choice
-// ----------------------------------------------------------------------------------
+// ---- the choice ---------------------------------------------------------------------------------
 
 enum class DownProjKernel { none, sm80, sm90 };
 

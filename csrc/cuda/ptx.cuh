@@ -26,7 +26,7 @@ using bf16 = __nv_bfloat16;
 using f16 = __half;
 using TensorMap = CUtensorMap;
 
-// ---- threads -----------------------------------------------------------------------------------
+// ---- threads ------------------------------------------------------------------------------------
 
 LK_PTX uint32_t cluster_rank() {
   uint32_t r;
@@ -48,7 +48,7 @@ LK_PTX uint32_t warp_uniform(uint32_t value) { return __shfl_sync(~0u, value, 0)
 LK_PTX void warp_sync() { __syncwarp(); }
 LK_PTX void block_sync() { __syncthreads(); }
 
-// ---- shared and global memory ------------------------------------------------------------------
+// ---- shared and global memory -------------------------------------------------------------------
 
 // First 1024-byte boundary of the block's dynamic shared memory, whose launch adds 1024 for it.
 LK_PTX uint32_t shared_base() {
@@ -91,8 +91,7 @@ LK_PTX void store_global(float* address, float value) {
   asm volatile("st.global.f32 [%0], %1;" ::"l"(address), "f"(value) : "memory");
 }
 
-// ---- flags and tickets in global memory
-// ----------------------------------------------------------
+// ---- flags and tickets in global memory ---------------------------------------------------------
 
 LK_PTX uint32_t load_acquire(const uint32_t* flag) {
   uint32_t v;
@@ -112,13 +111,13 @@ LK_PTX uint32_t atomic_add(uint32_t* counter, uint32_t value) {
   return v;
 }
 
-// ---- fences ------------------------------------------------------------------------------------
+// ---- fences -------------------------------------------------------------------------------------
 
 // Orders the writes of this thread before later accesses of the async proxy (TMA, wgmma).
 LK_PTX void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 LK_PTX void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
-// ---- barriers ----------------------------------------------------------------------------------
+// ---- barriers -----------------------------------------------------------------------------------
 
 // The immediate keeps ptxas from reserving all 16 barriers.
 template <int kBarrier>
@@ -169,8 +168,7 @@ LK_PTX void barrier_wait(uint32_t barrier, uint32_t parity) {
       : "memory");
 }
 
-// ---- asynchronous copies
-// -------------------------------------------------------------------------
+// ---- asynchronous copies ------------------------------------------------------------------------
 
 // 16 bytes of which the first `bytes` come from source, the rest are zero.
 LK_PTX void cp_async_16(uint32_t destination, const void* source, uint32_t bytes) {
@@ -219,8 +217,7 @@ LK_PTX void tma_store_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// ---- matrix fragments
-// ----------------------------------------------------------------------------
+// ---- matrix fragments ---------------------------------------------------------------------------
 
 // Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
 LK_PTX void load_matrix_x4(uint32_t (&r)[4], uint32_t address) {
@@ -276,7 +273,7 @@ LK_PTX uint32_t halves_at_least(uint32_t bits, uint32_t threshold) {
   return r;
 }
 
-// ---- wgmma -------------------------------------------------------------------------------------
+// ---- wgmma --------------------------------------------------------------------------------------
 
 LK_PTX void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 LK_PTX void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -365,8 +362,7 @@ LK_WGMMA_BOTH(256, 128, LK_REGISTERS_0_7 LK_REGISTERS_8_15 LK_REGISTERS_16_31 LK
 #undef LK_WGMMA
 // clang-format on
 
-// ---- registers, launches
-// -------------------------------------------------------------------------
+// ---- registers, launches ------------------------------------------------------------------------
 
 // By all warps of a warpgroup: gives registers back to the block's pool, or takes more of it.
 template <int kRegisters>

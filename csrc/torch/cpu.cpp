@@ -32,7 +32,7 @@ void parallel(int64_t extent, int64_t unit, int64_t flops_per_unit, const F& f) 
   });
 }
 
-// ---- down_proj --------------------------------------------------------------------------------
+// ---- down_proj ----------------------------------------------------------------------------------
 
 Tensor as_tensor(const Operand& a) {
   return view_2d(a.tensor, a.rows, a.cols, a.matrix.row_stride, a.matrix.col_stride);
@@ -61,7 +61,7 @@ Operand down_proj(const Operand& x, const Operand& down, const Dropout& dropout,
   return h;
 }
 
-// ---- fused_gemm -------------------------------------------------------------------------------
+// ---- fused_gemm ---------------------------------------------------------------------------------
 
 // Adds the rank-r term and bias to a part of the frozen product, and rounds it into y.
 void epilogue(const FusedGemmArgs& args, int64_t row, int64_t rows, int64_t col, int64_t cols) {
@@ -187,7 +187,7 @@ Tensor fused_gemm(const Tensor& x_shape, const Operand& x, const Operand& weight
   return y;
 }
 
-// ---- weight_grad ------------------------------------------------------------------------------
+// ---- weight_grad --------------------------------------------------------------------------------
 
 void run_weight_grad(const WeightGradArgs& args) {
   parallel(args.K, kColUnit, 2 * kColUnit * args.M * std::max<int64_t>(args.r, 4),
@@ -220,7 +220,7 @@ Tensor column_sums(const Operand& dy) {
   return sums;
 }
 
-// ---- the operators ----------------------------------------------------------------------------
+// ---- the operators ------------------------------------------------------------------------------
 
 Tensor dropout_mask_op(const Tensor& seed, int64_t rows, int64_t cols, int64_t threshold) {
   STD_TORCH_CHECK(rows >= 0 && cols >= 0, "dropout_mask: rows and cols must not be negative");

@@ -4,8 +4,7 @@
 
 namespace emu {
 
-// ---- named and cluster barriers
-// ------------------------------------------------------------------
+// ---- named and cluster barriers -----------------------------------------------------------------
 
 void complete_if_gathered(NamedBarrier& b, const Block& of) {
   const unsigned exited = b.whole_block ? static_cast<unsigned>(of.warps_done) * 32 : 0;
@@ -84,8 +83,7 @@ void wait_cluster(Place at) {
   });
 }
 
-// ---- mbarriers
-// -----------------------------------------------------------------------------------
+// ---- mbarriers ----------------------------------------------------------------------------------
 
 namespace {
 
@@ -170,8 +168,7 @@ void wait_barrier(uint32_t address, uint32_t parity, Place at) {
   acquire(warp(), b.completed);
 }
 
-// ---- cp.async
-// ------------------------------------------------------------------------------------
+// ---- cp.async -----------------------------------------------------------------------------------
 
 void copy_async(uint32_t to, const void* from, uint32_t bytes, Place at) {
   if (bytes > 16 || bytes % 2) machine->fail("cp.async of " + std::to_string(bytes) + " bytes", at);
@@ -219,8 +216,7 @@ void wait_copies(uint32_t pending, Place) {
     warp().known.generic.advance(warp().agent + kCopy, t.copies_committed - pending);
 }
 
-// ---- TMA
-// -----------------------------------------------------------------------------------------
+// ---- TMA ----------------------------------------------------------------------------------------
 
 TensorMap make_tensor_map(const TensorMap& m) {
   const bool valid = reinterpret_cast<uintptr_t>(m.base) % 16 == 0 && m.row_stride % 8 == 0 &&
@@ -322,7 +318,7 @@ void wait_stores(uint32_t pending, bool only_read, Place) {
     w.known.generic.advance(w.agent + kStoreWrite, t.stores_read);
 }
 
-// ---- fences and flags --------------------------------------------------------------------------
+// ---- fences and flags ---------------------------------------------------------------------------
 
 // What a fence orders: what its own warp wrote, as soon as every lane that wrote has fenced, and
 // its cp.async; in global memory also what others had fenced before they told. So a write that TMA
@@ -381,7 +377,7 @@ uint32_t add_to(uint32_t* counter, uint32_t value, Place at) {
   return before;
 }
 
-// ---- registers and dependent launches ----------------------------------------------------------
+// ---- registers and dependent launches -----------------------------------------------------------
 
 void change_registers(int registers, bool increase, Place at) {
   if (registers < 24 || registers > 256 || registers % 8)

@@ -65,7 +65,7 @@ Access generic_access(const char* instruction, Place at) {
   return {warp().stamp(), &warp().known, Proxy::generic, instruction, at};
 }
 
-// ---- shared memory -----------------------------------------------------------------------------
+// ---- shared memory ------------------------------------------------------------------------------
 
 SharedMemory::SharedMemory(uint32_t misalignment, uint32_t dynamic_bytes)
     : base(misalignment), end(misalignment + dynamic_bytes) {
@@ -107,7 +107,7 @@ Mbarrier& SharedMemory::barrier(uint32_t address, const char* instruction, Place
   return found->second;
 }
 
-// ---- global memory -----------------------------------------------------------------------------
+// ---- global memory ------------------------------------------------------------------------------
 
 void GlobalMemory::clear() {
   buffers_.clear();
@@ -171,8 +171,7 @@ Knowledge& GlobalMemory::flag(const uint32_t* address, const char* instruction, 
   return flags_[address];
 }
 
-// ---- exit
-// ----------------------------------------------------------------------------------------
+// ---- exit ---------------------------------------------------------------------------------------
 
 void check_drained(Warp& w) {
   auto leaves = [&](const std::string& what) {

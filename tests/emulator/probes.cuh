@@ -6,8 +6,7 @@
 
 namespace lora_kernels {
 
-// ---- c [M, N] = a b^T: cluster multicast, both majors of both operands, setmaxnreg, TMA stores
-// -----
+// ---- c [M, N] = a b^T: cluster multicast, both majors of both operands, setmaxnreg, TMA stores --
 
 struct GemmProbeArgs {
   int M, N, K;
@@ -196,8 +195,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(P::kThreads, 1)
   ptx::cluster_wait();
 }
 
-// ---- out = in through h: tickets, flags, generic writes that TMA reads in another block
-// ------------
+// ---- out = in through h: tickets, flags, generic writes that TMA reads in another block ---------
 
 constexpr uint32_t kRelayTile = 64 * kRowBytes;
 

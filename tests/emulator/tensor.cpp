@@ -27,8 +27,7 @@ struct Matrices {
 
 }  // namespace
 
-// ---- ldmatrix, stmatrix, mma.sync
-// ------------------------------------------------------------------
+// ---- ldmatrix, stmatrix, mma.sync ---------------------------------------------------------------
 
 void load_matrices(uint32_t (&r)[4], uint32_t address, bool transposed, Place at) {
   if (address % 16) machine->fail("misaligned: ldmatrix", at);
@@ -114,7 +113,7 @@ void sync_warp(Place at) {
   machine->collective("bar.warp.sync", at, &none, [](auto&) {});
 }
 
-// ---- wgmma -------------------------------------------------------------------------------------
+// ---- wgmma --------------------------------------------------------------------------------------
 
 namespace {
 
