@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
@@ -36,7 +34,7 @@ def eager_like(backend) -> bool:
 def compiled(tmp_path_factory):
     """Compiles and imports tests/NAME.cpp, a pybind11 module around sources of csrc."""
     pybind11 = pytest.importorskip("pybind11")
-    compiler = shutil.which("c++")
+    compiler = build.compiler()
     if compiler is None:
         pytest.skip("no C++ compiler")
 
@@ -50,10 +48,7 @@ def compiled(tmp_path_factory):
         folders = [*(f"-I{i}" for i in includes), *of_torch]
         command = [compiler, *flags, *undefined, *folders, str(source)]
         subprocess.run([*command, "-o", str(target)], check=True)
-        spec = importlib.util.spec_from_file_location(name, target)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
+        return build.load(target, name)
 
     return load
 

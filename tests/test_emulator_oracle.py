@@ -12,6 +12,7 @@ import json
 import numpy as np
 import pytest
 from emulator import build
+from emulator.suite import bf16
 
 ORACLE = build.EMULATOR / "oracle"
 ROWS = json.loads((ORACLE / "descriptors.json").read_text())["rows"]
@@ -32,7 +33,7 @@ def bits(values: np.ndarray, dtype: str) -> np.ndarray:
     """Small integers as bf16 or fp16 bit patterns."""
     if dtype == "f16":
         return values.astype(np.float16).view(np.uint16)
-    return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    return bf16(values)
 
 
 def row_name(row: dict) -> str:

@@ -10,13 +10,7 @@ import numpy as np
 import pytest
 import torch
 from emulator import build
-
-SCHEDULES = [("early", 0), ("late", 1), ("random", 2), ("random", 3)]
-
-
-def bf16(values: np.ndarray) -> np.ndarray:
-    """Small integers, exact in bf16, as bit patterns."""
-    return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+from emulator.suite import SCHEDULES, bf16
 
 
 def from_bf16(bits: np.ndarray) -> np.ndarray:

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 from emulator import build
+from emulator.suite import bf16
 from mutants import KILLED, SURVIVORS, Mutant
 
 from lora_kernels import dropout
 
-SUITE = build.EMULATOR / "suite.py"
 UNUSED_TILES = ("X(16, 64, 4, 2, 64, 6)", "X(64, 64, 4, 2, 64, 4)", "X(64, 12)", "X(128, 8)")
 TIMEOUT = 60  # seconds; a run of the whole suite takes a few
 # kind, (M, K, r), `down` has its rank contiguous, seed, rows padded; few multiprocessors take tall
@@ -50,10 +50,6 @@ def ternary(generator: np.random.Generator, *shape: int, keep: int) -> np.ndarra
     """-1, 0, 1 with about `keep` non-zeros a row: every sum is an integer that bf16 holds."""
     values = generator.integers(-1, 2, shape)
     return values * (generator.random(shape) < keep / shape[-1])
-
-
-def bf16(values: np.ndarray) -> np.ndarray:
-    return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
 
 
 def masked(seed: list[int], x: np.ndarray, down: np.ndarray) -> tuple[np.ndarray, int]:
@@ -109,8 +105,9 @@ def problems(tmp_path_factory) -> Path:
 
 
 def run_suite(library: Path, problems: Path, *kinds: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(SUITE), str(library), str(problems), *kinds]
-    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    command = [sys.executable, "-m", "emulator.suite", str(library), str(problems), *kinds]
+    folder = build.EMULATOR.parent
+    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, cwd=folder)
 
 
 def plant(mutant: Mutant, tree: Path) -> Path:

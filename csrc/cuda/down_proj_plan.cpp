@@ -25,13 +25,14 @@ struct TileFacts {
   int rank, rows, depth, stages, threads, shared_bytes;
 };
 template <class Tile>
-constexpr TileFacts facts(int depth) {
-  return {Tile::kRank, Tile::kRows, depth, Tile::kStages, Tile::kThreads, Tile::kSharedBytes};
+constexpr TileFacts facts() {
+  return {Tile::kRank,   Tile::kRows,    Tile::kDepth,
+          Tile::kStages, Tile::kThreads, Tile::kSharedBytes};
 }
-#define LK_FACTS(...) facts<DownProjSm80Tile<__VA_ARGS__>>(DownProjSm80Tile<__VA_ARGS__>::kDepth),
+#define LK_FACTS(...) facts<DownProjSm80Tile<__VA_ARGS__>>(),
 constexpr TileFacts kSm80Tiles[] = {LK_DOWN_PROJ_SM80_TILES(LK_FACTS)};
 #undef LK_FACTS
-#define LK_FACTS(...) facts<DownProjSm90Tile<__VA_ARGS__>>(kRowElements),
+#define LK_FACTS(...) facts<DownProjSm90Tile<__VA_ARGS__>>(),
 constexpr TileFacts kSm90Tiles[] = {LK_DOWN_PROJ_SM90_TILES(LK_FACTS)};
 #undef LK_FACTS
 

@@ -57,6 +57,7 @@ struct DownProjSm80Tile {
 template <int kRank_, int kStages_>
 struct DownProjSm90Tile {
   static constexpr int kRank = kRank_, kStages = kStages_, kRows = 64, kConsumers = 2;
+  static constexpr int kDepth = kRowElements;
   static constexpr int kThreads = 128 * kConsumers + 32;
   static constexpr int kXBytes = kRows * kRowBytes;
   static constexpr int kDownBytes = kRank * kRowBytes;  // K-major rows, or panels of 64 columns

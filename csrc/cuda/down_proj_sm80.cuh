@@ -197,15 +197,15 @@ __global__ void __launch_bounds__(Tile::kThreads)
     store_h<T>(args, h_pairs, block_row + warp_m * 16, n, sum[n], lane);
 }
 
-// Calls launch(kernel, Tile{}) with the instance that serves the plan; false if none was built.
+// Calls launch(kernel) with the instance that serves the plan; false if none was built.
 template <class T, class Launch>
 bool with_down_proj_sm80(const DownProjPlan& plan, const Launch& launch) {
   return with_sm80_tile(plan, [&](auto tile) {
     using Tile = decltype(tile);
     if (plan.layout.x_vectors && plan.layout.down_vectors)
-      launch(down_proj_sm80_kernel<Tile, T, true>, tile);
+      launch(down_proj_sm80_kernel<Tile, T, true>);
     else
-      launch(down_proj_sm80_kernel<Tile, T, false>, tile);
+      launch(down_proj_sm80_kernel<Tile, T, false>);
   });
 }
 

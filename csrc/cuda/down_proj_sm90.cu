@@ -28,7 +28,7 @@ cudaError_t launch_typed(const DownProjArgs& args, const DownProjPlan& plan, cud
   if (error == cudaSuccess) error = encode_tensor_map(down_map_spec(args, plan), &down_map);
   if (error != cudaSuccess) return error;
   error = cudaErrorInvalidConfiguration;
-  with_down_proj_sm90<T>(plan, args.dropout.seed != nullptr, [&](auto kernel, auto) {
+  with_down_proj_sm90<T>(plan, args.dropout.seed != nullptr, [&](auto kernel) {
     error = allow_shared_memory(kernel, plan.shared_bytes);
     if (error != cudaSuccess) return;
     kernel<<<grid_of(plan), plan.threads, plan.shared_bytes, stream>>>(x_map, down_map, args,

@@ -5,7 +5,7 @@
 
 namespace lora_kernels {
 
-// Calls launch(kernel, Tile{}); false if no instance was built for the plan.
+// Calls launch(kernel); false if no instance was built for the plan.
 template <class T, class Launch>
 bool with_down_proj_sm90(const DownProjPlan& plan, bool dropout, const Launch& launch) {
   bool found = false;
@@ -13,11 +13,11 @@ bool with_down_proj_sm90(const DownProjPlan& plan, bool dropout, const Launch& l
     using Tile = decltype(tile);
     found = true;
     if (!plan.layout.mn_major && dropout)
-      launch(down_proj_sm90_kernel<Tile, T, false, true>, tile);
+      launch(down_proj_sm90_kernel<Tile, T, false, true>);
     else if (!plan.layout.mn_major)
-      launch(down_proj_sm90_kernel<Tile, T, false, false>, tile);
+      launch(down_proj_sm90_kernel<Tile, T, false, false>);
     else if constexpr (Tile::kRank >= kRowElements)
-      launch(down_proj_sm90_kernel<Tile, T, true, false>, tile);
+      launch(down_proj_sm90_kernel<Tile, T, true, false>);
     else
       found = false;
   });

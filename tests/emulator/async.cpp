@@ -117,7 +117,7 @@ Block& peer(unsigned rank, const char* instruction, Place at) {
                       " in the cluster",
                   at);
   Block& b = *c.blocks[rank];
-  if (b.warps_done == static_cast<int>(b.warps.size()))
+  if (b.exited())
     machine->fail(std::string(instruction) + " into block " + std::to_string(rank) +
                       " of the cluster, which has exited",
                   at);
@@ -146,11 +146,13 @@ void fence_barrier_init(Place) {
 }
 
 void arrive_barrier(uint32_t address, unsigned rank, Place at) {
-  const bool remote = rank != block().rank;
-  Mbarrier& b = peer(rank, "mbarrier.arrive", at).shared->barrier(address, "mbarrier.arrive", at);
-  if (remote && !b.fenced)
-    machine->fail("missing fence: an mbarrier of another block without fence.mbarrier_init", at);
-  if (remote) peer(rank, "mbarrier.arrive", at).arrivals[warp().agent] = warp().stamp().number;
+  Block& target = peer(rank, "mbarrier.arrive", at);
+  Mbarrier& b = target.shared->barrier(address, "mbarrier.arrive", at);
+  if (rank != block().rank) {
+    if (!b.fenced)
+      machine->fail("missing fence: an mbarrier of another block without fence.mbarrier_init", at);
+    target.arrivals[warp().agent] = warp().stamp().number;
+  }
   count_arrival(b, 0, at);
 }
 
@@ -229,7 +231,7 @@ TensorMap make_tensor_map(const TensorMap& m) {
 
 namespace {
 
-// Calls f(address in the box, global address or null) for each element pair's 2 bytes.
+// Calls f(shared address, global address, how many of them lie in the matrix) for each 8 elements.
 template <class F>
 void for_box(const TensorMap& m, uint32_t address, int column, int row, F f) {
   for (int r = 0; r < m.box_rows; ++r)

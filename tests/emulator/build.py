@@ -102,8 +102,9 @@ def _forget_old() -> None:
             path.unlink(missing_ok=True)
 
 
-def load(library: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(MODULE, library)
+def load(library: Path, name: str = MODULE) -> ModuleType:
+    """The extension module `name` of a library that is on no path."""
+    spec = importlib.util.spec_from_file_location(name, library)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -16,7 +16,7 @@ std::function<void()> down_proj_sm90_body(const DownProjArgs& args, const DownPr
   const TensorMap x = encode(x_map_spec(args, plan)), down = encode(down_map_spec(args, plan));
   const bool dropout = args.dropout.seed != nullptr;
   std::function<void()> body;
-  const auto keep = [&](auto kernel, auto) {
+  const auto keep = [&](auto kernel) {
     body = [=] { kernel(x, down, args, plan.layout.h_pairs); };
   };
   if (args.x.dtype == Dtype::bf16)

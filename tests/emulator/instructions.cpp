@@ -77,8 +77,10 @@ void wgmma_kernel(const OperandSpec& a, const OperandSpec& b, const TensorMap& a
 template <int kN>
 void run_kernel(const OperandSpec& a, const OperandSpec& b, bool is_bf16,
                 const std::vector<uint32_t>& a_registers, float* out, const Options& options) {
-  const TensorMap a_map{a.data, a.inner, a.outer, a.inner, a.box_inner, a.box_outer};
-  const TensorMap b_map{b.data, b.inner, b.outer, b.inner, b.box_inner, b.box_outer};
+  const auto encode = [](const OperandSpec& o) {
+    return make_tensor_map({o.data, o.inner, o.outer, o.inner, o.box_inner, o.box_outer});
+  };
+  const TensorMap a_map = encode(a), b_map = encode(b);
   Launch l;
   l.name = "wgmma";
   l.shared_bytes = 2 * kOperandBytes + 1024 + 64;

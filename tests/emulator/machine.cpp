@@ -127,7 +127,7 @@ void Machine::finish_warp(Warp& w) {
   ClusterState& c = *b.cluster;
   --c.expected;
   complete_if_gathered(c);
-  if (b.warps_done == static_cast<int>(b.warps.size())) check_exit(b);
+  if (b.exited()) check_exit(b);
 }
 
 // A block may exit only once it knows of everything that happened to its shared memory.
@@ -224,10 +224,7 @@ void Machine::retire() {
   for (size_t i = 0; i < blocks_.size();) {
     Block& b = *blocks_[i];
     const auto& peers = b.cluster->blocks;
-    const bool done = std::all_of(peers.begin(), peers.end(), [](const Block* p) {
-      return p->warps_done == static_cast<int>(p->warps.size());
-    });
-    if (!done) {
+    if (!std::all_of(peers.begin(), peers.end(), [](const Block* p) { return p->exited(); })) {
       ++i;
       continue;
     }
@@ -306,12 +303,7 @@ void Machine::run(const std::vector<Launch>& launches, const Options& options) {
       deliver(true);
       continue;
     }
-    const bool finished = std::any_of(blocks_.begin(), blocks_.end(), [](auto& b) {
-      return b->warps_done == static_cast<int>(b->warps.size());
-    });
-    const size_t before = blocks_.size();
-    retire();
-    if (!(finished && blocks_.size() < before)) report_deadlock();
+    report_deadlock();
   }
   while (!events_.empty()) deliver(true);
   for (Grid& g : grids_)

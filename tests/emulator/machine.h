@@ -166,6 +166,7 @@ struct Block {
   int free_registers = 0;
   int warps_done = 0;
   bool launched_dependents = false;
+  bool exited() const { return warps_done == static_cast<int>(warps.size()); }
   // The last event of each agent that changed this block's shared memory without its threads: TMA
   // loads, and arrivals from other blocks.
   std::map<uint32_t, uint32_t> arrivals;
@@ -196,7 +197,7 @@ class Machine {
   template <class Mine, class Body>
   void collective(const char* name, Place at, Mine* mine, Body body);
 
-  // Runs `work` at once, later, or when `flush` of its owner needs it, as Timing says.
+  // Runs `work` at once or later, as Timing says.
   void post(std::function<void()> work);
   uint32_t new_agent() { return agents_++; }
   bool chance(int percent) { return static_cast<int>(random_() % 100) < percent; }

@@ -1,4 +1,4 @@
-"""The problems that a mutant has to fail: `python suite.py LIBRARY PROBLEMS.npz [NAME ...]`.
+"""The problems that a mutant has to fail: `python -m emulator.suite LIBRARY PROBLEMS`.
 
 numpy alone, so that a process for each mutant costs little; each mutant has one of its own, since
 it may crash or hang. Exit code 0: everything is right; 1: the first wrong result or report is
@@ -7,14 +7,21 @@ printed.
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
+from . import build
+
 SCHEDULES = (("early", 0), ("late", 1), ("random", 2), ("random", 3))
 POISON = 0xFFFF  # what the emulator fills outputs with
+
+
+def bf16(values: np.ndarray) -> np.ndarray:
+    """Small integers, exact in bf16, as bit patterns."""
+    return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
 
 
 class Wrong(Exception):
@@ -114,10 +121,7 @@ def read_problems(path: str) -> dict[str, dict[str, np.ndarray]]:
 
 
 def main(library: str, problems: str, kinds: list[str]) -> int:
-    spec = importlib.util.spec_from_file_location("emulated", library)
-    assert spec is not None and spec.loader is not None
-    emulated = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(emulated)
+    emulated = build.load(Path(library))
     for name, problem in read_problems(problems).items():
         kind = name.split("-")[0]
         if kind not in kinds:

@@ -282,8 +282,7 @@ void wait_wgmmas(uint32_t pending, Place at) {
         if (op->group <= complete) execute(*peer, *op);
     // Every lane's accumulators that no later group owns come back.
     while (!w.wgmmas.empty() && w.wgmmas.front()->group <= complete) {
-      WgmmaOp& op = *w.wgmmas.front();
-      execute(w, op);
+      const WgmmaOp& op = *w.wgmmas.front();
       for (int lane = 0; lane < 32; ++lane) {
         Accumulators& acc = taken(w.threads[lane], op.d[lane], op.columns / 2);
         for (int i = 0; i < acc.count; ++i) {
