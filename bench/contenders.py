@@ -135,10 +135,11 @@ def expected(problem: Problem, mode: str) -> tuple[Tensor, ...]:
 def relative_error(result: Tensor | tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
     """The worst over the results of |result - exact| / |exact|, in Frobenius norms."""
     results = (result.detach(),) if isinstance(result, Tensor) else result
-    return max(
-        ((got.float() - want.float()).norm() / want.float().norm()).item()
+    errors = [
+        (got.float() - want.float()).norm() / want.float().norm()
         for got, want in zip(results, exact, strict=True)
-    )
+    ]
+    return torch.stack(errors).max().item()  # NaN if any is, which Python's max may lose
 
 
 def tolerance(dtype: torch.dtype) -> float:

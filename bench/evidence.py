@@ -19,6 +19,7 @@ from .stages import Failed, Finished, NotRun, exit_code
 NO_TESTS = 5  # pytest's exit code when it collected none
 
 _CHECKED = re.compile(r"^checked (\d+) calls of (.+): (\d+) wrong$", re.MULTILINE)
+_REFUSED = re.compile(r"^refused (\d+) calls$", re.MULTILINE)
 _ERRORS = re.compile(r"ERROR SUMMARY: (\d+) errors?")
 _HAZARDS = re.compile(r"RACECHECK SUMMARY: (\d+) hazards?")
 
@@ -68,10 +69,15 @@ def sanitizer(finished: Finished, tool: str) -> dict:
     exit_code(finished)
     if calls == 0:
         raise NotRun("no call was checked")
+    refused = int(found[1]) if (found := _REFUSED.search(text)) else 0
     headline = f"0 errors in {calls} calls of {', '.join(ops)}"
+    if refused:
+        headline += f", {refused} refused"
     if tool == "racecheck":
         headline += " (it sees shared memory only)"
-    return {"calls": calls, "ops": ops, "errors": 0, "headline": headline}
+    return {
+        "calls": calls, "ops": ops, "errors": 0, "refused": refused, "headline": headline,
+    }  # fmt: skip
 
 
 def _first_error(text: str) -> str:
@@ -110,6 +116,26 @@ def kernels(finished: Finished, path: Path) -> dict:
         for kernel, found in means.items()
     ]
     return {"rows": rows, "geometric_means": means, "headline": ", ".join(parts)}
+
+
+def gemm(finished: Finished, path: Path) -> dict:
+    """Of bench_gemm: geometric means of our GEMM over the vendor's, and of each form over ours."""
+    exit_code(finished)
+    result = json.loads(path.read_text())
+    ratios: dict[str, list[float]] = defaultdict(list)
+    for group in result["groups"]:
+        for row in group["rows"]:
+            if "plan" not in row:
+                continue  # not ours
+            over = "vendor" if row["name"].split(" ")[0] == "plain" else "plain"
+            if row[f"over_{over}"] is not None:
+                ratios[f"{row['name']} {{:.3f}}x {over}"].append(row[f"over_{over}"])
+    if not ratios:
+        raise NotRun("no form of our GEMM serves a call")
+    left_out = sum(len(group["left_out"]) for group in result["groups"])
+    parts = [text.format(_geometric_mean(values)) for text, values in ratios.items()]
+    headline = ", ".join(parts) + (f", {left_out} calls not served" if left_out else "")
+    return {"means": result["summary"], "left_out": left_out, "headline": headline}
 
 
 def layers(finished: Finished, path: Path) -> dict:

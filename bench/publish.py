@@ -19,7 +19,8 @@ from typing import NamedTuple
 from . import gpu_suite, report, shapes
 from .stages import FAILED, NOT_RUN, PASSED, TIMED_OUT
 
-ENTRY = ("suite.json", "layers.json", "layers.png", "kernels.json", "kernels.png")
+PLOTTED = ("layers", "kernels", "gemm")  # stages that leave a JSON file each
+ENTRY = ("suite.json", *(f"{name}.{kind}" for name in PLOTTED for kind in ("json", "png")))
 COLORS = {"kernel": "#1b7f5c", "torch": "#b8b8b8"}
 
 
@@ -92,7 +93,8 @@ def publish(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "suite.json").write_text(report._dump(suite) + "\n")
     passed = {stage["name"] for stage in suite["stages"] if stage["status"] == PASSED}
-    for name, plot in (("layers", report.plot), ("kernels", plot_kernels)):
+    plots = (report.plot, plot_kernels, plot_gemm)
+    for name, plot in zip(PLOTTED, plots, strict=True):
         if name in passed:
             shutil.copyfile(out / f"{name}.json", folder / f"{name}.json")
             result = json.loads((out / f"{name}.json").read_text())
@@ -153,6 +155,56 @@ def _bars(axis, place: int, ms: dict[str, float]) -> None:
         axis.bar(centre, ms["composed"] / ms[name], width * 0.92, color=COLORS[name])
     if "copy" in ms:
         axis.hlines(ms["composed"] / ms["copy"], place - 0.42, place + 0.42, color="black")
+
+
+def plot_gemm(path: Path, groups: list[dict], machine: dict) -> None:
+    """What LoRA adds to our GEMM, by rank: a panel per form and dropout, a line per layer.
+
+    A shape's entry in the legend has its GEMM's time over the vendor's, in the mean of its tables.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    added: dict[tuple[str, float], dict[str, dict[int, float]]] = {}  # panel -> layer -> by rank
+    plain: dict[str, list[float]] = {}  # layer -> over the vendor
+    for group in groups:
+        layer = f"{group['m']} x {group['n']} x {group['k']} {group['dtype']}"
+        for row in group["rows"]:
+            if row["name"] == "plain" and row.get("over_vendor"):
+                plain.setdefault(layer, []).append(row["over_vendor"])
+            elif "plan" in row and row.get("over_plain"):
+                panel = added.setdefault((row["name"], group["dropout"]), {})
+                panel.setdefault(layer, {})[group["rank"]] = 100 * (row["over_plain"] - 1)
+    panels = sorted(added) or [("no form", 0.0)]
+    ranks = sorted({group["rank"] for group in groups})
+    figure, axes = plt.subplots(
+        len(panels), 1, squeeze=False, sharex=True, layout="constrained",
+        figsize=(8.0, 2.2 * len(panels) + 1.4),
+    )  # fmt: skip
+    for panel, (axis,) in zip(panels, axes, strict=True):
+        for i, layer in enumerate(plain):
+            percent = added.get(panel, {}).get(layer, {})
+            places = [ranks.index(rank) for rank in percent]
+            axis.plot(places, list(percent.values()), marker="o", markersize=3, color=f"C{i}")
+        axis.axhline(0, color="black", linewidth=0.8, linestyle=":")
+        axis.set_title(f"{panel[0]}, dropout {panel[1]:g}", loc="left", fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8, length=0)
+    axes[-1][0].set_xticks(range(len(ranks)), [f"r={rank}" for rank in ranks])
+    figure.suptitle(
+        f"LoRA on our GEMM on {machine['device_name']}, torch {machine['torch']}", x=0.01,
+        ha="left", fontsize=9,
+    )  # fmt: skip
+    figure.supylabel("time added to our GEMM without LoRA, % (lower is better)", fontsize=8)
+    figure.legend(
+        [plt.Line2D([], [], color=f"C{i}") for i in range(len(plain))],
+        [f"M x N x K {layer}: GEMM {sum(v) / len(v):.3f}x vendor" for layer, v in plain.items()],
+        loc="outside lower center", ncols=2, frameon=False, fontsize=7,
+    )  # fmt: skip
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def main() -> int:

@@ -157,7 +157,7 @@ def _shape(text: str) -> Shape:
     return Shape(f"{n}x{k}", m, n, k)
 
 
-def _add_arguments(parser: argparse.ArgumentParser, seconds: dict[str, float]) -> None:
+def _add_arguments(parser: argparse.ArgumentParser, seconds: dict[str, float], ranks: str) -> None:
     cuda = torch.cuda.is_available()
     parser.add_argument(
         "--preset", type=listed(preset), action="extend", metavar="NAME[,NAME]", default=[],
@@ -176,7 +176,7 @@ def _add_arguments(parser: argparse.ArgumentParser, seconds: dict[str, float]) -
         help=f"of {', '.join(DTYPES)}; default bf16 on CUDA, fp32 on a CPU",
     )  # fmt: skip
     parser.add_argument(
-        "--rank", type=listed(positive_int), metavar="R[,R]", default="16",
+        "--rank", type=listed(positive_int), metavar="R[,R]", default=ranks,
         help="default: %(default)s",
     )  # fmt: skip
     parser.add_argument(
@@ -202,12 +202,14 @@ def _add_arguments(parser: argparse.ArgumentParser, seconds: dict[str, float]) -
     )  # fmt: skip
 
 
-def parse(parser: argparse.ArgumentParser, seconds: dict[str, float]) -> argparse.Namespace:
+def parse(
+    parser: argparse.ArgumentParser, seconds: dict[str, float], ranks: str = "16"
+) -> argparse.Namespace:
     """The parser's arguments and those of `cases` and `timing.interleave`, parsed and completed.
 
-    `seconds` is the default of --seconds by device.
+    `seconds` is the default of --seconds by device, `ranks` that of --rank.
     """
-    _add_arguments(parser, seconds)
+    _add_arguments(parser, seconds, ranks)
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: got 'cuda', but torch sees no CUDA device; expected 'cpu'")
@@ -218,12 +220,14 @@ def parse(parser: argparse.ArgumentParser, seconds: dict[str, float]) -> argpars
     return args
 
 
-def cases(args: argparse.Namespace) -> list[Case]:
+def cases(
+    args: argparse.Namespace, default: Callable[[str, int], list[Case]] = default_cases
+) -> list[Case]:
     """What the arguments ask for: layers by dtypes by ranks, or the device's default."""
     presets = [layer for layers in args.preset for layer in layers.items()]
     shapes = [Shape(label, m, *nk) for label, nk in presets for m in args.tokens] + args.shape
     if not shapes:
-        found = [case for rank in args.rank for case in default_cases(args.device, rank)]
+        found = [case for rank in args.rank for case in default(args.device, rank)]
         return [case for case in found if args.dtype is None or case.dtype in args.dtype]
     dtypes = args.dtype or (["bf16"] if args.device == "cuda" else ["fp32"])
     return [Case(shape, dtype, rank) for shape in shapes for dtype in dtypes for rank in args.rank]

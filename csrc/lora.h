@@ -8,6 +8,12 @@
 #pragma once
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define LK_UNROLL _Pragma("unroll")
+#else
+#define LK_UNROLL _Pragma("GCC unroll 8")
+#endif
+
 namespace lora_kernels {
 
 enum class Dtype { f32, bf16, f16 };
@@ -42,15 +48,15 @@ struct DownProjArgs {
   Dropout dropout;
 };
 
-// y [M, N] = product + select(mask, scale * h * up^T, 0) + bias, where product is the frozen GEMM
+// y [M, N] = x * weight^T + select(mask, scale * h * up^T, 0) + bias
 struct FusedGemmArgs {
-  Matrix product;  // fp32, the part of the frozen product that starts at (product_row, product_col)
-  int64_t product_row, product_col;
-  Matrix h;     // [M, r]
-  Matrix up;    // [N, r]
-  Matrix bias;  // [1, N], data may be null
-  Matrix y;     // [M, N]
-  int64_t M, N, r;
+  Matrix x;       // [M, K]
+  Matrix weight;  // [N, K]
+  Matrix h;       // [M, r]
+  Matrix up;      // [N, r]
+  Matrix bias;    // [1, N], data may be null
+  Matrix y;       // [M, N]
+  int64_t M, N, K, r;
   float scale;
   Dropout dropout;
 };

@@ -11,10 +11,8 @@
 
 #if defined(__CUDACC__)
 #define LK_HOST_DEVICE __host__ __device__ __forceinline__
-#define LK_UNROLL _Pragma("unroll")
 #else
 #define LK_HOST_DEVICE static inline
-#define LK_UNROLL _Pragma("GCC unroll 8")
 #endif
 
 namespace lora_kernels {

@@ -75,7 +75,7 @@ static Array fused_gemm(const std::string& isa, const Array& product, const Arra
                         const Array& up, const std::vector<int64_t>& seed, uint32_t threshold,
                         int64_t cut) {
   Array y({product.shape(0), product.shape(1)});
-  FusedGemmArgs args{matrix(product),
+  cpu::FusedGemmTailArgs args{matrix(product),
                      0,
                      0,
                      matrix(h),

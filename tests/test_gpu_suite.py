@@ -18,11 +18,13 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench import (  # noqa: E402
+    bench_gemm,
     bench_kernels,
     evidence,
     gpu_state,
     gpu_suite,
     publish,
+    sanitize,
     stages,
     traffic,
 )
@@ -128,6 +130,9 @@ def test_sanitizer(tmp_path):
     assert evidence.sanitizer(done, "memcheck")["calls"] == 4
     done = finished(tmp_path, banner + CHECKED + NO_RACE)
     assert "shared memory only" in evidence.sanitizer(done, "racecheck")["headline"]
+    done = finished(tmp_path, "refused 3 calls\n" + CHECKED + CLEAN)
+    assert evidence.sanitizer(done, "memcheck")["refused"] == 3
+    assert evidence.sanitizer(done, "memcheck")["headline"].endswith("dropout_mask, 3 refused")
     bad = [
         ("memcheck", banner + CHECKED, 0, "no summary"),  # the tool never attached
         ("memcheck", banner + CHECKED + NO_RACE, 0, "no summary"),
@@ -209,6 +214,58 @@ def test_kernels_json_is_what_the_judge_reads(tmp_path, monkeypatch, capsys):
     assert set(found["geometric_means"]) == set(bench_kernels.KERNELS)
     with pytest.raises(Failed):
         evidence.kernels(finished(tmp_path, "FAILED", 1), path)
+
+
+def gemm_group(rank: int, **over: float) -> dict:
+    """A table of bench_gemm: `over` are times over the plain GEMM's, which is 1.1 of vendor's."""
+    shape = {"label": "8x8", "m": 8, "n": 8, "k": 8, "rank": rank, "dtype": "bf16", "dropout": 0.1}
+    rows = [{"name": "vendor", "over_plain": 1 / 1.1, "over_vendor": 1.0}]
+    for name, ratio in {"plain": 1.0, **over}.items():
+        rows.append({"name": name, "plan": "tile", "over_plain": ratio, "over_vendor": 1.1 * ratio})
+    rows.append({"name": "addmm", "over_plain": 9.0, "over_vendor": 9.9})
+    return shape | {"left_out": {}, "rows": rows}
+
+
+def test_gemm_means_are_over_ours_and_left_out_calls_are_counted(tmp_path):
+    path = tmp_path / "gemm.json"
+
+    def judge(*groups: dict, code: int = 0) -> dict:
+        path.write_text(json.dumps({"groups": groups, "summary": [{"name": "plain"}]}))
+        return evidence.gemm(finished(tmp_path, "", code), path)
+
+    refused = gemm_group(8, two_launches=1.2) | {"left_out": {"one_launch": "why"}}
+    found = judge(gemm_group(4, one_launch=1.01, two_launches=1.2), refused)
+    assert found["headline"] == (
+        "plain 1.100x vendor, one_launch 1.010x plain, two_launches 1.200x plain, "
+        "1 calls not served"
+    )
+    assert found["left_out"] == 1 and found["means"] == [{"name": "plain"}]
+    with pytest.raises(Failed, match="exit code 1"):
+        judge(refused, code=1)
+    ours = gemm_group(4)
+    ours["rows"] = [row for row in ours["rows"] if "plan" not in row]
+    with pytest.raises(NotRun, match="no form"):
+        judge(ours)
+
+
+def test_gemm_json_is_what_the_judge_reads(tmp_path, monkeypatch):
+    path = tmp_path / "gemm.json"
+    arguments = ["--shape", "16,24,32", "--rank", "4", "--rounds", "3", "--device", "cpu"]
+    ops = torch.ops.lora_kernels
+    monkeypatch.setattr(sys, "argv", ["bench_gemm", *arguments, "--json", str(path)])
+    monkeypatch.setattr(bench_gemm, "built", lambda device: False)
+    assert bench_gemm.main() == 0
+    with pytest.raises(NotRun, match="no form"):
+        evidence.gemm(finished(tmp_path, ""), path)
+    monkeypatch.setattr(bench_gemm, "built", lambda device: True)
+    monkeypatch.setattr(ops, "forward_as", lambda *a: composed.forward(*a[:-3]), raising=False)
+    monkeypatch.setattr(ops, "forward_plan", lambda *a: "a plan", raising=False)
+    assert bench_gemm.main() == 0
+    found = evidence.gemm(finished(tmp_path, ""), path)
+    assert all(name in found["headline"] for name in bench_gemm.OURS)
+    result = json.loads(path.read_text())
+    publish.plot_gemm(tmp_path / "gemm.png", result["groups"], result["environment"])
+    assert (tmp_path / "gemm.png").stat().st_size > 0
 
 
 def test_eager_counterparts_compute_what_the_kernels_do():
@@ -331,7 +388,10 @@ def out(tmp_path):
         "device": {"device_name": machine["device_name"]},
         "stages": [{"name": name, "status": "passed"} for name in gpu_suite.LIMITS],
     }  # fmt: skip
-    for name, content in (("kernels", kernels), ("layers", layers), ("suite", record)):
+    groups = [gemm_group(4, one_launch=1.01, two_launches=1.1), gemm_group(8, two_launches=1.2)]
+    gemm = {"environment": machine, "groups": groups}
+    files = {"kernels": kernels, "layers": layers, "gemm": gemm, "suite": record}
+    for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     return folder
 
@@ -397,3 +457,86 @@ def test_sanitized_calls_are_right_on_the_cpu():
     )  # fmt: skip
     if done.returncode != 77:  # the C++ kernels may not be built
         assert done.returncode == 0 and ": 0 wrong" in done.stdout, done.stdout + done.stderr
+
+
+# ---- the sanitized calls of forward_as -----------------------------------------------------------
+
+
+def test_forward_as_is_called_in_every_form_on_every_layout():
+    calls = [call.args for call in sanitize.calls("forward_as")]
+    assert {args[0].dtype for args in calls} == {torch.bfloat16, torch.float16}
+    for form in sanitize.FORMS:
+        mine = [args for args in calls if args[-3] == form]
+        for x_offset, w_contiguous in ((0, True), (0, False), (1, True)):
+            some = [
+                a for a in mine
+                if a[0].storage_offset() == x_offset and a[1].is_contiguous() == w_contiguous
+            ]  # fmt: skip
+            assert {a[5] is None for a in some} == {True, False}, "with and without dropout"
+            assert {a[2].shape[0] for a in some} >= {1, 3, 16, 24, 65, 128}
+        assert {a[4] is None for a in mine} == {True, False}, "with and without bias"
+    plain = [args for args in calls if args[-3] == ""]
+    assert plain and all(a[2].shape[0] == 0 and a[3].shape[1] == 0 for a in plain)
+
+
+def test_operands_reach_the_device_as_they_lie():
+    x = sanitize._misaligned(torch.arange(24.0).view(4, 6))
+    for t in (
+        x,
+        torch.rand(3, 4).t(),
+        torch.rand(5),
+        torch.rand(4, 6)[:0],
+        torch.rand(4, 6)[:, :0],
+    ):
+        moved = sanitize._moved(t, "cpu")
+        assert torch.equal(moved, t) and moved.stride() == t.stride()
+        assert moved.storage_offset() == t.storage_offset()
+    moved = sanitize._moved(x, "meta")
+    assert moved.stride() == (7, 1) and moved.storage_offset() == 1
+
+
+def sanitized(monkeypatch, forward_as, forward_plan=lambda *args: "a plan") -> int:
+    ops = torch.ops.lora_kernels
+    monkeypatch.setattr(ops, "forward_as", forward_as, raising=False)
+    monkeypatch.setattr(ops, "forward_plan", forward_plan, raising=False)
+    monkeypatch.setattr(sanitize.schemas, "has_kernel", lambda op, device: op == "forward_as")
+    monkeypatch.setattr(sys, "argv", ["sanitize", "--device", "cpu"])
+    return sanitize.main()
+
+
+def test_sanitized_forward_as_is_checked(monkeypatch, capsys, tmp_path):
+    def right(*args):
+        return composed.forward(*args[:-3])
+
+    def refuses_misaligned(x, *args):
+        if x.storage_offset():
+            raise RuntimeError("forward_plan: x is misaligned")
+        return "a plan"
+
+    total = sum(1 for _ in sanitize.calls("forward_as"))
+    misaligned = sum(call.args[0].storage_offset() for call in sanitize.calls("forward_as"))
+    assert sanitized(monkeypatch, right) == 0
+    assert f"checked {total} calls of forward_as: 0 wrong" in capsys.readouterr().out
+    assert sanitized(monkeypatch, right, refuses_misaligned) == 0
+    done = finished(tmp_path, capsys.readouterr().out + CLEAN)
+    found = evidence.sanitizer(done, "memcheck")
+    assert (found["calls"], found["refused"]) == (total - misaligned, misaligned)
+
+
+def ignores_bias(x, weight, a, b, bias, *more):
+    return composed.forward(x, weight, a, b, None, *more[:-3])
+
+
+def loses_the_last_rank(x, weight, a, b, *more):
+    _, h = composed.forward(x, weight, a, b, *more[:-3])
+    return composed.fused_gemm(x, weight, h[:, :-1], b[:, :-1], more[0], None, 0, more[4]), h
+
+
+def reads_a_dense_x(x, *more):
+    return composed.forward(x.as_strided(x.shape, (x.shape[1], 1)), *more[:-3])
+
+
+@pytest.mark.parametrize("forward_as", [ignores_bias, loses_the_last_rank, reads_a_dense_x])
+def test_sanitized_forward_as_tells_wrong_results(monkeypatch, capsys, forward_as):
+    assert sanitized(monkeypatch, forward_as) == 1
+    assert "WRONG forward_as(" in capsys.readouterr().out

@@ -3,7 +3,7 @@
 // it rounds, so y is rounded once. Up projections are packed for as many columns as fit the L1 or
 // L2.
 
-inline void epilogue_strip(const FusedGemmArgs& a, int64_t row, int64_t rows, int64_t col,
+inline void epilogue_strip(const FusedGemmTailArgs& a, int64_t row, int64_t rows, int64_t col,
                            int64_t cols, const float* lora, int64_t ld) {
   float bias[kColUnit] = {};
   if (a.bias.data != nullptr) read_tile(a.bias, 0, col, 1, cols, bias, kColUnit);
@@ -19,7 +19,7 @@ inline void epilogue_strip(const FusedGemmArgs& a, int64_t row, int64_t rows, in
   });
 }
 
-inline void fused_gemm(const FusedGemmArgs& a, int64_t row_begin, int64_t row_end,
+inline void fused_gemm(const FusedGemmTailArgs& a, int64_t row_begin, int64_t row_end,
                        int64_t col_begin, int64_t col_end) {
   constexpr int64_t kRowBlock = 48, kRank = 128, kPacked = 1 << 15;
   float h[kRowBlock * kRank], packed[kPacked], lora[kRowBlock * kColUnit];

@@ -10,11 +10,24 @@ constexpr int64_t kRowUnit =
     48;  // a multiple of the 6 rows of the microkernel and of a mask group's 16
 constexpr int64_t kColUnit = 64;  // a cache line of 16-bit elements or more, and 16 mask groups
 
+// What is left of FusedGemmArgs once the vendor has multiplied: y = product + the rest.
+struct FusedGemmTailArgs {
+  Matrix product;  // fp32, the part of the frozen product that starts at (product_row, product_col)
+  int64_t product_row, product_col;
+  Matrix h;     // [M, r]
+  Matrix up;    // [N, r]
+  Matrix bias;  // [1, N], data may be null
+  Matrix y;     // [M, N]
+  int64_t M, N, r;
+  float scale;
+  Dropout dropout;
+};
+
 struct Kernels {
   const char* isa;
   void (*dropout_mask)(const DropoutMaskArgs&, int64_t row_begin, int64_t row_end);
   void (*down_proj)(const DownProjArgs&, int64_t row_begin, int64_t row_end);
-  void (*fused_gemm)(const FusedGemmArgs&, int64_t row_begin, int64_t row_end, int64_t col_begin,
+  void (*fused_gemm)(const FusedGemmTailArgs&, int64_t row_begin, int64_t row_end, int64_t col_begin,
                      int64_t col_end);
   void (*weight_grad)(const WeightGradArgs&, int64_t col_begin, int64_t col_end);
 };

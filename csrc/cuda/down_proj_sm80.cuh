@@ -148,6 +148,7 @@ __device__ __forceinline__ void multiply_stage(float (&sum)[Tile::kRank / 8][4],
 template <class Tile, class T, bool kVectors>
 __global__ void __launch_bounds__(Tile::kThreads)
     down_proj_sm80_kernel(const DownProjArgs all, const bool mn_major, const bool h_pairs) {
+  ptx::grid_launch_dependents();  // who needs h waits for it
   const uint32_t thread = threadIdx.x, lane = thread % 32;
   const uint32_t warp_m = thread / 32 % Tile::kWarpsM, warp_k = thread / 32 / Tile::kWarpsM;
   const uint32_t shared = ptx::shared_base();

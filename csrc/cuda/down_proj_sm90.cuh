@@ -6,7 +6,7 @@
 // shared memory; with it, x passes through registers, where the mask is drawn.
 #pragma once
 #include "down_proj_plan.h"
-#include "dropout.cuh"
+#include "dropped_tile.cuh"
 #include "store_h.cuh"
 
 namespace lora_kernels {
@@ -79,44 +79,18 @@ __device__ __forceinline__ void multiply_stages(float (&sum)[Tile::kRank / 2],
 }
 
 // The same with dropout: x goes through registers, and a stage is free once it was multiplied.
-template <class Tile, class T, bool kAligned>
+template <class Tile, class T>
 __device__ __forceinline__ void multiply_dropped_stages(float (&sum)[Tile::kRank / 2],
                                                         const DownProjRing<Tile>& ring,
                                                         uint32_t first, uint32_t blocks_k,
                                                         const LaneDropout& dropout, uint32_t warp,
                                                         uint32_t lane) {
-  // Fragments of this many k16 steps are in registers at once: beside 128 accumulators, two.
-  constexpr uint32_t kGroup = Tile::kRank > 128 ? 2 : 4;
 #pragma unroll 1
   for (uint32_t i = first; i < blocks_k; i += Tile::kConsumers) {
     const uint32_t s = i % Tile::kStages;
     ptx::barrier_wait(ring.full(s), i / Tile::kStages & 1);
-    LK_UNROLL
-    for (uint32_t group = 0; group < kRowElements / kMmaDepth; group += kGroup) {
-      uint32_t a[kGroup][4];
-      LK_UNROLL
-      for (uint32_t j = 0; j < kGroup; ++j) {
-        const uint32_t step = group + j;
-        const uint32_t offset =
-            (warp % 4 * 16 + lane % 16) * kRowBytes + (step * 2 + lane / 16) * kChunkBytes;
-        ptx::load_matrix_x4(a[j], ring.x(s) + swizzled(offset));
-        if constexpr (kAligned)
-          apply_aligned_dropout(a[j], dropout, i * kRowElements + step * kMmaDepth);
-        else
-          apply_any_dropout(a[j], dropout, i * kRowElements + step * kMmaDepth, lane);
-      }
-      LK_UNROLL
-      for (uint32_t j = 0; j < kGroup; ++j) ptx::wgmma_keep(a[j]);
-      ptx::wgmma_keep(sum);
-      ptx::wgmma_fence();
-      LK_UNROLL
-      for (uint32_t j = 0; j < kGroup; ++j)
-        ptx::wgmma<T, 0>(sum, a[j], k_major_descriptor(ring.down(s) + (group + j) * kKMajorStep),
-                         true);
-      ptx::wgmma_commit();
-      ptx::wgmma_keep(sum);
-      ptx::wgmma_wait<0>();
-    }
+    multiply_dropped_tile<T>(sum, ring.x(s), ring.down(s), dropout, i * kRowElements, true, warp,
+                             lane);
     if (lane == 0) ptx::barrier_arrive(ring.empty(s));
   }
   ptx::wgmma_keep(sum);
@@ -153,6 +127,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                           const bool h_pairs) {
   static_assert(!(kMnMajor && kDropout), "the masked form takes a K-major down only");
   constexpr uint32_t kProducer = 4 * Tile::kConsumers;
+  ptx::grid_launch_dependents();  // who needs h waits for it
   const uint32_t thread = threadIdx.x, lane = thread % 32;
   const uint32_t warp = ptx::warp_uniform(thread / 32);
   const DownProjRing<Tile> ring;
@@ -171,7 +146,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   ptx::block_sync();
 
   if (warp == kProducer) {
-    if (lane == 0)
+    if (ptx::elect_one())
       load_stages<Tile, kMnMajor>(ring, &x_map, &down_map, static_cast<int>(row),
                                   static_cast<int>(rank), blocks_k);
     return;
@@ -180,10 +155,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   const uint32_t first = warp / 4;
   if constexpr (kDropout) {
     const LaneDropout dropout = load_dropout(args.dropout, row + warp % 4 * 16, lane);
-    if (dropout.aligned)
-      multiply_dropped_stages<Tile, T, true>(sum, ring, first, blocks_k, dropout, warp, lane);
-    else
-      multiply_dropped_stages<Tile, T, false>(sum, ring, first, blocks_k, dropout, warp, lane);
+    multiply_dropped_stages<Tile, T>(sum, ring, first, blocks_k, dropout, warp, lane);
   } else {
     multiply_stages<Tile, T, kMnMajor>(sum, ring, first, blocks_k, lane);
   }

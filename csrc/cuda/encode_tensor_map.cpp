@@ -37,4 +37,13 @@ cudaError_t encode_tensor_map(const TensorMapSpec& spec, CUtensorMap* map) {
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
+cudaError_t encode_fused_gemm_maps(const FusedGemmMaps& specs, EncodedFusedGemmMaps* maps) {
+  cudaError_t error = encode_tensor_map(specs.x, &maps->x);
+  if (error == cudaSuccess) error = encode_tensor_map(specs.weight, &maps->weight);
+  if (error == cudaSuccess) error = encode_tensor_map(specs.h, &maps->h);
+  if (error == cudaSuccess) error = encode_tensor_map(specs.up, &maps->up);
+  if (error == cudaSuccess) error = encode_tensor_map(specs.y, &maps->y);
+  return error;
+}
+
 }  // namespace lora_kernels

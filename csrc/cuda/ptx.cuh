@@ -43,6 +43,14 @@ LK_PTX uint32_t cluster_count() {
   asm volatile("mov.u32 %0, %%nclusterid.x;" : "=r"(r));
   return r;
 }
+// True in one lane of the warp, always the same one: a branch on it is known to be a single thread's.
+LK_PTX bool elect_one() {
+  uint32_t elected;
+  asm volatile(
+      "{\n .reg .pred p;\n elect.sync _|p, 0xffffffff;\n selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(elected));
+  return elected != 0;
+}
 // The value that lane 0 of the warp has: tells the compiler that a branch on it is uniform.
 LK_PTX uint32_t warp_uniform(uint32_t value) { return __shfl_sync(~0u, value, 0); }
 LK_PTX void warp_sync() { __syncwarp(); }
@@ -143,7 +151,7 @@ LK_PTX void barrier_init_fence() {
 LK_PTX void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-//// On the barrier at the same address in another block of the cluster. The scope is left at the
+// On the barrier at the same address in another block of the cluster. The scope is left at the
 // default, .cta, since nvcc 13.0 turns a spelt-out .release.cluster into a GPU-wide memory barrier:
 // enough to say that this block has read a slot, not to hand written data to the other block.
 LK_PTX void barrier_arrive_remote(uint32_t barrier, uint32_t rank) {
@@ -151,6 +159,17 @@ LK_PTX void barrier_arrive_remote(uint32_t barrier, uint32_t rank) {
       "{\n .reg .b32 remote;\n mapa.shared::cluster.u32 remote, %0, %1;\n"
       " mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
       "r"(rank)
+      : "memory");
+}
+// Writes a word into block `rank` of the cluster and completes 4 bytes of the barrier there. Both
+// addresses are those of this block.
+LK_PTX void store_async(uint32_t address, uint32_t value, uint32_t barrier, uint32_t rank) {
+  asm volatile(
+      "{\n .reg .b32 there, complete;\n mapa.shared::cluster.u32 there, %0, %3;\n"
+      " mapa.shared::cluster.u32 complete, %2, %3;\n"
+      " st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [there], %1, [complete];\n}" ::
+          "r"(address),
+      "r"(value), "r"(barrier), "r"(rank)
       : "memory");
 }
 // Arrives and makes the phase wait for this many bytes more.
@@ -164,6 +183,16 @@ LK_PTX void barrier_wait(uint32_t barrier, uint32_t parity) {
       "{\n .reg .pred done;\n WAIT_%=:\n"
       " mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n @!done bra WAIT_%=;\n}" ::"r"(
           barrier),
+      "r"(parity)
+      : "memory");
+}
+
+// The same, for a phase that another block of the cluster has part in by ordinary stores.
+LK_PTX void barrier_wait_cluster(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n .reg .pred done;\n WAIT_%=:\n"
+      " mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      " @!done bra WAIT_%=;\n}" ::"r"(barrier),
       "r"(parity)
       : "memory");
 }
@@ -182,6 +211,9 @@ LK_PTX void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+LK_PTX void prefetch_tensor_map(const TensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
 LK_PTX void tma_load(uint32_t destination, const TensorMap* map, uint32_t barrier, int column,
                      int row) {
   asm volatile(
@@ -264,6 +296,13 @@ LK_PTX uint32_t pack(float low, float high, f16) {
   uint32_t r;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
   return r;
+}
+// The value of 16 bits.
+LK_PTX float widen(uint16_t bits, bf16) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
+LK_PTX float widen(uint16_t bits, f16) {
+  float v;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(v) : "h"(bits));
+  return v;
 }
 // 0xffff in each half where bits >= threshold, else 0. Both are 14-bit integers: as fp16 bit
 // patterns those are finite and in the order of the integers, so one HSET2 compares two.
@@ -374,7 +413,12 @@ LK_PTX void registers_increase() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 // Lets the next kernel of the stream start once every block has said so or has exited.
-LK_PTX void grid_launch_dependents() { asm volatile("griddepcontrol.launch_dependents;"); }
+// Nothing before sm_90.
+LK_PTX void grid_launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
 // Until the kernel before is complete and its writes are visible.
 LK_PTX void grid_wait_dependency() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 

@@ -12,6 +12,7 @@
 namespace lora_kernels {
 namespace {
 
+using cpu::FusedGemmTailArgs;
 using cpu::kColUnit;
 using cpu::kernels;
 using cpu::kRowUnit;
@@ -64,7 +65,7 @@ Operand down_proj(const Operand& x, const Operand& down, const Dropout& dropout,
 // ---- fused_gemm ---------------------------------------------------------------------------------
 
 // Adds the rank-r term and bias to a part of the frozen product, and rounds it into y.
-void epilogue(const FusedGemmArgs& args, int64_t row, int64_t rows, int64_t col, int64_t cols) {
+void epilogue(const FusedGemmTailArgs& args, int64_t row, int64_t rows, int64_t col, int64_t cols) {
   const int64_t work = 2 * (args.r + 2);
   if (cols >= rows) {
     parallel(cols, kColUnit, kColUnit * rows * work, [&](int64_t begin, int64_t end) {
@@ -78,7 +79,7 @@ void epilogue(const FusedGemmArgs& args, int64_t row, int64_t rows, int64_t col,
 }
 
 // Small: the microkernel multiplies too, so no call leaves this library.
-void fused_gemm_small(FusedGemmArgs& args, const Operand& x, const Operand& weight) {
+void fused_gemm_small(FusedGemmTailArgs& args, const Operand& x, const Operand& weight) {
   std::vector<float> product;
   args.product = args.y;
   if (args.y.dtype != Dtype::f32) {
@@ -91,7 +92,7 @@ void fused_gemm_small(FusedGemmArgs& args, const Operand& x, const Operand& weig
 }
 
 // fp32: the vendor writes y and adds the rank-r term to it; under a mask the epilogue adds it.
-void fused_gemm_f32(FusedGemmArgs& args, const Operand& x, const Operand& weight, const Operand& h,
+void fused_gemm_f32(FusedGemmTailArgs& args, const Operand& x, const Operand& weight, const Operand& h,
                     const Operand& up, const OptionalTensor& bias, const Tensor& y) {
   const Tensor x_t = as_tensor(x), weight_t = as_tensor(transposed(weight));
   if (args.dropout.seed != nullptr) {
@@ -117,7 +118,7 @@ Tensor fp32_rows(const Operand& a, int64_t begin, int64_t count) {
 // 16 bits: panels of both operands go to fp32 and through the vendor's fp32 GEMM, so the rank-r
 // term meets an unrounded product. Processors with 16-bit GEMM instructions take `composed`
 // instead.
-void fused_gemm_16bit(FusedGemmArgs& args, const Operand& x, const Operand& weight) {
+void fused_gemm_16bit(FusedGemmTailArgs& args, const Operand& x, const Operand& weight) {
   const int64_t K = std::max<int64_t>(x.cols, 1);
   const int64_t row_panel = std::clamp<int64_t>(kPanelElements / K, 128, 4096);
   const int64_t col_panel =
@@ -166,7 +167,7 @@ Tensor fused_gemm(const Tensor& x_shape, const Operand& x, const Operand& weight
   Tensor y = empty_cpu(sizes.data(), dim, x.tensor.scalar_type());
   if (M == 0 || N == 0) return y;
   const Matrix y_rows{y.mutable_data_ptr(), N, 1, x.matrix.dtype};
-  FusedGemmArgs args{{},
+  FusedGemmTailArgs args{{},
                      0,
                      0,
                      h.matrix,

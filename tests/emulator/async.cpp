@@ -134,6 +134,7 @@ void init_barrier(uint32_t address, uint32_t arrivals, Place at) {
   s.write(address, &value, 8, generic_access("mbarrier.init", at));
   Mbarrier& b = s.barriers[address];
   b.agent = machine->new_agent();
+  b.remote_agent = machine->new_agent();
   b.expected = b.pending = arrivals;
   b.init = warp().stamp();
   for (uint32_t byte = 0; byte < 8; byte += kCellBytes)
@@ -160,7 +161,7 @@ void arrive_expect(uint32_t address, uint32_t bytes, Place at) {
   count_arrival(block().shared->barrier(address, "mbarrier.arrive.expect_tx", at), bytes, at);
 }
 
-void wait_barrier(uint32_t address, uint32_t parity, Place at) {
+void wait_barrier(uint32_t address, uint32_t parity, bool cluster, Place at) {
   if (parity > 1) machine->fail("barrier misuse: a parity of " + std::to_string(parity), at);
   Mbarrier& b = block().shared->barrier(address, "mbarrier.try_wait", at);
   if (!warp().known.generic.covers(b.init))
@@ -168,6 +169,25 @@ void wait_barrier(uint32_t address, uint32_t parity, Place at) {
   self().idle_polls = 0;
   machine->wait_until("an mbarrier", at, [&] { return (b.phase & 1) != parity; });
   acquire(warp(), b.completed);
+  if (cluster) warp().known.generic.advance(b.remote_agent, b.phase);
+}
+
+// An ordinary write that happens later, in another block, and counts towards a phase there.
+void store_remote(uint32_t address, uint32_t value, uint32_t barrier, uint32_t rank, Place at) {
+  Block* target = &peer(rank, "st.async", at);
+  Mbarrier* b = &target->shared->barrier(barrier, "st.async", at);
+  if (!b->fenced)
+    machine->fail("missing fence: st.async on an mbarrier without fence.mbarrier_init", at);
+  auto known = snapshot(warp());
+  ++target->loads_in_flight;
+  machine->post([=] {
+    const Access a{{b->remote_agent, b->phase + 1}, known.get(), Proxy::generic, "st.async", at};
+    target->shared->write(address, &value, 4, a);
+    --target->loads_in_flight;
+    target->arrivals[b->agent] = b->phase + 1;
+    b->bytes -= 4;
+    complete_if_due(*b, at);
+  });
 }
 
 // ---- cp.async -----------------------------------------------------------------------------------

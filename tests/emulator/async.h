@@ -23,7 +23,9 @@ void init_barrier(uint32_t address, uint32_t arrivals, Place at);
 void fence_barrier_init(Place at);
 void arrive_barrier(uint32_t address, unsigned rank, Place at);
 void arrive_expect(uint32_t address, uint32_t bytes, Place at);
-void wait_barrier(uint32_t address, uint32_t parity, Place at);
+// `cluster`: with a scope in which st.async of another block is visible.
+void wait_barrier(uint32_t address, uint32_t parity, bool cluster, Place at);
+void store_remote(uint32_t address, uint32_t value, uint32_t barrier, uint32_t rank, Place at);
 
 void copy_async(uint32_t to, const void* from, uint32_t bytes, Place at);
 void commit_copies();

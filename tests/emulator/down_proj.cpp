@@ -5,8 +5,7 @@ namespace emu {
 
 using namespace lora_kernels;
 
-std::vector<Launch> down_proj_launches(const DownProjArgs& args, const Target& target) {
-  const DownProjPlan plan = plan_down_proj(args, target);
+std::vector<Launch> down_proj_launches(const DownProjArgs& args, const DownProjPlan& plan) {
   if (plan.kernel == DownProjKernel::none) return {};
   const bool sm90 = plan.kernel == DownProjKernel::sm90;
   Launch l;

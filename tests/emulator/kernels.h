@@ -2,20 +2,32 @@
 #pragma once
 #include <vector>
 
-#include "cuda/down_proj_plan.h"
+#include "cuda/forward_plan.h"
 #include "machine.h"
 
 namespace emu {
 
-// What launch_down_proj would launch on such a device, or nothing; args point into host memory.
+// What launch_down_proj would launch, or nothing; args point into host memory.
 std::vector<Launch> down_proj_launches(const lora_kernels::DownProjArgs& args,
-                                       const lora_kernels::Target& target);
+                                       const lora_kernels::DownProjPlan& plan);
+// What launch_forward and launch_fused_gemm would, behind what is there, as a stream of its own.
+void add_forward(const lora_kernels::ForwardArgs& args, const lora_kernels::ForwardPlan& plan,
+                 const lora_kernels::Target& target, void* workspace,
+                 std::vector<Launch>& launches);
+void add_fused_gemm(const lora_kernels::FusedGemmArgs& args,
+                    const lora_kernels::FusedGemmPlan& plan, const lora_kernels::Target& target,
+                    void* workspace, std::vector<Launch>& launches);
 
 // The kernel on such arguments; empty if no tile was built for the plan.
 std::function<void()> down_proj_sm80_body(const lora_kernels::DownProjArgs& args,
                                           const lora_kernels::DownProjPlan& plan);
 std::function<void()> down_proj_sm90_body(const lora_kernels::DownProjArgs& args,
                                           const lora_kernels::DownProjPlan& plan);
+std::function<void()> fused_gemm_body(const lora_kernels::FusedGemmArgs& args,
+                                      const lora_kernels::FusedGemmPlan& plan, void* workspace);
+std::function<void()> forward_body(const lora_kernels::ForwardArgs& args,
+                                   const lora_kernels::ForwardPlan& plan, void* workspace);
+std::function<void()> pack_body(const lora_kernels::PackJobs& jobs);
 
 // c [M, N] = a b^T in bf16 by probes.cuh; a is [M, K], or [K, M] if trans_a; b the same with N.
 Launch gemm_probe_launch(const uint16_t* a, const uint16_t* b, uint16_t* c, int M, int N, int K,

@@ -199,7 +199,12 @@ void Machine::start_cluster(Grid& grid) {
       agents_ += kAgentsOfWarp;
       w.known.generic.advance(w.agent, 1);
       // A programmatic launch knows of the grid before it by griddepcontrol.wait alone.
-      if (launch.after >= 0 && !launch.programmatic) w.known.join(grids_[launch.after].finished);
+      // What that grid itself waited for is long complete.
+      const int before = launch.after;
+      if (before >= 0 && !launch.programmatic) w.known.join(grids_[before].finished);
+      if (before >= 0 && launch.programmatic && !grids_[before].launch->programmatic &&
+          grids_[before].launch->after >= 0)
+        w.known.join(grids_[grids_[before].launch->after].finished);
       if (!spare_threads_.empty()) {
         w.threads = std::move(spare_threads_.back());
         spare_threads_.pop_back();

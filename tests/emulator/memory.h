@@ -43,6 +43,7 @@ struct Cell {
 
 struct Mbarrier {
   uint32_t agent = 0;
+  uint32_t remote_agent = 0;  // of words that other blocks store
   uint32_t expected = 0, pending = 0;
   int64_t bytes = 0;
   uint32_t phase = 0;

@@ -4,6 +4,9 @@
 #include <pybind11/stl.h>
 
 #include <cstring>
+#include <memory>
+#include <optional>
+#include <tuple>
 
 #include "instructions.h"
 #include "kernels.h"
@@ -89,6 +92,10 @@ std::map<std::string, int> shared_bytes() {
   found["DownProjSm90Tile<" #__VA_ARGS__ ">"] = DownProjSm90Tile<__VA_ARGS__>::kSharedBytes;
   LK_DOWN_PROJ_SM90_TILES(LK_TILE)
 #undef LK_TILE
+#define LK_TILE(...) \
+  found["FusedGemmSm90Tile<" #__VA_ARGS__ ">"] = FusedGemmSm90Tile<__VA_ARGS__>::kSharedBytes;
+  LK_FUSED_GEMM_SM90_TILES(LK_TILE)
+#undef LK_TILE
   return found;
 }
 
@@ -124,8 +131,165 @@ py::dict down_proj(const Array& x, const Array& down, Array h, bool is_bf16,
   add_buffer("x", x, emu::Use::input);
   add_buffer("down", down, emu::Use::input);
   add_buffer("h", h, emu::Use::output);
-  return run(emu::down_proj_launches(args, {compute, multiprocessors, true}),
+  return run(emu::down_proj_launches(args, plan_down_proj(args, {compute, multiprocessors, true})),
              options_of(schedule, timing, resident_blocks));
+}
+
+// ---- fused_gemm and forward ---------------------------------------------------------------------
+
+struct Scalars {
+  bool is_bf16;
+  float h_scale, up_scale;
+  uint32_t threshold;
+  std::vector<int64_t> seed;
+  Target target;
+  ForwardRequest request;
+  emu::Options options;
+};
+
+// {"bf16": True, "scale": (h, up), "seed": [...], "threshold": T, "compute": 90,
+//  "multiprocessors": n, "form": "", "tile_n": 0, "group": 0, "schedule": 0, "timing": "random",
+//  "resident_blocks": n}, all optional.
+Scalars scalars_of(const py::dict& given) {
+  const auto get = [&](const char* name, auto otherwise) {
+    return given.contains(name) ? given[name].cast<decltype(otherwise)>() : otherwise;
+  };
+  Scalars s;
+  s.is_bf16 = get("bf16", true);
+  std::tie(s.h_scale, s.up_scale) = get("scale", std::pair<float, float>{1.0f, 1.0f});
+  s.threshold = get("threshold", 0u);
+  s.seed = get("seed", std::vector<int64_t>{});
+  s.target = {get("compute", 90), get("multiprocessors", 4), get("sm90a", true)};
+  s.request.form = form_of(get("form", std::string()));
+  s.request.gemm = {get("tile_n", 0), get("group", 0)};
+  s.options = options_of(get("schedule", uint64_t{0}), get("timing", std::string("random")),
+                         get("resident_blocks", 1 << 20));
+  return s;
+}
+
+Matrix row_of(const std::optional<Array>& bias, const Scalars& s) {
+  const Dtype dtype = s.is_bf16 ? Dtype::bf16 : Dtype::f16;
+  if (!bias) return {nullptr, 0, 0, dtype};
+  return {const_cast<uint16_t*>(bias->data()), 0, bias->strides(0) / 2, dtype};
+}
+
+FusedGemmArgs fused_gemm_args(const Array& x, const Array& weight, const Array& h, const Array& up,
+                              const std::optional<Array>& bias, const Array& y, const Scalars& s) {
+  if (x.shape(1) != weight.shape(1) || y.shape(0) != x.shape(0) || y.shape(1) != weight.shape(0) ||
+      h.shape(0) != x.shape(0) || up.shape(0) != weight.shape(0) || h.shape(1) != up.shape(1))
+    throw py::value_error("x, weight, h, up and y do not fit together");
+  const auto m = [&](const Array& a) { return matrix_of(a, s.is_bf16); };
+  return {m(x), m(weight), m(h), m(up), row_of(bias, s), m(y), x.shape(0), weight.shape(0),
+          x.shape(1), h.shape(1), s.up_scale, {}};
+}
+
+ForwardArgs forward_args(const Array& x, const Array& weight, const Array& a, const Array& b,
+                         const std::optional<Array>& bias, const Array& y, const Array& h,
+                         const Scalars& s) {
+  return {down_proj_args(x, a, h, s.is_bf16, s.seed, s.threshold, s.h_scale),
+          fused_gemm_args(x, weight, h, b, bias, y, s)};
+}
+
+void add_inputs(const std::vector<std::pair<std::string, Array>>& inputs,
+                const std::optional<Array>& bias) {
+  for (const auto& [name, array] : inputs) add_buffer(name, array, emu::Use::input);
+  if (bias && bias->size() > 0)
+    emu::global.add("bias", const_cast<uint16_t*>(bias->data()),
+                    static_cast<uint64_t>((bias->shape(0) - 1) * bias->strides(0) + 2),
+                    emu::Use::input);
+}
+
+// Memory for a call, poisoned but for the ticket and the flags.
+struct Workspace {
+  std::vector<uint8_t> bytes;
+  uint8_t* begin = nullptr;
+
+  Workspace(int64_t size, int64_t sync_offset, int64_t sync_bytes) : bytes(size + 128) {
+    begin = bytes.data() + (128 - reinterpret_cast<uintptr_t>(bytes.data()) % 128) % 128;
+    const int64_t others = sync_bytes > 0 ? sync_offset : size;
+    if (others > 0) emu::global.add("workspace", begin, others, emu::Use::output);
+    if (sync_bytes > 0)
+      emu::global.add("sync", begin + sync_offset, sync_bytes, emu::Use::workspace);
+  }
+};
+
+py::dict described(const ForwardPlan& p) {
+  py::dict found;
+  found["served"] = p.served;
+  found["form"] = p.form == ForwardForm::one_launch ? "one_launch" : "two_launches";
+  found["rank"] = p.rank;
+  found["tile_n"] = p.gemm.tile_n;
+  found["stages"] = p.gemm.stages;
+  found["shared_bytes"] = p.gemm.shared_bytes;
+  found["mn_major"] = p.gemm.mn_major;
+  found["y_vectors"] = p.gemm.y_vectors;
+  found["clusters"] = p.form == ForwardForm::one_launch ? p.clusters : p.gemm.clusters;
+  found["tiles"] = p.gemm.empty || !p.served ? 0 : p.gemm.raster.items();
+  found["group"] = p.gemm.raster.group;
+  found["workspace_bytes"] = p.workspace_bytes;
+  found["overhead"] = p.overhead;
+  found["reason"] = p.reason;
+  found["text"] = describe(p);
+  return found;
+}
+
+py::dict forward_plan(const Array& x, const Array& weight, const Array& a, const Array& b,
+                      const std::optional<Array>& bias, const Array& y, const Array& h,
+                      const py::dict& given) {
+  const Scalars s = scalars_of(given);
+  return described(plan_forward(forward_args(x, weight, a, b, bias, y, h, s), s.target, s.request));
+}
+
+// Several calls at once, each with a y and an h of its own.
+py::dict forward(const Array& x, const Array& weight, const Array& a, const Array& b,
+                 const std::optional<Array>& bias, const std::vector<Array>& y,
+                 const std::vector<Array>& h, const py::dict& given) {
+  const Scalars s = scalars_of(given);
+  emu::global.clear();
+  add_inputs({{"x", x}, {"weight", weight}, {"A", a}, {"B", b}}, bias);
+  std::vector<emu::Launch> launches;
+  std::vector<std::unique_ptr<Workspace>> workspaces;
+  ForwardPlan plan{};
+  for (size_t i = 0; i < y.size(); ++i) {
+    add_buffer("y", y[i], emu::Use::output);
+    add_buffer("h", h[i], emu::Use::output);
+    const ForwardArgs args = forward_args(x, weight, a, b, bias, y[i], h[i], s);
+    plan = plan_forward(args, s.target, s.request);
+    if (!plan.served) throw py::value_error(plan.reason);
+    workspaces.push_back(std::make_unique<Workspace>(plan.workspace_bytes, plan.sync_offset,
+                                                     plan.sync_bytes));
+    emu::add_forward(args, plan, s.target, workspaces.back()->begin, launches);
+  }
+  py::dict found = run(launches, s.options);
+  for (const auto& item : described(plan)) found[item.first] = item.second;
+  return found;
+}
+
+py::dict fused_gemm(const Array& x, const Array& weight, const Array& h, const Array& up,
+                    const std::optional<Array>& bias, const Array& y, const py::dict& given) {
+  const Scalars s = scalars_of(given);
+  emu::global.clear();
+  add_inputs({{"x", x}, {"weight", weight}, {"h", h}, {"up", up}}, bias);
+  add_buffer("y", y, emu::Use::output);
+  const FusedGemmArgs args = fused_gemm_args(x, weight, h, up, bias, y, s);
+  FusedGemmPlan plan = plan_fused_gemm(args, s.target, s.request.gemm);
+  if (!plan.served) throw py::value_error(plan.reason);
+  Workspace workspace(place_packed(plan), 0, 0);
+  std::vector<emu::Launch> launches;
+  emu::add_fused_gemm(args, plan, s.target, workspace.begin, launches);
+  py::dict found = run(launches, s.options);
+  found["text"] = describe(plan);
+  found["mn_major"] = plan.mn_major;
+  return found;
+}
+
+std::vector<std::pair<uint32_t, uint32_t>> raster(uint32_t pairs, uint32_t columns,
+                                                  uint32_t group) {
+  const Raster r{pairs, columns, group};
+  std::vector<std::pair<uint32_t, uint32_t>> places;
+  for (uint32_t item = 0; item < r.items(); ++item)
+    places.push_back({r.place(item).pair, r.place(item).column});
+  return places;
 }
 
 py::dict gemm_probe(const Array& a, const Array& b, Array c, int tile_n, bool trans_a, bool trans_b,
@@ -192,6 +356,10 @@ PYBIND11_MODULE(emulated, m) {
   m.def("misuse_cases", &emu::misuse_cases);
   m.def("misuse", &misuse, py::arg("name"), py::arg("wrong"), py::arg("schedule") = 0,
         py::arg("timing") = "random");
+  m.def("forward_plan", &forward_plan);
+  m.def("forward", &forward);
+  m.def("fused_gemm", &fused_gemm);
+  m.def("raster", &raster);
   m.def("gemm_probe", &gemm_probe);
   m.def("relay_probe", &relay_probe);
   m.def("wgmma", &wgmma);

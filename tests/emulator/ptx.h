@@ -30,6 +30,7 @@ LK_PTX uint32_t cluster_count() {
   const emu::Launch& l = *emu::block().grid->launch;
   return l.grid_x / l.cluster;
 }
+LK_PTX bool elect_one(Place at = Place::here()) { return emu::elect(at); }
 LK_PTX uint32_t warp_uniform(uint32_t value, Place at = Place::here()) {
   return emu::shuffle_from_0(value, at);
 }
@@ -108,11 +109,18 @@ LK_PTX void barrier_arrive(uint32_t barrier, Place at = Place::here()) {
 LK_PTX void barrier_arrive_remote(uint32_t barrier, uint32_t rank, Place at = Place::here()) {
   emu::arrive_barrier(barrier, rank, at);
 }
+LK_PTX void store_async(uint32_t address, uint32_t value, uint32_t barrier, uint32_t rank,
+                        Place at = Place::here()) {
+  emu::store_remote(address, value, barrier, rank, at);
+}
 LK_PTX void barrier_arrive_expect(uint32_t barrier, uint32_t bytes, Place at = Place::here()) {
   emu::arrive_expect(barrier, bytes, at);
 }
 LK_PTX void barrier_wait(uint32_t barrier, uint32_t parity, Place at = Place::here()) {
-  emu::wait_barrier(barrier, parity, at);
+  emu::wait_barrier(barrier, parity, false, at);
+}
+LK_PTX void barrier_wait_cluster(uint32_t barrier, uint32_t parity, Place at = Place::here()) {
+  emu::wait_barrier(barrier, parity, true, at);
 }
 
 // ---- asynchronous copies
@@ -126,6 +134,7 @@ template <int kPending>
 LK_PTX void cp_async_wait(Place at = Place::here()) {
   emu::wait_copies(kPending, at);
 }
+LK_PTX void prefetch_tensor_map(const TensorMap*) {}
 LK_PTX void tma_load(uint32_t destination, const TensorMap* map, uint32_t barrier, int column,
                      int row, Place at = Place::here()) {
   const auto own = static_cast<uint16_t>(1u << emu::block().rank);
@@ -169,6 +178,10 @@ LK_PTX void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
 template <class T>
 LK_PTX uint32_t pack(float low, float high, T type) {
   return emu::round_bits(low, type) | static_cast<uint32_t>(emu::round_bits(high, type)) << 16;
+}
+template <class T>
+LK_PTX float widen(uint16_t bits, T) {
+  return emu::to_float(T{bits});
 }
 // By the instruction's definition, a comparison of fp16 numbers, not by what it is used for.
 LK_PTX uint32_t halves_at_least(uint32_t bits, uint32_t threshold) {

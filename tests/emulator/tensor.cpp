@@ -98,6 +98,14 @@ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, b
   });
 }
 
+// Which lane the hardware takes is its own affair, but it stays the same one.
+bool elect(Place at) {
+  struct {
+  } none;
+  machine->collective("elect.sync", at, &none, [](auto&) {});
+  return self().lane == static_cast<int>(warp().agent / kAgentsOfWarp % 32);
+}
+
 uint32_t shuffle_from_0(uint32_t value, Place at) {
   uint32_t mine = value;
   machine->collective("shfl", at, &mine, [](auto& lanes) {

@@ -1,0 +1,132 @@
+// Which launches make up a forward call, y and h from x: host code alone, so tests need no GPU.
+//
+//   two launches   down_proj, then fused_gemm, which starts early and waits before it reads h
+//   one launch     h is the first column of work of fused_gemm's grid (forward_sm90.cuh)
+//
+// Around them, only where needed: copies of operands that TMA cannot address, and of an h whose
+// rows are not on 16-byte boundaries.
+#pragma once
+#include <stdexcept>
+#include <string>
+
+#include "fused_gemm_plan.h"
+
+namespace lora_kernels {
+
+struct ForwardArgs {
+  DownProjArgs down;  // x, A, h
+  FusedGemmArgs gemm;  // x, W0, h, B, bias, y
+};
+
+enum class ForwardForm { any, one_launch, two_launches };
+// By name, "" for any.
+inline ForwardForm form_of(const std::string& name) {
+  if (name.empty()) return ForwardForm::any;
+  if (name == "one_launch") return ForwardForm::one_launch;
+  if (name == "two_launches") return ForwardForm::two_launches;
+  throw std::invalid_argument("form is \"" + name +
+                              "\"; expected one_launch, two_launches or nothing");
+}
+
+struct ForwardRequest {
+  ForwardForm form = ForwardForm::any;
+  FusedGemmRequest gemm;
+};
+
+constexpr int kForwardRanks[] = {64, 128};  // of a tile of h; A's missing rows are zero
+
+struct ForwardPlan {
+  bool served;
+  const char* reason;  // why not, or why not in one launch
+  ForwardForm form;    // never `any` if served
+  int rank;            // of the tile of h: one of kForwardRanks
+  FusedGemmPlan gemm;
+  DownProjPlan down;  // of two launches
+  TmaOperand lora_a;  // of one launch, like the next two
+  Raster raster;      // column 0 is h, the others are the columns of tiles of y
+  unsigned clusters;
+  bool h_padded;      // h is made in the workspace, in rows of gemm.h.width(), and copied out
+  int64_t workspace_bytes;
+  int64_t h_offset, sync_offset, sync_bytes;  // the ticket and the flags, zero before the launch
+  double overhead;  // of the LoRA term over the frozen GEMM, by the model: 0.01 is 1 %
+};
+
+ForwardPlan plan_forward(const ForwardArgs& args, const Target& target,
+                         const ForwardRequest& request = {});
+std::string describe(const ForwardPlan& plan);
+
+// Copies of operands that one launch makes: each [rows, columns] matrix, scaled, into contiguous
+// rows of `width`, zero past `columns`.
+struct PackJob {
+  Matrix from;
+  int64_t rows, columns;
+  void* to;
+  int64_t width;
+  float scale;
+};
+constexpr int kMaxPackJobs = 5;
+struct PackJobs {
+  PackJob jobs[kMaxPackJobs];
+  int count = 0;
+  void add(const TmaOperand& operand, void* workspace) {
+    if (operand.packed)
+      jobs[count++] = {operand.from,  operand.rows,    operand.columns, operand.at(workspace).data,
+                       operand.width(), operand.scale};
+  }
+};
+
+constexpr unsigned kPackThreads = 256;
+// Along x; each job has as many.
+unsigned pack_blocks(const PackJobs& jobs, int multiprocessors);
+
+// Makes the launches of fused_gemm alone, as run_forward does.
+template <class Launcher>
+int run_fused_gemm(const FusedGemmArgs& args, const FusedGemmPlan& plan, void* workspace,
+                   Launcher& launcher) {
+  if (plan.empty) return 0;
+  PackJobs before;
+  for (const TmaOperand* operand : {&plan.x, &plan.weight, &plan.h, &plan.up, &plan.bias})
+    before.add(*operand, workspace);
+  const int error = before.count > 0 ? launcher.pack(before) : 0;
+  return error == 0 ? launcher.fused_gemm(args, plan, workspace, false) : error;
+}
+
+// Makes the launches of a plan, in order, through `launcher`, until one does not return 0.
+//
+//   launcher.pack(jobs)                                 copies
+//   launcher.zero(pointer, bytes)
+//   launcher.down_proj(args, plan)
+//   launcher.fused_gemm(args, plan, workspace, early)   early: may start before the launch ahead of
+//                                                       it ends; it waits before it reads h
+//   launcher.forward(args, plan, workspace)             both in one
+template <class Launcher>
+int run_forward(ForwardArgs args, ForwardPlan plan, void* workspace, Launcher& launcher) {
+  auto* bytes = static_cast<uint8_t*>(workspace);
+  const bool one = plan.form == ForwardForm::one_launch, adapted = args.down.r > 0;
+  PackJobs before, after;
+  for (const TmaOperand* operand :
+       {&plan.gemm.x, &plan.gemm.weight, &plan.gemm.up, &plan.gemm.bias})
+    before.add(*operand, workspace);
+  if (one) before.add(plan.lora_a, workspace);
+  if (plan.gemm.x.packed) args.down.x = plan.gemm.x.at(workspace);
+  if (plan.h_padded) {
+    const Matrix out = args.down.h;
+    args.down.h = {bytes + plan.h_offset, plan.gemm.h.width(), 1, out.dtype};
+    after.jobs[after.count++] = {args.down.h, args.down.M, args.down.r, out.data, args.down.r, 1.0f};
+  }
+  plan.gemm.h.from = args.gemm.h = args.down.h;
+
+  int error = before.count > 0 ? launcher.pack(before) : 0;
+  if (one) {
+    if (error == 0) error = launcher.zero(bytes + plan.sync_offset, plan.sync_bytes);
+    if (error == 0) error = launcher.forward(args, plan, workspace);
+  } else {
+    if (error == 0 && adapted) error = launcher.down_proj(args.down, plan.down);
+    if (error == 0 && !plan.gemm.empty)
+      error = launcher.fused_gemm(args.gemm, plan.gemm, workspace, adapted);
+  }
+  if (error == 0 && after.count > 0) error = launcher.pack(after);
+  return error;
+}
+
+}  // namespace lora_kernels

@@ -1,0 +1,204 @@
+// h = scale * dropout(x) * A^T and y = x * W0^T + h * B^T + bias in one launch.
+//
+// The grid of fused_gemm with a column of work more: item (pair, 0) is h of 256 rows, item
+// (pair, c > 0) a tile of y that reads it. A block publishes its 128 rows of h by a flag; the
+// producer of a tile of the same rows waits for that flag just before its first stage of h, which is
+// after all stages of the frozen product: by then h has long been there.
+//
+// Order. Block 0 of a cluster claims items by a ticket, one after another, and tells block 1. Raster
+// puts (pair, 0) before every (pair, c).
+//
+// Progress. Items are claimed in order, each by a cluster that runs, and a cluster works in the
+// order of its claims. So let i be the smallest item that is claimed and not complete: the items its
+// cluster claimed before it are smaller, so they are complete; the one whose flag it waits for is
+// smaller, so it was claimed, and is complete. Nothing holds i up. No other cluster has to be
+// resident for it, nor any other grid.
+//
+// Determinism. Who claims an item and when has no part in its result: h and y of an item are sums in
+// one order, each element is written once, and what a tile reads of h is complete.
+#pragma once
+#include "dropped_tile.cuh"
+#include "fused_gemm_sm90.cuh"
+#include "store_h.cuh"
+
+namespace lora_kernels {
+
+constexpr uint32_t kNoItem = ~0u;
+
+// Both producers of a cluster ask for the next item: rank 0 takes it, rank 1 hears of it.
+template <class Ring>
+struct Claims {
+  const Ring& ring;
+  const ForwardWork& work;
+  uint32_t turn = 0, ticket = 0;
+
+  __device__ uint32_t word() const { return ring.extra(); }        // in block 1: the item
+  __device__ uint32_t told() const { return ring.extra() + 8; }    // in block 1
+  __device__ uint32_t heard() const { return ring.extra() + 16; }  // in block 0
+
+  __device__ void initialise() const {
+    ptx::barrier_init(told(), 1);
+    ptx::barrier_init(heard(), 1);
+  }
+  // Long before the answer is needed.
+  __device__ void ask() { ticket = ptx::atomic_add(work.ticket, 1); }
+  __device__ uint32_t next(uint32_t rank) {
+    uint32_t item;
+    if (rank == 0) {
+      item = ticket < work.gemm.raster.items() ? ticket : kNoItem;
+      if (turn > 0) ptx::barrier_wait(heard(), (turn - 1) & 1);
+      ptx::store_async(word(), item, told(), 1);
+      if (item != kNoItem) ask();
+    } else {
+      ptx::barrier_arrive_expect(told(), 4);
+      ptx::barrier_wait_cluster(told(), turn & 1);
+      item = ptx::load_shared_word(word());
+      ptx::barrier_arrive_remote(heard(), 0);
+    }
+    ++turn;
+    return item;
+  }
+};
+
+__device__ __forceinline__ void wait_for_flag(const uint32_t* flag) {
+  while (ptx::load_acquire(flag) == 0) {
+  }
+  ptx::fence_async_global();  // TMA is to see what the flag says is there
+}
+
+// Claims items and loads their stages. The first stage of an item carries its number; the last stage
+// of all says that there is none.
+template <class Tile, int kRank, class Ring>
+__device__ __forceinline__ void produce(Ring& ring, Claims<Ring>& claims,
+                                        const ptx::TensorMap* x_map,
+                                        const ptx::TensorMap* weight_map,
+                                        const ptx::TensorMap* a_map, const ptx::TensorMap* h_map,
+                                        const ptx::TensorMap* up_map) {
+  const ForwardWork& work = claims.work;
+  const uint32_t rank = ptx::cluster_rank();
+  if (rank == 0) claims.ask();
+#pragma unroll 1
+  for (;;) {
+    const uint32_t item = claims.next(rank);
+    ring.acquire();
+    ptx::store_shared_word(ring.item(), item);
+    if (item == kNoItem) {
+      ptx::barrier_arrive(ring.full(ring.stage));
+      return;
+    }
+    const RasterPlace at = work.gemm.raster.place(item);
+    const uint32_t row_block = at.pair * Tile::kCluster + rank, row = row_block * Tile::kM;
+    if (at.column == 0) {
+#pragma unroll 1
+      for (uint32_t block = 0; block < work.gemm.blocks_k; ++block, ring.advance()) {
+        ring.acquire();
+        load_stage<kRank, false>(ring, x_map, a_map, row, 0, block * kRowElements);
+      }
+    } else {
+      const uint32_t column = (at.column - 1) * Tile::kN;
+#pragma unroll 1
+      for (uint32_t block = 0; block < work.gemm.blocks_k; ++block, ring.advance()) {
+        ring.acquire();
+        load_stage<Tile::kN, false>(ring, x_map, weight_map, row, column, block * kRowElements);
+      }
+      wait_for_flag(work.flags + row_block);
+      load_rank_stages<false>(ring, h_map, up_map, work.gemm.rank_steps, row, column);
+    }
+  }
+}
+
+// sum = 64 rows of dropout(x) A^T; stages are free as soon as they were multiplied.
+template <class T, class Ring, int kCount>
+__device__ __forceinline__ void multiply_dropped_blocks(float (&sum)[kCount], Ring& ring,
+                                                        uint32_t blocks,
+                                                        const LaneDropout& dropout, uint32_t group,
+                                                        uint32_t warp, uint32_t lane) {
+#pragma unroll 1
+  for (uint32_t block = 0; block < blocks; ++block) {
+    ring.wait();
+    multiply_dropped_tile<T>(sum, ring.a() + group * Ring::Tile::kPanelBytes, ring.b(), dropout,
+                             block * kRowElements, block > 0, warp, lane);
+    ring.advance();
+    ring.release_previous(lane);
+  }
+}
+
+// h of this block's 128 rows, and the flag that says so.
+template <class T, int kRank, bool kDropout, class Ring>
+__device__ __forceinline__ void compute_h(Ring& ring, const DownProjArgs& args,
+                                          const ForwardWork& work, uint32_t row_block,
+                                          uint32_t group, uint32_t thread) {
+  const uint32_t lane = thread % 32, warp = thread / 32;
+  const int64_t row = int64_t{row_block} * Ring::Tile::kM + group * 64 + warp * 16;
+  float sum[kRank / 2];
+  if constexpr (kDropout) {
+    const LaneDropout dropout = load_dropout(args.dropout, row, lane);
+    multiply_dropped_blocks<T>(sum, ring, work.gemm.blocks_k, dropout, group, warp, lane);
+    ptx::wgmma_keep(sum);
+  } else {
+    multiply_blocks<T, false>(sum, ring, work.gemm.blocks_k, group, lane);
+    finish_product(sum, ring, lane);
+  }
+  LK_UNROLL
+  for (int n = 0; n < kRank / 8; ++n) {
+    const float block[4] = {sum[4 * n], sum[4 * n + 1], sum[4 * n + 2], sum[4 * n + 3]};
+    store_h<T>(args, true, row, n, block, lane);
+  }
+  ptx::fence_async_global();  // TMA of other blocks will read it
+  ptx::named_barrier_sync<3>(128 * Ring::Tile::kConsumers);
+  if (group == 0 && thread == 0) ptx::store_release(work.flags + row_block, 1);
+}
+
+template <class Tile, class T, int kRank, bool kDropout>
+__global__ void __cluster_dims__(Tile::kCluster, 1, 1) __launch_bounds__(Tile::kThreads, 1)
+    forward_sm90_kernel(const __grid_constant__ ptx::TensorMap x_map,
+                        const __grid_constant__ ptx::TensorMap weight_map,
+                        const __grid_constant__ ptx::TensorMap a_map,
+                        const __grid_constant__ ptx::TensorMap h_map,
+                        const __grid_constant__ ptx::TensorMap up_map,
+                        const __grid_constant__ ptx::TensorMap y_map, const DownProjArgs args,
+                        const ForwardWork work) {
+  static_assert(kRank <= Tile::kN, "A's tile takes the place of the weight's");
+  using Ring = GemmRing<Tile>;
+  Ring ring;
+  Claims<Ring> claims{ring, work};
+  const uint32_t thread = threadIdx.x, warp = ptx::warp_uniform(thread / 32);
+
+  if (thread == 0) {
+    ring.initialise();
+    claims.initialise();
+    ptx::barrier_init_fence();
+  }
+  ptx::cluster_arrive();
+  ptx::cluster_wait();
+
+  if (warp < 4) {
+    ptx::registers_decrease<40>();
+    if (warp == 0 && ptx::elect_one())
+      produce<Tile, kRank>(ring, claims, &x_map, &weight_map, &a_map, &h_map, &up_map);
+    ptx::warp_sync();
+  } else {
+    ptx::registers_increase<232>();
+    const uint32_t group = warp / 4 - 1, rank = ptx::cluster_rank();
+#pragma unroll 1
+    for (;;) {
+      ring.wait();
+      const uint32_t item = ptx::warp_uniform(ptx::load_shared_word(ring.item()));
+      if (item == kNoItem) break;
+      const RasterPlace at = work.gemm.raster.place(item);
+      const uint32_t row_block = at.pair * Tile::kCluster + rank;
+      if (at.column == 0)
+        compute_h<T, kRank, kDropout>(ring, args, work, row_block, group, thread % 128);
+      else
+        compute_tile<T, false>(ring, &y_map, work.gemm.out, work.gemm.blocks_k, work.gemm.rank_steps,
+                               row_block * Tile::kM, (at.column - 1) * Tile::kN, group,
+                               thread % 128);
+    }
+    if (thread % 128 == 0) ptx::tma_store_wait<0>();
+  }
+  // Neither block leaves while the other may still signal it.
+  ptx::cluster_arrive();
+  ptx::cluster_wait();
+}
+
+}  // namespace lora_kernels

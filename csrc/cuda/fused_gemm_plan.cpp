@@ -1,0 +1,141 @@
+#include "fused_gemm_plan.h"
+
+#include <algorithm>
+
+namespace lora_kernels {
+namespace {
+
+constexpr uint32_t kGroup = 8;  // pairs of row blocks: 66 clusters then work on about 8 x 8 tiles
+
+// nullptr if the kernel serves the call, else why it does not.
+const char* not_served(const FusedGemmArgs& a, const Target& target) {
+  if (target.compute != 90) return "the device is not of compute capability 9.0";
+  if (!target.sm90a) return "built without sm_90a: TORCH_CUDA_ARCH_LIST has no 9.0a";
+  if (a.dropout.seed != nullptr) return "dropout of the LoRA term has no kernel";
+  if (std::max({a.M, a.N, a.K, a.r}) >= kTmaLimit - kClusterRows)
+    return "a dimension is past 2^31, which TMA cannot address";
+  if (ceil_div(a.M, kClusterRows) * (ceil_div(a.N, 64) + 1) >= kTmaLimit)
+    return "y has more than 2^31 tiles";
+  return nullptr;
+}
+
+struct TileFacts {
+  int n, stages, threads, shared_bytes;
+};
+#define LK_FACTS(...)                                                                  \
+  {FusedGemmSm90Tile<__VA_ARGS__>::kN, FusedGemmSm90Tile<__VA_ARGS__>::kStages,        \
+   FusedGemmSm90Tile<__VA_ARGS__>::kThreads, FusedGemmSm90Tile<__VA_ARGS__>::kSharedBytes},
+constexpr TileFacts kTiles[] = {LK_FUSED_GEMM_SM90_TILES(LK_FACTS)};
+#undef LK_FACTS
+
+Raster raster_of(const FusedGemmArgs& a, int tile_n, int group) {
+  return {static_cast<uint32_t>(ceil_div(a.M, kClusterRows)),
+          static_cast<uint32_t>(ceil_div(a.N, tile_n)),
+          group > 0 ? static_cast<uint32_t>(group) : kGroup};
+}
+
+double waves_cycles(const Raster& raster, unsigned clusters, int tile_n, int64_t K) {
+  const auto waves = ceil_div(raster.items(), clusters);
+  return static_cast<double>(waves) * tile_cycles(tile_n, ceil_div(K, kMmaDepth));
+}
+
+// The tile whose waves take the fewest clocks; the widest of equals.
+const TileFacts& best_tile(const FusedGemmArgs& a, const Target& target, int wanted) {
+  const TileFacts* best = nullptr;
+  double least = 0;
+  for (const TileFacts& t : kTiles) {
+    const Raster raster = raster_of(a, t.n, 0);
+    const double cycles = waves_cycles(raster, clusters_of(target, raster.items()), t.n, a.K);
+    if (t.n == wanted) return t;
+    if (best == nullptr || cycles < least) best = &t, least = cycles;
+  }
+  return *best;
+}
+
+}  // namespace
+
+// A k16 step keeps the tensor cores busy for kN clocks. Narrower tiles are bound by shared memory
+// instead, 128 bytes a clock: wgmma reads 2 (2048 + 32 kN) bytes, TMA writes 32 (128 + kN). The
+// factor is what a good main loop reaches of that; the epilogue stands outside it.
+double tile_cycles(int tile_n, int64_t steps) {
+  constexpr double kReached = 0.865, kEpilogue = 6.0;  // clocks a column
+  const double shared = (2 * (2048 + 32.0 * tile_n) + 32 * (128.0 + tile_n)) / 128;
+  return static_cast<double>(steps) * std::max<double>(tile_n, shared) / kReached +
+         kEpilogue * tile_n;
+}
+
+double gemm_cycles(const FusedGemmPlan& plan, int64_t K) {
+  return waves_cycles(plan.raster, plan.clusters, plan.tile_n, K);
+}
+
+FusedGemmPlan plan_fused_gemm(const FusedGemmArgs& args, const Target& target,
+                              const FusedGemmRequest& request) {
+  FusedGemmPlan plan{};
+  plan.empty = args.M == 0 || args.N == 0;
+  plan.reason = not_served(args, target);
+  plan.served = plan.reason == nullptr;
+  if (plan.empty || !plan.served) return plan;
+  plan.reason = "TMA and wgmma";
+  const TileFacts& tile = best_tile(args, target, request.tile_n);
+  plan.tile_n = tile.n;
+  plan.stages = tile.stages;
+  plan.threads = tile.threads;
+  plan.shared_bytes = tile.shared_bytes;
+
+  const bool k_major = !tma_operand(args.weight, args.N, args.K).packed;
+  plan.mn_major = !k_major && args.K > 0 &&
+                  !tma_operand(transposed(args.weight), args.K, args.N).packed;
+  plan.x = tma_operand(args.x, args.M, args.K);
+  plan.h = tma_operand(args.h, args.M, args.r);
+  if (plan.mn_major) {
+    plan.weight = tma_operand(transposed(args.weight), args.K, args.N);
+    plan.up = tma_operand(transposed(args.up), args.r, args.N, args.scale);
+  } else {
+    plan.weight = tma_operand(args.weight, args.N, args.K);
+    plan.up = tma_operand(args.up, args.N, args.r, args.scale);
+  }
+  if (args.r == 0) plan.h.packed = plan.up.packed = false;  // nothing is loaded of them
+  if (args.bias.data != nullptr) plan.bias = tma_operand(args.bias, 1, args.N);
+  plan.y_vectors = !tma_operand(args.y, args.M, args.N).packed;
+  plan.raster = raster_of(args, tile.n, request.group);
+  plan.clusters = clusters_of(target, plan.raster.items());
+  return plan;
+}
+
+int64_t place_packed(FusedGemmPlan& plan, int64_t offset) {
+  for (TmaOperand* operand : {&plan.x, &plan.weight, &plan.h, &plan.up, &plan.bias}) {
+    operand->offset = offset;
+    offset += operand->bytes();
+  }
+  return offset;
+}
+
+std::string describe_packing(const FusedGemmPlan& p) {
+  std::string copied;
+  const auto add = [&](const TmaOperand& operand, const char* name) {
+    if (operand.packed) copied += (copied.empty() ? "" : ", ") + std::string(name);
+  };
+  add(p.x, "x");
+  add(p.weight, "weight");
+  add(p.h, "h");
+  add(p.up, "B");
+  add(p.bias, "bias");
+  std::string text;
+  if (!copied.empty()) text = "; copied first, for TMA or to be scaled: " + copied;
+  if (!p.y_vectors) text += "; y by ordinary stores: its rows are not on 16-byte boundaries";
+  return text;
+}
+
+std::string describe(const FusedGemmPlan& p) {
+  if (!p.served) return p.reason;
+  if (p.empty) return "y is empty";
+  const auto number = [](int64_t n) { return std::to_string(n); };
+  const int64_t tiles = p.raster.items(), tenths = tiles * 10 / p.clusters;
+  return "fused_gemm_sm90 128x" + number(p.tile_n) + "x64, " + number(p.stages) + " stages, " +
+         number(2 * p.clusters) + " blocks in clusters of 2, " + number(tiles) +
+         " tiles of 256 rows, " + number(tenths / 10) + "." + number(tenths % 10) + " waves, " +
+         (p.mn_major ? "MN" : "K") + "-major weight, " + number(p.shared_bytes / 1024) +
+         " KB shared" + describe_packing(p);
+}
+
+}  // namespace lora_kernels

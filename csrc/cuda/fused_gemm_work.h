@@ -1,0 +1,67 @@
+// What the kernels that compute y are told, from arguments and plan.
+#pragma once
+#include "forward_plan.h"
+
+namespace lora_kernels {
+
+// Where y goes, and what is added to it.
+struct GemmOutput {
+  uint16_t* y;
+  int64_t y_stride;
+  const uint16_t* bias;  // contiguous; nullptr: none
+  uint32_t M, N;
+  bool by_tma;  // else by ordinary stores
+};
+
+struct FusedGemmWork {
+  GemmOutput out;
+  Raster raster;
+  uint32_t blocks_k;    // stages of the frozen product
+  uint32_t rank_steps;  // k16 steps of the LoRA term
+};
+
+struct ForwardWork {
+  FusedGemmWork gemm;  // its raster's column 0 is h
+  uint32_t* ticket;    // 0 before the launch
+  uint32_t* flags;     // one for 128 rows, likewise
+};
+
+// TMA's view of the operands, in the order of the kernels' parameters.
+struct FusedGemmMaps {
+  TensorMapSpec x, weight, h, up, y;
+};
+
+inline FusedGemmWork work_of(const FusedGemmArgs& a, const FusedGemmPlan& plan,
+                             const Raster& raster, void* workspace) {
+  const int64_t depth = a.K > 0 ? a.K : plan.x.width();  // without depth, a stage of zeros
+  return {{static_cast<uint16_t*>(a.y.data), a.y.row_stride,
+           static_cast<const uint16_t*>(plan.bias.at(workspace).data),
+           static_cast<uint32_t>(a.M), static_cast<uint32_t>(a.N), plan.y_vectors},
+          raster,
+          static_cast<uint32_t>((depth + kRowElements - 1) / kRowElements),
+          static_cast<uint32_t>((a.r + kMmaDepth - 1) / kMmaDepth)};
+}
+
+inline FusedGemmMaps maps_of(const FusedGemmArgs& a, const FusedGemmPlan& plan, void* workspace) {
+  constexpr int kRows = 128;
+  const TensorMapSpec x = plan.x.map(workspace, kRows);
+  const TensorMapSpec weight = plan.weight.map(workspace, b_box_rows(plan));
+  FusedGemmMaps maps{x, weight, x, weight, x};  // any valid one where nothing is loaded or stored
+  if (a.r > 0) {
+    maps.h = plan.h.map(workspace, kRows);
+    maps.up = plan.up.map(workspace, b_box_rows(plan));
+  }
+  if (plan.y_vectors) maps.y = tma_operand(a.y, a.M, a.N).map(nullptr, 64);
+  return maps;
+}
+
+inline TensorMapSpec a_map_spec(const ForwardPlan& plan, void* workspace) {
+  return plan.lora_a.map(workspace, plan.rank / 2);
+}
+
+inline ForwardWork work_of(const ForwardArgs& a, const ForwardPlan& plan, void* workspace) {
+  auto* sync = reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(workspace) + plan.sync_offset);
+  return {work_of(a.gemm, plan.gemm, plan.raster, workspace), sync, sync + 1};
+}
+
+}  // namespace lora_kernels

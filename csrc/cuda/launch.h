@@ -1,0 +1,49 @@
+// What every launch needs of the runtime.
+#pragma once
+#include <cuda_runtime_api.h>
+
+#include <type_traits>
+
+#include "down_proj_plan.h"
+
+namespace lora_kernels {
+
+// The device as plans see it. `device` is the current one.
+cudaError_t device_target(int device, Target* target);
+
+// What a launch of more than 48 KB needs. A failure is not left behind as the thread's last error,
+// where the next good launch would find it.
+template <class Kernel>
+cudaError_t allow_shared_memory(Kernel kernel, int bytes) {
+  const cudaError_t error = cudaFuncSetAttribute(
+      reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
+}
+
+// Launches a kernel; `early`: once all blocks of the launch ahead of it allow that, instead of after
+// its end.
+template <class... Parameters, class... Arguments>
+cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes,
+                          cudaStream_t stream, bool early, const Arguments&... arguments) {
+  static_assert((std::is_same_v<Parameters, Arguments> && ...), "arguments are not converted");
+  cudaError_t error = allow_shared_memory(kernel, shared_bytes);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = early ? 1 : 0;
+  const void* pointers[] = {&arguments...};
+  error = cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel),
+                              const_cast<void**>(pointers));
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
+}
+
+}  // namespace lora_kernels

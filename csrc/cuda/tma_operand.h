@@ -1,0 +1,52 @@
+// What TMA can address, and what is done about the rest.
+#pragma once
+#include "../lora.h"
+#include "descriptor.h"
+#include "tensor_map.h"
+
+namespace lora_kernels {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Whether a matrix has contiguous rows on 16-byte boundaries.
+inline bool has_vectors(const Matrix& m, int64_t rows) {
+  return m.col_stride == 1 && reinterpret_cast<uintptr_t>(m.data) % 16 == 0 &&
+         (rows == 1 || m.row_stride % 8 == 0);
+}
+
+inline Matrix transposed(const Matrix& m) { return {m.data, m.col_stride, m.row_stride, m.dtype}; }
+
+constexpr int64_t kTmaLimit = int64_t{1} << 31;  // of a coordinate
+
+// A matrix as TMA is to find it: [rows, columns], rows contiguous on 16-byte boundaries. One that
+// lies otherwise is copied to the workspace first.
+struct TmaOperand {
+  Matrix from;
+  int64_t rows = 0, columns = 0;
+  float scale = 1.0f;   // of the copy
+  bool packed = false;  // whether there is one
+  int64_t offset = 0;   // of the copy in the workspace, bytes
+
+  // Elements of a row of the copy; those past `columns` are zero. TMA has no empty matrix.
+  int64_t width() const { return columns > 0 ? (columns + 7) / 8 * 8 : 8; }
+  int64_t bytes() const { return packed ? (rows * width() * 2 + 127) / 128 * 128 : 0; }
+  // Where TMA finds it.
+  Matrix at(void* workspace) const {
+    if (!packed) return from;
+    return {static_cast<uint8_t*>(workspace) + offset, width(), 1, from.dtype};
+  }
+  TensorMapSpec map(void* workspace, int box_rows) const {
+    const Matrix m = at(workspace);
+    // A single row's stride means nothing, but the driver checks it.
+    return {m.data, packed ? width() : columns, rows, rows > 1 ? m.row_stride : width(), box_rows,
+            m.dtype};
+  }
+};
+
+// `scale`: a factor that only a copy can apply.
+inline TmaOperand tma_operand(const Matrix& m, int64_t rows, int64_t columns, float scale = 1.0f) {
+  const bool good = has_vectors(m, rows) && (rows == 1 || m.row_stride >= columns) && columns > 0;
+  return {m, rows, columns, scale, !good || scale != 1.0f, 0};
+}
+
+}  // namespace lora_kernels

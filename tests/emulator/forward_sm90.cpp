@@ -1,0 +1,71 @@
+// The sources of the sm_90a kernels that make y, compiled by g++ against the models of ptx.h.
+#include "cuda/forward_sm90.cuh"
+
+#include "cuda/forward_sm90_dispatch.h"
+#include "cuda/fused_gemm_sm90_dispatch.h"
+#include "cuda/pack.cuh"
+#include "kernels.h"
+
+namespace emu {
+
+using namespace lora_kernels;
+
+namespace {
+
+TensorMap encode(const TensorMapSpec& s) {
+  return make_tensor_map(
+      {s.data, s.columns, s.rows, s.row_stride, static_cast<int>(kRowElements), s.box_rows});
+}
+
+// Calls f(Bf16{}) or f(F16{}).
+template <class F>
+void with_type(Dtype dtype, const F& f) {
+  if (dtype == Dtype::bf16)
+    f(Bf16{});
+  else
+    f(F16{});
+}
+
+}  // namespace
+
+std::function<void()> fused_gemm_body(const FusedGemmArgs& args, const FusedGemmPlan& plan,
+                                      void* workspace) {
+  const FusedGemmMaps specs = maps_of(args, plan, workspace);
+  const TensorMap x = encode(specs.x), weight = encode(specs.weight), h = encode(specs.h),
+                  up = encode(specs.up), y = encode(specs.y);
+  const FusedGemmWork work = work_of(args, plan, plan.raster, workspace);
+  std::function<void()> body;
+  with_type(args.x.dtype, [&](auto type) {
+    with_fused_gemm_sm90<decltype(type)>(plan, [&](auto kernel) {
+      body = [=] { kernel(x, weight, h, up, y, work); };
+    });
+  });
+  return body;
+}
+
+std::function<void()> forward_body(const ForwardArgs& args, const ForwardPlan& plan,
+                                   void* workspace) {
+  const FusedGemmMaps specs = maps_of(args.gemm, plan.gemm, workspace);
+  const TensorMap x = encode(specs.x), weight = encode(specs.weight), h = encode(specs.h),
+                  up = encode(specs.up), y = encode(specs.y),
+                  a = encode(a_map_spec(plan, workspace));
+  const ForwardWork work = work_of(args, plan, workspace);
+  const DownProjArgs down = args.down;
+  std::function<void()> body;
+  with_type(down.x.dtype, [&](auto type) {
+    with_forward_sm90<decltype(type)>(plan, down.dropout.seed != nullptr, [&](auto kernel) {
+      body = [=] { kernel(x, weight, a, h, up, y, down, work); };
+    });
+  });
+  return body;
+}
+
+std::function<void()> pack_body(const PackJobs& jobs) {
+  std::function<void()> body;
+  with_type(jobs.jobs[0].from.dtype, [&](auto type) {
+    body = [jobs] { pack_kernel<decltype(type)>(jobs); };
+  });
+  return body;
+}
+
+}  // namespace emu
