@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import composed
-from .schemas import EXTENSION_ERROR, KERNELS, has_kernel
+from .schemas import EXTENSION_ERROR, has_kernel
 
 ENV = "LORA_KERNELS_BACKEND"
 
@@ -31,7 +31,8 @@ class Backend:
         missing: None if it can run on this machine, else what is missing and how to get it.
         refuses: None if it serves an x of this kind, else why not.
         prefers: None if the automatic choice may take it for such an x, else why not.
-        plan: what it would launch for (x, lora_a, seed), for `explain`; by default `summary`.
+        plan: what the forward pass would launch for (x, weight, lora_a, lora_b, seed, up_scale),
+            all of x's dtype, for `explain`; by default `summary`.
     """
 
     name: str
@@ -41,7 +42,7 @@ class Backend:
     missing: Callable[[], str | None] = lambda: None
     refuses: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
     prefers: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
-    plan: Callable[[Tensor, Tensor, Tensor | None], str] | None = None
+    plan: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, float], str] | None = None
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ def explain(
     Raises:
         As `fused_lora_linear` would for the same arguments.
     """
-    from . import autocast, checks, dropout
+    from . import autocast, checks, dropout, ops
 
     checks.validate(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
     x = autocast.cast(x)
@@ -206,7 +207,11 @@ def explain(
     masked = seed if dropout.drops(dropout_p) else None
     if masked is None and dropout.drops(dropout_p):
         masked = torch.zeros(2, dtype=torch.int64, device=x.device)  # as good as a drawn one
-    plan = found.plan(x, lora_a, masked) if found.plan else found.summary
+    plan = found.summary
+    if found.plan:
+        weight, lora_a, lora_b = (t.to(x.dtype) for t in (weight, lora_a, lora_b))
+        _, up_scale = ops.split_scaling(scaling, x.dtype)
+        plan = found.plan(x, weight, lora_a, lora_b, masked, up_scale)
     return Explanation(name, plan, reason, passed_over)
 
 
@@ -265,29 +270,42 @@ def _on_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _cuda_flow() -> dict[str, Callable]:
-    """The ops in C++ once they are all there; until then the kernels there are, op by op.
+def _on_hopper(device: torch.device) -> bool:
+    """Whether the sm_90a kernels, forward in one op among them, run on this device."""
+    return torch.cuda.get_device_capability(device) == (9, 0) and torch.ops.lora_kernels.has_sm90a()
 
-    An op without a CUDA kernel is served by `composed`'s, which its registration falls back to.
-    """
+
+def _cuda_fused_gemm(x, weight, h, up, bias, seed, threshold, scale):
+    """Ours where it serves: on sm_90, without a mask on the LoRA term; else the vendor's."""
+    ours = _on_hopper(x.device) and seed is None
+    kernel = torch.ops.lora_kernels.fused_gemm.default if ours else composed.fused_gemm
+    return kernel(x, weight, h, up, bias, seed, threshold, scale)
+
+
+def _cuda_flow() -> dict[str, Callable]:
+    """Forward in C++ where sm_90a runs; the rest op by op, by ours or the vendor's kernels."""
     ops = torch.ops.lora_kernels
-    if has_kernel("forward", "CUDA") and has_kernel("backward", "CUDA"):
-        return dict(forward=ops.forward.default, backward=ops.backward.default)
-    kernels = (getattr(ops, name).default for name in KERNELS)
-    forward, backward = composed.data_flow(*kernels)
+    by_op, backward = composed.data_flow(
+        ops.down_proj.default, _cuda_fused_gemm, ops.weight_grad.default
+    )
+
+    def forward(x, *args):
+        return (ops.forward.default if _on_hopper(x.device) else by_op)(x, *args)
+
     return dict(forward=forward, backward=backward)
 
 
-def _cuda_summary() -> str:
-    ours = [name for name in KERNELS if has_kernel(name, "CUDA")]
-    others = [name for name in KERNELS if name not in ours]
-    rest = f"; {', '.join(others)} by the vendor's GEMMs" if others else ""
-    return f"C++/CUDA {', '.join(ours)}{rest}"
+_CUDA_SUMMARY = (
+    "C++/CUDA down_proj, and on sm_90 fused_gemm; weight_grad, and fused_gemm elsewhere or under "
+    "dropout, by the vendor's GEMMs"
+)
 
 
-def _cuda_plan(x: Tensor, lora_a: Tensor, seed: Tensor | None) -> str:
-    down = lora_a.to(x.dtype)
-    return f"{_cuda_summary()}; {torch.ops.lora_kernels.down_proj_plan(x, down, seed)}"
+def _cuda_plan(x, weight, lora_a, lora_b, seed, up_scale) -> str:
+    ops = torch.ops.lora_kernels
+    if _on_hopper(x.device):
+        return ops.forward_plan(x, weight, lora_a, lora_b, seed, "", 0, 0, up_scale)
+    return f"{ops.down_proj_plan(x, lora_a, seed)}; then fused_gemm by the vendor's GEMMs"
 
 
 def _no_evidence(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -306,7 +324,7 @@ def _register_all() -> None:
         backward=torch.ops.lora_kernels.backward.default,
     )
     register(
-        Backend("cuda", _cuda_summary(), **_cuda_flow(), missing=_cuda_missing, refuses=_on_cuda,
+        Backend("cuda", _CUDA_SUMMARY, **_cuda_flow(), missing=_cuda_missing, refuses=_on_cuda,
                 prefers=_no_evidence, plan=_cuda_plan)
     )  # fmt: skip
     register(

@@ -20,6 +20,7 @@ import torch
 KERNELS = ("down_proj", "fused_gemm", "weight_grad")
 SCHEMAS = (
     "cpu_isa() -> str",
+    "has_sm90a() -> bool",
     "down_proj_plan(Tensor x, Tensor down, Tensor? seed) -> str",
     "dropout_mask(Tensor seed, SymInt rows, SymInt cols, int threshold) -> Tensor",
     "down_proj(Tensor x, Tensor down, Tensor? seed, int threshold, float scale) -> Tensor",
@@ -29,6 +30,11 @@ SCHEMAS = (
     "bool transpose) -> Tensor",
     "forward(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor? seed, "
     "int threshold, float h_scale, float up_scale) -> (Tensor y, Tensor h)",
+    "forward_as(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor? seed, "
+    "int threshold, float h_scale, float up_scale, str form, int tile_n, int group) "
+    "-> (Tensor y, Tensor h)",
+    "forward_plan(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? seed, str form, "
+    "int tile_n, int group, float up_scale=1.0) -> str",
     "backward(Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor h, "
     "Tensor? seed, int threshold, float h_scale, float up_scale, bool wide_a, "
     "bool wide_b, bool need_x, bool need_a, bool need_b, bool need_bias) "

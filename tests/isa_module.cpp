@@ -76,17 +76,17 @@ static Array fused_gemm(const std::string& isa, const Array& product, const Arra
                         int64_t cut) {
   Array y({product.shape(0), product.shape(1)});
   cpu::FusedGemmTailArgs args{matrix(product),
-                     0,
-                     0,
-                     matrix(h),
-                     matrix(up),
-                     {nullptr, 0, 0, Dtype::f32},
-                     matrix(y),
-                     product.shape(0),
-                     product.shape(1),
-                     h.shape(1),
-                     1.0f,
-                     dropout(seed, threshold)};
+                              0,
+                              0,
+                              matrix(h),
+                              matrix(up),
+                              {nullptr, 0, 0, Dtype::f32},
+                              matrix(y),
+                              product.shape(0),
+                              product.shape(1),
+                              h.shape(1),
+                              1.0f,
+                              dropout(seed, threshold)};
   table(isa).fused_gemm(args, 0, product.shape(0), 0, cut);
   table(isa).fused_gemm(args, 0, product.shape(0), cut, product.shape(1));
   return y;

@@ -27,8 +27,8 @@ struct Kernels {
   const char* isa;
   void (*dropout_mask)(const DropoutMaskArgs&, int64_t row_begin, int64_t row_end);
   void (*down_proj)(const DownProjArgs&, int64_t row_begin, int64_t row_end);
-  void (*fused_gemm)(const FusedGemmTailArgs&, int64_t row_begin, int64_t row_end, int64_t col_begin,
-                     int64_t col_end);
+  void (*fused_gemm)(const FusedGemmTailArgs&, int64_t row_begin, int64_t row_end,
+                     int64_t col_begin, int64_t col_end);
   void (*weight_grad)(const WeightGradArgs&, int64_t col_begin, int64_t col_end);
 };
 

@@ -2,13 +2,6 @@
 
 namespace lora_kernels {
 
-cudaError_t device_plan_down_proj(const DownProjArgs& args, int device, DownProjPlan* plan) {
-  Target target;
-  const cudaError_t error = device_target(device, &target);
-  if (error == cudaSuccess) *plan = plan_down_proj(args, target);
-  return error;
-}
-
 cudaError_t launch_down_proj(const DownProjArgs& args, const DownProjPlan& plan,
                              cudaStream_t stream) {
   if (plan.kernel == DownProjKernel::none) return cudaSuccess;

@@ -7,8 +7,6 @@ namespace lora_kernels {
 // All pointers in args, the seed included, are device pointers; x, down and h are bf16 or fp16.
 cudaError_t launch_down_proj(const DownProjArgs& args, const DownProjPlan& plan,
                              cudaStream_t stream);
-// The plan for `device`, the current one.
-cudaError_t device_plan_down_proj(const DownProjArgs& args, int device, DownProjPlan* plan);
 
 cudaError_t launch_down_proj_sm80(const DownProjArgs& args, const DownProjPlan& plan,
                                   cudaStream_t stream);

@@ -4,8 +4,8 @@
 
 namespace lora_kernels {
 
-// sum += 64 rows of a 64-deep tile of x, masked, times a K-major tile of kCount * 2 ranks. `column`:
-// of x, where the tile starts. Complete on return.
+// sum += 64 rows of a 64-deep tile of x, masked, times a K-major tile of kCount * 2 ranks.
+// `column`: of x, where the tile starts. Complete on return.
 template <class T, int kCount>
 __device__ __forceinline__ void multiply_dropped_tile(float (&sum)[kCount], uint32_t x,
                                                       uint32_t down, const LaneDropout& dropout,
@@ -35,7 +35,7 @@ __device__ __forceinline__ void multiply_dropped_tile(float (&sum)[kCount], uint
     LK_UNROLL
     for (uint32_t j = 0; j < kGroup; ++j)
       ptx::wgmma<T, 0>(sum, a[j], k_major_descriptor(down + (group + j) * kKMajorStep),
-                         accumulate || group + j > 0);
+                       accumulate || group + j > 0);
     ptx::wgmma_commit();
     ptx::wgmma_keep(sum);
     ptx::wgmma_wait<0>();

@@ -62,7 +62,8 @@ ForwardPlan plan_forward(const ForwardArgs& args, const Target& target,
   plan.reason = plan.gemm.reason;
   if (!plan.served) return plan;
   const char* two = not_one_launch(args, plan.gemm);
-  if (two == nullptr && request.form == ForwardForm::two_launches) two = "two launches were asked for";
+  if (two == nullptr && request.form == ForwardForm::two_launches)
+    two = "two launches were asked for";
   plan.reason = two == nullptr ? "h fits into the grid of fused_gemm" : two;
   plan.form = two == nullptr ? ForwardForm::one_launch : ForwardForm::two_launches;
   if (request.form == ForwardForm::one_launch && two != nullptr) plan.served = false;

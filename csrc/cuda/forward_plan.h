@@ -14,7 +14,7 @@
 namespace lora_kernels {
 
 struct ForwardArgs {
-  DownProjArgs down;  // x, A, h
+  DownProjArgs down;   // x, A, h
   FusedGemmArgs gemm;  // x, W0, h, B, bias, y
 };
 
@@ -45,7 +45,7 @@ struct ForwardPlan {
   TmaOperand lora_a;  // of one launch, like the next two
   Raster raster;      // column 0 is h, the others are the columns of tiles of y
   unsigned clusters;
-  bool h_padded;      // h is made in the workspace, in rows of gemm.h.width(), and copied out
+  bool h_padded;  // h is made in the workspace, in rows of gemm.h.width(), and copied out
   int64_t workspace_bytes;
   int64_t h_offset, sync_offset, sync_bytes;  // the ticket and the flags, zero before the launch
   double overhead;  // of the LoRA term over the frozen GEMM, by the model: 0.01 is 1 %
@@ -70,7 +70,7 @@ struct PackJobs {
   int count = 0;
   void add(const TmaOperand& operand, void* workspace) {
     if (operand.packed)
-      jobs[count++] = {operand.from,  operand.rows,    operand.columns, operand.at(workspace).data,
+      jobs[count++] = {operand.from,    operand.rows, operand.columns, operand.at(workspace).data,
                        operand.width(), operand.scale};
   }
 };
@@ -112,7 +112,8 @@ int run_forward(ForwardArgs args, ForwardPlan plan, void* workspace, Launcher& l
   if (plan.h_padded) {
     const Matrix out = args.down.h;
     args.down.h = {bytes + plan.h_offset, plan.gemm.h.width(), 1, out.dtype};
-    after.jobs[after.count++] = {args.down.h, args.down.M, args.down.r, out.data, args.down.r, 1.0f};
+    after.jobs[after.count++] = {args.down.h, args.down.M, args.down.r,
+                                 out.data,    args.down.r, 1.0f};
   }
   plan.gemm.h.from = args.gemm.h = args.down.h;
 

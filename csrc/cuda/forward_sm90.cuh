@@ -2,20 +2,20 @@
 //
 // The grid of fused_gemm with a column of work more: item (pair, 0) is h of 256 rows, item
 // (pair, c > 0) a tile of y that reads it. A block publishes its 128 rows of h by a flag; the
-// producer of a tile of the same rows waits for that flag just before its first stage of h, which is
-// after all stages of the frozen product: by then h has long been there.
+// producer of a tile of the same rows waits for that flag just before its first stage of h, which
+// is after all stages of the frozen product: by then h has long been there.
 //
-// Order. Block 0 of a cluster claims items by a ticket, one after another, and tells block 1. Raster
-// puts (pair, 0) before every (pair, c).
+// Order. Block 0 of a cluster claims items by a ticket, one after another, and tells block 1.
+// Raster puts (pair, 0) before every (pair, c).
 //
 // Progress. Items are claimed in order, each by a cluster that runs, and a cluster works in the
-// order of its claims. So let i be the smallest item that is claimed and not complete: the items its
-// cluster claimed before it are smaller, so they are complete; the one whose flag it waits for is
-// smaller, so it was claimed, and is complete. Nothing holds i up. No other cluster has to be
+// order of its claims. So let i be the smallest item that is claimed and not complete: the items
+// its cluster claimed before it are smaller, so they are complete; the one whose flag it waits for
+// is smaller, so it was claimed, and is complete. Nothing holds i up. No other cluster has to be
 // resident for it, nor any other grid.
 //
-// Determinism. Who claims an item and when has no part in its result: h and y of an item are sums in
-// one order, each element is written once, and what a tile reads of h is complete.
+// Determinism. Who claims an item and when has no part in its result: h and y of an item are sums
+// in one order, each element is written once, and what a tile reads of h is complete.
 #pragma once
 #include "dropped_tile.cuh"
 #include "fused_gemm_sm90.cuh"
@@ -66,8 +66,8 @@ __device__ __forceinline__ void wait_for_flag(const uint32_t* flag) {
   ptx::fence_async_global();  // TMA is to see what the flag says is there
 }
 
-// Claims items and loads their stages. The first stage of an item carries its number; the last stage
-// of all says that there is none.
+// Claims items and loads their stages. The first stage of an item carries its number; the last
+// stage of all says that there is none.
 template <class Tile, int kRank, class Ring>
 __device__ __forceinline__ void produce(Ring& ring, Claims<Ring>& claims,
                                         const ptx::TensorMap* x_map,
@@ -110,9 +110,9 @@ __device__ __forceinline__ void produce(Ring& ring, Claims<Ring>& claims,
 // sum = 64 rows of dropout(x) A^T; stages are free as soon as they were multiplied.
 template <class T, class Ring, int kCount>
 __device__ __forceinline__ void multiply_dropped_blocks(float (&sum)[kCount], Ring& ring,
-                                                        uint32_t blocks,
-                                                        const LaneDropout& dropout, uint32_t group,
-                                                        uint32_t warp, uint32_t lane) {
+                                                        uint32_t blocks, const LaneDropout& dropout,
+                                                        uint32_t group, uint32_t warp,
+                                                        uint32_t lane) {
 #pragma unroll 1
   for (uint32_t block = 0; block < blocks; ++block) {
     ring.wait();
@@ -190,9 +190,9 @@ __global__ void __cluster_dims__(Tile::kCluster, 1, 1) __launch_bounds__(Tile::k
       if (at.column == 0)
         compute_h<T, kRank, kDropout>(ring, args, work, row_block, group, thread % 128);
       else
-        compute_tile<T, false>(ring, &y_map, work.gemm.out, work.gemm.blocks_k, work.gemm.rank_steps,
-                               row_block * Tile::kM, (at.column - 1) * Tile::kN, group,
-                               thread % 128);
+        compute_tile<T, false>(ring, &y_map, work.gemm.out, work.gemm.blocks_k,
+                               work.gemm.rank_steps, row_block * Tile::kM,
+                               (at.column - 1) * Tile::kN, group, thread % 128);
     }
     if (thread % 128 == 0) ptx::tma_store_wait<0>();
   }

@@ -22,8 +22,8 @@ const char* not_served(const FusedGemmArgs& a, const Target& target) {
 struct TileFacts {
   int n, stages, threads, shared_bytes;
 };
-#define LK_FACTS(...)                                                                  \
-  {FusedGemmSm90Tile<__VA_ARGS__>::kN, FusedGemmSm90Tile<__VA_ARGS__>::kStages,        \
+#define LK_FACTS(...)                                                           \
+  {FusedGemmSm90Tile<__VA_ARGS__>::kN, FusedGemmSm90Tile<__VA_ARGS__>::kStages, \
    FusedGemmSm90Tile<__VA_ARGS__>::kThreads, FusedGemmSm90Tile<__VA_ARGS__>::kSharedBytes},
 constexpr TileFacts kTiles[] = {LK_FUSED_GEMM_SM90_TILES(LK_FACTS)};
 #undef LK_FACTS
@@ -83,8 +83,8 @@ FusedGemmPlan plan_fused_gemm(const FusedGemmArgs& args, const Target& target,
   plan.shared_bytes = tile.shared_bytes;
 
   const bool k_major = !tma_operand(args.weight, args.N, args.K).packed;
-  plan.mn_major = !k_major && args.K > 0 &&
-                  !tma_operand(transposed(args.weight), args.K, args.N).packed;
+  plan.mn_major =
+      !k_major && args.K > 0 && !tma_operand(transposed(args.weight), args.K, args.N).packed;
   plan.x = tma_operand(args.x, args.M, args.K);
   plan.h = tma_operand(args.h, args.M, args.r);
   if (plan.mn_major) {

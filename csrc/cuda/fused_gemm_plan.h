@@ -44,15 +44,15 @@ struct FusedGemmRequest {
 };
 
 struct FusedGemmPlan {
-  bool served;                    // else `reason` says why not
-  bool empty;                     // y has no elements
+  bool served;  // else `reason` says why not
+  bool empty;   // y has no elements
   const char* reason;
   int tile_n, stages, threads, shared_bytes;
-  bool mn_major;                  // weight and up have N contiguous
-  bool y_vectors;                 // TMA stores y; else ordinary stores do
-  TmaOperand x, weight, h, up;    // weight and up transposed if mn_major; their offsets still 0
-  TmaOperand bias;                // a row; not by TMA, but contiguous too
-  Raster raster;                  // over the tiles of y
+  bool mn_major;                // weight and up have N contiguous
+  bool y_vectors;               // TMA stores y; else ordinary stores do
+  TmaOperand x, weight, h, up;  // weight and up transposed if mn_major; their offsets still 0
+  TmaOperand bias;              // a row; not by TMA, but contiguous too
+  Raster raster;                // over the tiles of y
   unsigned clusters;
 };
 

@@ -46,9 +46,8 @@ cudaError_t launch_typed(const FusedGemmArgs& args, const FusedGemmPlan& plan, v
 
 cudaError_t launch_fused_gemm_sm90(const FusedGemmArgs& args, const FusedGemmPlan& plan,
                                    void* workspace, bool early, cudaStream_t stream) {
-  return args.x.dtype == Dtype::bf16
-             ? launch_typed<ptx::bf16>(args, plan, workspace, early, stream)
-             : launch_typed<ptx::f16>(args, plan, workspace, early, stream);
+  return args.x.dtype == Dtype::bf16 ? launch_typed<ptx::bf16>(args, plan, workspace, early, stream)
+                                     : launch_typed<ptx::f16>(args, plan, workspace, early, stream);
 }
 
 }  // namespace lora_kernels

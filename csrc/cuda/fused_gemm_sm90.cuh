@@ -1,9 +1,9 @@
 // y [M, N] = x [M, K] * weight [N, K]^T + h [M, r] * up [N, r]^T + bias by TMA and wgmma.
 //
-// Persistent clusters of two blocks go through the tiles of y. In each block one thread loads stages
-// of x and weight into a ring, then, in the same ring, of h and up: to the accumulators the LoRA
-// term is a little more depth. Two warpgroups multiply, add the bias, round once and store. W0 is
-// loaded once a cluster.
+// Persistent clusters of two blocks go through the tiles of y. In each block one thread loads
+// stages of x and weight into a ring, then, in the same ring, of h and up: to the accumulators the
+// LoRA term is a little more depth. Two warpgroups multiply, add the bias, round once and store. W0
+// is loaded once a cluster.
 //
 // The kernel ahead of it in the stream may still be making h: it is waited for before h is read,
 // and for nothing else. csrc/cuda/forward_sm90.cuh needs no kernel ahead of it.
@@ -30,8 +30,7 @@ __global__ void __cluster_dims__(Tile::kCluster, 1, 1) __launch_bounds__(Tile::k
                            const __grid_constant__ ptx::TensorMap weight_map,
                            const __grid_constant__ ptx::TensorMap h_map,
                            const __grid_constant__ ptx::TensorMap up_map,
-                           const __grid_constant__ ptx::TensorMap y_map,
-                           const FusedGemmWork work) {
+                           const __grid_constant__ ptx::TensorMap y_map, const FusedGemmWork work) {
   GemmRing<Tile> ring;
   const uint32_t thread = threadIdx.x, warp = ptx::warp_uniform(thread / 32);
   const uint32_t rank = ptx::cluster_rank();

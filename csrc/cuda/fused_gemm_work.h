@@ -35,8 +35,8 @@ inline FusedGemmWork work_of(const FusedGemmArgs& a, const FusedGemmPlan& plan,
                              const Raster& raster, void* workspace) {
   const int64_t depth = a.K > 0 ? a.K : plan.x.width();  // without depth, a stage of zeros
   return {{static_cast<uint16_t*>(a.y.data), a.y.row_stride,
-           static_cast<const uint16_t*>(plan.bias.at(workspace).data),
-           static_cast<uint32_t>(a.M), static_cast<uint32_t>(a.N), plan.y_vectors},
+           static_cast<const uint16_t*>(plan.bias.at(workspace).data), static_cast<uint32_t>(a.M),
+           static_cast<uint32_t>(a.N), plan.y_vectors},
           raster,
           static_cast<uint32_t>((depth + kRowElements - 1) / kRowElements),
           static_cast<uint32_t>((a.r + kMmaDepth - 1) / kMmaDepth)};

@@ -11,6 +11,8 @@ constexpr bool kSm90a = false;
 
 }  // namespace
 
+bool built_with_sm90a() { return kSm90a; }
+
 cudaError_t device_target(int device, Target* target) {
   int major = 0, minor = 0, multiprocessors = 0;
   cudaError_t error = cudaSuccess;

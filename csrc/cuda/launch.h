@@ -10,6 +10,8 @@ namespace lora_kernels {
 
 // The device as plans see it. `device` is the current one.
 cudaError_t device_target(int device, Target* target);
+// Whether the library holds code for sm_90a.
+bool built_with_sm90a();
 
 // What a launch of more than 48 KB needs. A failure is not left behind as the thread's last error,
 // where the next good launch would find it.
@@ -21,8 +23,8 @@ cudaError_t allow_shared_memory(Kernel kernel, int bytes) {
   return error;
 }
 
-// Launches a kernel; `early`: once all blocks of the launch ahead of it allow that, instead of after
-// its end.
+// Launches a kernel; `early`: once all blocks of the launch ahead of it allow that, instead of
+// after its end.
 template <class... Parameters, class... Arguments>
 cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes,
                           cudaStream_t stream, bool early, const Arguments&... arguments) {

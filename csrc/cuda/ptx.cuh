@@ -43,12 +43,12 @@ LK_PTX uint32_t cluster_count() {
   asm volatile("mov.u32 %0, %%nclusterid.x;" : "=r"(r));
   return r;
 }
-// True in one lane of the warp, always the same one: a branch on it is known to be a single thread's.
+// True in one lane of the warp, always the same one: a branch on it is known to be a single
+// thread's.
 LK_PTX bool elect_one() {
   uint32_t elected;
-  asm volatile(
-      "{\n .reg .pred p;\n elect.sync _|p, 0xffffffff;\n selp.u32 %0, 1, 0, p;\n}"
-      : "=r"(elected));
+  asm volatile("{\n .reg .pred p;\n elect.sync _|p, 0xffffffff;\n selp.u32 %0, 1, 0, p;\n}"
+               : "=r"(elected));
   return elected != 0;
 }
 // The value that lane 0 of the warp has: tells the compiler that a branch on it is uniform.
@@ -298,7 +298,9 @@ LK_PTX uint32_t pack(float low, float high, f16) {
   return r;
 }
 // The value of 16 bits.
-LK_PTX float widen(uint16_t bits, bf16) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
+LK_PTX float widen(uint16_t bits, bf16) {
+  return __uint_as_float(static_cast<uint32_t>(bits) << 16);
+}
 LK_PTX float widen(uint16_t bits, f16) {
   float v;
   asm("cvt.f32.f16 %0, %1;" : "=f"(v) : "h"(bits));

@@ -82,6 +82,35 @@ inline Dropout dropout_of(const OptionalTensor& seed, int64_t threshold, const c
           static_cast<uint32_t>(threshold)};
 }
 
+// x [M, K], weight [N, K], h [M, r], up [N, r].
+inline void check_gemm(const Operand& x, const Operand& weight, const Operand& h, const Operand& up,
+                       const char* op) {
+  check_size(weight.cols, x.cols, op, "weight.size(1)");
+  check_size(h.rows, x.rows, op, "h.size(0)");
+  check_size(up.rows, weight.rows, op, "up.size(0)");
+  check_size(up.cols, h.cols, op, "up.size(1)");
+  const Dtype dtype = x.matrix.dtype;
+  STD_TORCH_CHECK(
+      weight.matrix.dtype == dtype && h.matrix.dtype == dtype && up.matrix.dtype == dtype, op,
+      ": x, weight, h and up must share a dtype");
+}
+
+// A bias [N] as a matrix of one row, without data if there is none.
+inline Matrix bias_row(const OptionalTensor& bias, int64_t N, Dtype dtype, const char* op) {
+  if (!bias.has_value()) return {nullptr, 0, 0, dtype};
+  STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == N, op, ": bias must be [", N, "]");
+  STD_TORCH_CHECK(dtype_of(*bias, op, "bias") == dtype, op, ": bias must have x's dtype");
+  return {const_cast<void*>(bias->const_data_ptr()), 0, bias->stride(0), dtype};
+}
+
+// The sizes of x with the last one replaced.
+inline std::vector<int64_t> sizes_of_y(const Tensor& x, int64_t N) {
+  std::vector<int64_t> sizes(x.dim());
+  for (int64_t i = 0; i < x.dim() - 1; ++i) sizes[i] = x.size(i);
+  sizes.back() = N;
+  return sizes;
+}
+
 // 1/q of the mask: the factor that dropout multiplies the survivors by. Nothing survives q = 0.
 inline double inverse_keep(const Dropout& d) {
   if (d.seed == nullptr || d.threshold == kMaskRange) return 1.0;

@@ -92,8 +92,9 @@ void fused_gemm_small(FusedGemmTailArgs& args, const Operand& x, const Operand& 
 }
 
 // fp32: the vendor writes y and adds the rank-r term to it; under a mask the epilogue adds it.
-void fused_gemm_f32(FusedGemmTailArgs& args, const Operand& x, const Operand& weight, const Operand& h,
-                    const Operand& up, const OptionalTensor& bias, const Tensor& y) {
+void fused_gemm_f32(FusedGemmTailArgs& args, const Operand& x, const Operand& weight,
+                    const Operand& h, const Operand& up, const OptionalTensor& bias,
+                    const Tensor& y) {
   const Tensor x_t = as_tensor(x), weight_t = as_tensor(transposed(weight));
   if (args.dropout.seed != nullptr) {
     mm_out(y, x_t, weight_t);
@@ -144,41 +145,26 @@ Tensor fused_gemm(const Tensor& x_shape, const Operand& x, const Operand& weight
                   const Operand& up, const OptionalTensor& bias, const Dropout& dropout,
                   double scale) {
   const char* op = "fused_gemm";
-  const int64_t M = x.rows, N = weight.rows, r = h.cols, dim = x_shape.dim();
-  check_size(weight.cols, x.cols, op, "weight.size(1)");
-  check_size(h.rows, M, op, "h.size(0)");
-  check_size(up.rows, N, op, "up.size(0)");
-  check_size(up.cols, r, op, "up.size(1)");
+  const int64_t M = x.rows, N = weight.rows, r = h.cols;
+  check_gemm(x, weight, h, up, op);
   const Dtype dtype = x.matrix.dtype;
-  STD_TORCH_CHECK(weight.matrix.dtype == dtype && h.matrix.dtype == dtype &&
-                      up.matrix.dtype == dtype &&
-                      (!bias.has_value() || dtype_of(*bias, op, "bias") == dtype),
-                  op, ": x, weight, h, up and bias must share a dtype");
-  Matrix bias_row{nullptr, 0, 0, Dtype::f32};
-  if (bias.has_value()) {
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == N, op, ": bias must be [", N, "]");
-    bias_row = {const_cast<void*>(bias->const_data_ptr()), 0, bias->stride(0),
-                dtype_of(*bias, op, "bias")};
-  }
-
-  std::vector<int64_t> sizes(dim);
-  for (int64_t i = 0; i < dim - 1; ++i) sizes[i] = x_shape.size(i);
-  sizes[dim - 1] = N;
-  Tensor y = empty_cpu(sizes.data(), dim, x.tensor.scalar_type());
+  const Matrix bias_matrix = bias_row(bias, N, dtype, op);
+  const std::vector<int64_t> sizes = sizes_of_y(x_shape, N);
+  Tensor y = empty_cpu(sizes.data(), x_shape.dim(), x.tensor.scalar_type());
   if (M == 0 || N == 0) return y;
   const Matrix y_rows{y.mutable_data_ptr(), N, 1, x.matrix.dtype};
   FusedGemmTailArgs args{{},
-                     0,
-                     0,
-                     h.matrix,
-                     up.matrix,
-                     bias_row,
-                     y_rows,
-                     M,
-                     N,
-                     r,
-                     static_cast<float>(scale * inverse_keep(dropout)),
-                     dropout};
+                         0,
+                         0,
+                         h.matrix,
+                         up.matrix,
+                         bias_matrix,
+                         y_rows,
+                         M,
+                         N,
+                         r,
+                         static_cast<float>(scale * inverse_keep(dropout)),
+                         dropout};
   if (2 * M * N * x.cols <= kSmallFlops)
     fused_gemm_small(args, x, weight);
   else if (dtype == Dtype::f32)

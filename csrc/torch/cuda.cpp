@@ -4,9 +4,14 @@
 #include <torch/csrc/stable/library.h>
 
 #include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
 
 #include "../cuda/down_proj.h"
 #include "../cuda/dropout_mask.h"
+#include "../cuda/forward.h"
+#include "aten.h"
 #include "convert.h"
 #include "stream.h"
 
@@ -38,6 +43,17 @@ void check_cuda_operand(const Operand& o, const Tensor& like, Dtype dtype, const
                   "backend='composed'");
   STD_TORCH_CHECK(o.matrix.dtype == dtype, op, ": ", name, " must have x's dtype");
   STD_TORCH_CHECK(o.tensor.device() == like.device(), op, ": ", name, " must be on x's device");
+}
+
+// The device that a tensor's kernels run on, which is current.
+Target target_of(const Tensor& x) {
+  Target target;
+  check_launch(device_target(x.get_device_index(), &target), "device attributes", 0, 0);
+  return target;
+}
+
+Tensor workspace_for(int64_t bytes, const Tensor& like) {
+  return torch::stable::empty({bytes}, ScalarType::Byte, std::nullopt, like.device());
 }
 
 Tensor dropout_mask_cuda(const Tensor& seed, int64_t rows, int64_t cols, int64_t threshold) {
@@ -79,8 +95,8 @@ Tensor down_proj_cuda(const Tensor& x, const Tensor& down, const OptionalTensor&
   OnDeviceOf device(x);
   Tensor h = torch::stable::empty({args.M, args.r}, x.scalar_type(), std::nullopt, x.device());
   args.h.data = h.mutable_data_ptr();
-  check_launch(launch_down_proj(args, x.get_device_index(), current_stream(x)), "down_proj", args.M,
-               args.r);
+  const DownProjPlan plan = plan_down_proj(args, target_of(x));
+  check_launch(launch_down_proj(args, plan, current_stream(x)), "down_proj", args.M, args.r);
   return h;
 }
 
@@ -89,11 +105,130 @@ std::string down_proj_plan_cuda(const Tensor& x, const Tensor& down, const Optio
                 ranks = operand(down, "down_proj", "down");
   const DownProjArgs args = down_proj_args(rows, ranks, seed, 0, 1.0);
   OnDeviceOf device(x);
-  DownProjPlan plan;
-  check_launch(device_plan_down_proj(args, x.get_device_index(), &plan), "down_proj_plan", args.M,
-               args.r);
-  return describe(plan);
+  return describe(plan_down_proj(args, target_of(x)));
 }
+
+// ---- fused_gemm ---------------------------------------------------------------------------------
+
+// The arguments of fused_gemm with y left to fill in; it will be contiguous.
+FusedGemmArgs fused_gemm_args(const Operand& x, const Operand& weight, const Operand& h,
+                              const Operand& up, const OptionalTensor& bias, double scale,
+                              const char* op) {
+  check_gemm(x, weight, h, up, op);
+  for (const auto& [operand, name] :
+       {std::pair{&x, "x"}, {&weight, "weight"}, {&h, "h"}, {&up, "up"}})
+    check_cuda_operand(*operand, x.tensor, x.matrix.dtype, op, name);
+  if (bias.has_value())
+    STD_TORCH_CHECK(bias->device() == x.tensor.device(), op, ": bias must be on x's device");
+  const int64_t N = weight.rows;
+  return {x.matrix,
+          weight.matrix,
+          h.matrix,
+          up.matrix,
+          bias_row(bias, N, x.matrix.dtype, op),
+          {nullptr, N, 1, x.matrix.dtype},
+          x.rows,
+          N,
+          x.cols,
+          h.cols,
+          static_cast<float>(scale),
+          {}};
+}
+
+Tensor fused_gemm_cuda(const Tensor& x, const Tensor& weight, const Tensor& h, const Tensor& up,
+                       const OptionalTensor& bias, const OptionalTensor& seed, int64_t threshold,
+                       double scale) {
+  NoGrad no_grad;
+  const char* op = "fused_gemm";
+  FusedGemmArgs args = fused_gemm_args(flatten_rows(x, op, "x"), operand(weight, op, "weight"),
+                                       operand(h, op, "h"), operand(up, op, "up"), bias, scale, op);
+  args.dropout = dropout_of(seed, threshold, op);
+  OnDeviceOf device(x);
+  const Target target = target_of(x);
+  Tensor y = torch::stable::empty(sizes_of_y(x, args.N), x.scalar_type(), std::nullopt, x.device());
+  args.y.data = y.mutable_data_ptr();
+  FusedGemmPlan plan = plan_fused_gemm(args, target);
+  STD_TORCH_CHECK(plan.served, op, ": ", plan.reason, "; take lora_kernels.composed.fused_gemm");
+  const Tensor workspace = workspace_for(place_packed(plan), x);
+  check_launch(
+      launch_fused_gemm(args, plan, workspace.mutable_data_ptr(), target, current_stream(x)), op,
+      args.M, args.N);
+  return y;
+}
+
+// ---- forward ------------------------------------------------------------------------------------
+
+// The operands of a call, for as long as it needs them: flattening x may have made a copy.
+struct ForwardCall {
+  static constexpr const char* kOp = "forward";
+  Operand x, weight, a, b, h;
+  ForwardArgs args;
+
+  // h is contiguous, and yet to be made.
+  ForwardCall(const Tensor& x_, const Tensor& weight_, const Tensor& lora_a, const Tensor& lora_b,
+              const OptionalTensor& bias, const OptionalTensor& seed, int64_t threshold,
+              double h_scale, double up_scale)
+      : x(flatten_rows(x_, kOp, "x")),
+        weight(operand(weight_, kOp, "weight")),
+        a(operand(lora_a, kOp, "lora_a")),
+        b(operand(lora_b, kOp, "lora_b")),
+        h{x.tensor, {nullptr, a.rows, 1, x.matrix.dtype}, x.rows, a.rows},
+        args{down_proj_args(x, a, seed, threshold, h_scale),
+             fused_gemm_args(x, weight, h, b, bias, up_scale, kOp)} {}
+
+  ForwardPlan plan(const Target& target, const ForwardRequest& request) const {
+    const ForwardPlan plan = plan_forward(args, target, request);
+    STD_TORCH_CHECK(plan.served, kOp, ": not served: ", plan.reason, "; take backend='composed'");
+    return plan;
+  }
+};
+
+ForwardRequest request_of(const std::string& form, int64_t tile_n, int64_t group) {
+  return {form_of(form), {static_cast<int>(tile_n), static_cast<int>(group)}};
+}
+
+std::tuple<Tensor, Tensor> forward_as_cuda(const Tensor& x, const Tensor& weight,
+                                           const Tensor& lora_a, const Tensor& lora_b,
+                                           const OptionalTensor& bias, const OptionalTensor& seed,
+                                           int64_t threshold, double h_scale, double up_scale,
+                                           const std::string& form, int64_t tile_n, int64_t group) {
+  NoGrad no_grad;
+  ForwardCall call(x, weight, lora_a, lora_b, bias, seed, threshold, h_scale, up_scale);
+  OnDeviceOf device(x);
+  const Target target = target_of(x);
+  const auto empty = [&](const std::vector<int64_t>& sizes) {
+    return torch::stable::empty(sizes, x.scalar_type(), std::nullopt, x.device());
+  };
+  Tensor y = empty(sizes_of_y(x, call.args.gemm.N)), h = empty({call.h.rows, call.h.cols});
+  call.args.gemm.y.data = y.mutable_data_ptr();
+  call.args.down.h.data = call.args.gemm.h.data = h.mutable_data_ptr();
+  const ForwardPlan plan = call.plan(target, request_of(form, tile_n, group));
+  const Tensor workspace = workspace_for(plan.workspace_bytes, x);
+  check_launch(
+      launch_forward(call.args, plan, workspace.mutable_data_ptr(), target, current_stream(x)),
+      ForwardCall::kOp, call.args.gemm.M, call.args.gemm.N);
+  return {y, h};
+}
+
+std::tuple<Tensor, Tensor> forward_cuda(const Tensor& x, const Tensor& weight, const Tensor& lora_a,
+                                        const Tensor& lora_b, const OptionalTensor& bias,
+                                        const OptionalTensor& seed, int64_t threshold,
+                                        double h_scale, double up_scale) {
+  return forward_as_cuda(x, weight, lora_a, lora_b, bias, seed, threshold, h_scale, up_scale, "", 0,
+                         0);
+}
+
+std::string forward_plan_cuda(const Tensor& x, const Tensor& weight, const Tensor& lora_a,
+                              const Tensor& lora_b, const OptionalTensor& seed,
+                              const std::string& form, int64_t tile_n, int64_t group,
+                              double up_scale) {
+  NoGrad no_grad;
+  const ForwardCall call(x, weight, lora_a, lora_b, std::nullopt, seed, 0, 1.0, up_scale);
+  OnDeviceOf device(x);
+  return describe(call.plan(target_of(x), request_of(form, tile_n, group)));
+}
+
+bool has_sm90a() { return built_with_sm90a(); }
 
 }  // namespace
 
@@ -101,6 +236,14 @@ STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CUDA, m) {
   m.impl("dropout_mask", TORCH_BOX(&dropout_mask_cuda));
   m.impl("down_proj", TORCH_BOX(&down_proj_cuda));
   m.impl("down_proj_plan", TORCH_BOX(&down_proj_plan_cuda));
+  m.impl("fused_gemm", TORCH_BOX(&fused_gemm_cuda));
+  m.impl("forward", TORCH_BOX(&forward_cuda));
+  m.impl("forward_as", TORCH_BOX(&forward_as_cuda));
+  m.impl("forward_plan", TORCH_BOX(&forward_plan_cuda));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CompositeExplicitAutograd, m) {
+  m.impl("has_sm90a", TORCH_BOX(&has_sm90a));
 }
 
 }  // namespace lora_kernels

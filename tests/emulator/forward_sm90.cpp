@@ -36,9 +36,8 @@ std::function<void()> fused_gemm_body(const FusedGemmArgs& args, const FusedGemm
   const FusedGemmWork work = work_of(args, plan, plan.raster, workspace);
   std::function<void()> body;
   with_type(args.x.dtype, [&](auto type) {
-    with_fused_gemm_sm90<decltype(type)>(plan, [&](auto kernel) {
-      body = [=] { kernel(x, weight, h, up, y, work); };
-    });
+    with_fused_gemm_sm90<decltype(type)>(
+        plan, [&](auto kernel) { body = [=] { kernel(x, weight, h, up, y, work); }; });
   });
   return body;
 }
@@ -62,9 +61,8 @@ std::function<void()> forward_body(const ForwardArgs& args, const ForwardPlan& p
 
 std::function<void()> pack_body(const PackJobs& jobs) {
   std::function<void()> body;
-  with_type(jobs.jobs[0].from.dtype, [&](auto type) {
-    body = [jobs] { pack_kernel<decltype(type)>(jobs); };
-  });
+  with_type(jobs.jobs[0].from.dtype,
+            [&](auto type) { body = [jobs] { pack_kernel<decltype(type)>(jobs); }; });
   return body;
 }
 

@@ -179,8 +179,8 @@ FusedGemmArgs fused_gemm_args(const Array& x, const Array& weight, const Array& 
       h.shape(0) != x.shape(0) || up.shape(0) != weight.shape(0) || h.shape(1) != up.shape(1))
     throw py::value_error("x, weight, h, up and y do not fit together");
   const auto m = [&](const Array& a) { return matrix_of(a, s.is_bf16); };
-  return {m(x), m(weight), m(h), m(up), row_of(bias, s), m(y), x.shape(0), weight.shape(0),
-          x.shape(1), h.shape(1), s.up_scale, {}};
+  return {m(x),       m(weight),       m(h),       m(up),      row_of(bias, s), m(y),
+          x.shape(0), weight.shape(0), x.shape(1), h.shape(1), s.up_scale,      {}};
 }
 
 ForwardArgs forward_args(const Array& x, const Array& weight, const Array& a, const Array& b,
@@ -256,8 +256,8 @@ py::dict forward(const Array& x, const Array& weight, const Array& a, const Arra
     const ForwardArgs args = forward_args(x, weight, a, b, bias, y[i], h[i], s);
     plan = plan_forward(args, s.target, s.request);
     if (!plan.served) throw py::value_error(plan.reason);
-    workspaces.push_back(std::make_unique<Workspace>(plan.workspace_bytes, plan.sync_offset,
-                                                     plan.sync_bytes));
+    workspaces.push_back(
+        std::make_unique<Workspace>(plan.workspace_bytes, plan.sync_offset, plan.sync_bytes));
     emu::add_forward(args, plan, s.target, workspaces.back()->begin, launches);
   }
   py::dict found = run(launches, s.options);
