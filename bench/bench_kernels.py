@@ -97,10 +97,11 @@ def jobs(case: shapes.Case, problem: contenders.Problem, p: float) -> Iterator[J
         yield Job("dropout_mask", "mask", calls, 0, m * k)
     rank_k, rank_n, frozen = 2 * m * k * r, 2 * m * n * r, 2 * m * n * k
     yield job("down_proj", "h", (x, a), *drop, 2.0, size=m * r, flops=rank_k)
-    yield job(
-        "fused_gemm", "dx", (dy, weight.t(), dh, a.t(), None), *drop, 1.0,
-        size=m * k, flops=frozen + rank_k,
-    )  # fmt: skip
+    if seed is None or not x.is_cuda:  # CUDA has no kernel for a mask on the LoRA term
+        yield job(
+            "fused_gemm", "dx", (dy, weight.t(), dh, a.t(), None), *drop, 1.0,
+            size=m * k, flops=frozen + rank_k,
+        )  # fmt: skip
     yield job("weight_grad", "dA", (dh, x), *drop, 1.0, False, False, size=r * k, flops=rank_k)
     if seed is None:  # these never see the mask
         yield job("down_proj", "dh", (dy, b.t()), *drop, 2.0, size=m * r, flops=rank_n)

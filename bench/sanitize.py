@@ -68,7 +68,8 @@ def _products(op: str, dtype: torch.dtype, shape: tuple[int, ...], p: float) -> 
         yield Call(op, (dy, b.t(), None, 0, SCALE), n)
     elif op == "fused_gemm":
         yield Call(op, (x, weight, h, b, bias, None, 0, SCALE), k + r)
-        yield Call(op, (dy, weight.t(), h, a.t(), None, *drop, SCALE), n + r)
+        # on CUDA a mask on the LoRA term is composed's
+        yield Call(op, (dy, weight.t(), h, a.t(), None, None, 0, SCALE), n + r)
     elif op == "weight_grad":
         for wide in (False, True):
             yield Call(op, (h, x, *drop, SCALE, wide, False), m)

@@ -277,6 +277,7 @@ void load_tensor(uint32_t to, const TensorMap& map, uint32_t barrier, int column
     Block* target = &peer(rank, "TMA load", at);
     SharedMemory* shared = target->shared.get();
     const bool remote = rank != block().rank;
+    const bool counted = (blocks & ((1u << rank) - 1)) == 0;  // from memory once, for all of them
     ++target->loads_in_flight;
     Mbarrier* b = &shared->barrier(barrier, "TMA load", at);
     if (!b->fenced && (remote || !b->fenced_here))
@@ -287,7 +288,7 @@ void load_tensor(uint32_t to, const TensorMap& map, uint32_t barrier, int column
         uint16_t chunk[8] = {};
         for (int i = 0; i < elements; ++i) global.read(from + i, chunk + i, 2, a);
         shared->write(address, chunk, 16, a);
-        machine->statistics.bytes_loaded += 2 * static_cast<unsigned>(elements);
+        if (counted) machine->statistics.bytes_loaded += 2 * static_cast<unsigned>(elements);
       });
       --target->loads_in_flight;
       target->arrivals[a.stamp.agent] = a.stamp.number;
