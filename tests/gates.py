@@ -78,8 +78,32 @@ EXPECTED: tuple[Row, ...] = (
     # <tile, dtype, MN-major, dropout>: a stage is four k16 steps and two loads, more for panels
     Row("down_proj_sm90_kernel<.*, false, false>", "90a", {"HGMMA": 4, "UTMALDG": 2}),
     Row("down_proj_sm90_kernel<.*, true, false>", "90a", {"HGMMA": 4, "UTMALDG": (2, 5)}),
-    # with dropout the loop is there twice: for aligned shards, and for any
-    Row("down_proj_sm90_kernel<.*, false, true>", "90a", {"HGMMA": 8, "UTMALDG": 2, "LDSM": 8}),
+    Row("down_proj_sm90_kernel<.*, false, true>", "90a", {"HGMMA": 4, "UTMALDG": 2, "LDSM": 4}),
+    Row("pack_kernel<.*>"),
+    # <tile, dtype, MN-major>: four k16 steps, and a loop of one for the LoRA term; two loads a stage
+    # of either, or one and one a panel; N / 16 stmatrix and N / 64 stores a tile
+    *(
+        row
+        for n in (256, 192, 128)
+        for row in (
+            Row(
+                f"fused_gemm_sm90_kernel<FusedGemmSm90Tile<{n}, .*>, .*, {mn}>",
+                "90a",
+                {"HGMMA": 5, "UTMALDG": loads, "STSM": n // 16, "UTMASTG": n // 64},
+            )
+            for mn, loads in (("false", 4), ("true", 2 + 2 * n // 64))
+        )
+    ),
+    # <tile, dtype, ranks, dropout>: four k16 steps and two loads a stage of h besides
+    *(
+        Row(
+            f"forward_sm90_kernel<FusedGemmSm90Tile<{n}, .*>, .*, {dropout}>",
+            "90a",
+            {"HGMMA": 9, "UTMALDG": 6, "STSM": n // 16, "UTMASTG": n // 64} | more,
+        )
+        for n in (256, 192, 128)
+        for dropout, more in (("false", {}), ("true", {"LDSM": 4}))
+    ),
     # <dtype, N, a transposed, b transposed>: N / 16 stmatrix and N / 64 stores a tile
     Row(
         "gemm_probe<.*>",
