@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 SM80, SM90 = "csrc/cuda/down_proj_sm80.cuh", "csrc/cuda/down_proj_sm90.cuh"
 DROPOUT, STORE = "csrc/cuda/dropout.cuh", "csrc/cuda/store_h.cuh"
+DROPPED = "csrc/cuda/dropped_tile.cuh"
 PLAN, PLAN_HEADER = "csrc/cuda/down_proj_plan.cpp", "csrc/cuda/down_proj_plan.h"
 DESCRIPTOR = "csrc/cuda/descriptor.h"
 PROBES = "tests/emulator/probes.cuh"
@@ -54,7 +55,7 @@ KILLED = [
     sm90("wrong k advance of down", "mn_major_descriptor(tile + step * kMnMajorStep",
          "mn_major_descriptor(tile + step * kKMajorStep"),
     sm90("transposition not said", "ptx::wgmma<T, 0, kMnMajor>", "ptx::wgmma<T, 0, 0>"),
-    sm90("unswizzled ldmatrix", "ring.x(s) + swizzled(offset)", "ring.x(s) + offset"),
+    sm90("unswizzled ldmatrix", "x + swizzled(offset)", "x + offset", DROPPED),
     sm90("wrong swizzle", "offset ^ ((offset >> 7 & 7) << 4)", "offset ^ ((offset >> 7 & 3) << 4)",
          DESCRIPTOR),
     # pipeline
@@ -70,7 +71,7 @@ KILLED = [
     sm90("too many tx bytes", "ring.full(s), Tile::kStageBytes)",
          "ring.full(s), Tile::kStageBytes + 16)"),
     sm90("full not waited for", "    ptx::barrier_wait(ring.full(s), i / Tile::kStages & 1);\n"
-         "    LK_UNROLL\n    for (uint32_t group", "    LK_UNROLL\n    for (uint32_t group"),
+         "    multiply_dropped", "    multiply_dropped"),
     sm90("empty not waited for",
          "    if (round > 0) ptx::barrier_wait(ring.empty(s), (round - 1) & 1);\n", ""),
     sm90("empty counts one warp", "ring.empty(s), 4)", "ring.empty(s), 1)"),
@@ -82,15 +83,13 @@ KILLED = [
          "int k = static_cast<int>((i + i / 3) * kRowElements)"),
     # wgmma
     sm90("fragments reused while read",
-         "      ptx::wgmma_wait<0>();\n    }\n    if (lane == 0)",
-         "      ptx::wgmma_wait<1>();\n    }\n    if (lane == 0)"),
+         "ptx::wgmma_wait<0>();", "ptx::wgmma_wait<1>();", DROPPED),
     sm90("sums used before they are there", "ptx::wgmma_wait<0>(); if (lane",
          "ptx::wgmma_wait<1>(); if (lane"),
     sm90("no wgmma fence", "    ptx::wgmma_keep(sum);\n    ptx::wgmma_fence();\n    LK_UNROLL\n"
          "    for (uint32_t step", "    ptx::wgmma_keep(sum);\n    LK_UNROLL\n"
          "    for (uint32_t step"),
-    sm90("no commit", "ptx::wgmma_commit(); ptx::wgmma_keep(sum); ptx::wgmma_wait<0>();",
-         "ptx::wgmma_keep(sum); ptx::wgmma_wait<0>();"),
+    sm90("no commit", "    ptx::wgmma_commit();\n", "", DROPPED),
     # exchange of the sums
     sm90("stages overwritten while read",
          "ptx::named_barrier_sync<1>(256);", ""),
@@ -101,8 +100,8 @@ KILLED = [
          "ptx::named_barrier_sync<1>(128)"),
     # dropout
     sm90("mask shifted by a fragment",
-         "apply_aligned_dropout(a[j], dropout, i * kRowElements + step * kMmaDepth)",
-         "apply_aligned_dropout(a[j], dropout, i * kRowElements + step * kMmaDepth + 16)"),
+         "apply_aligned_dropout(a[j], dropout, column + step * kMmaDepth)",
+         "apply_aligned_dropout(a[j], dropout, column + step * kMmaDepth + 16)", DROPPED),
     sm90("mask rows of another warp", "load_dropout(args.dropout, row + warp % 4 * 16, lane)",
          "load_dropout(args.dropout, row, lane)"),
     sm90("threshold itself dropped", "kMaskBits), d.threshold)", "kMaskBits), d.threshold + 65537)",

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import mutants
+import mutants_forward
 import numpy as np
 import pytest
 import torch
 from emulator import build
 from emulator.suite import bf16
-from mutants import KILLED, SURVIVORS, Mutant
+from mutants import Mutant
 
 from lora_kernels import dropout
 
+KILLED = mutants.KILLED + mutants_forward.KILLED
+SURVIVORS = mutants.SURVIVORS + mutants_forward.SURVIVORS
 UNUSED_TILES = ("X(16, 64, 4, 2, 64, 6)", "X(64, 64, 4, 2, 64, 4)", "X(64, 12)", "X(128, 8)")
 TIMEOUT = 60  # seconds; a run of the whole suite takes a few
 # kind, (M, K, r), `down` has its rank contiguous, seed, rows padded; few multiprocessors take tall
@@ -82,6 +87,49 @@ def down_proj_problem(
     )  # fmt: skip
 
 
+# (M, N, K, r), options, and what else is odd about it. Together: every tile, a ring that wraps, both
+# blocks of a pair with and without rows, several groups and grids, all layouts and ways to store.
+PINNED = dict(tile_n=128, group=2)
+FORWARD = [
+    ((600, 136, 72, 24), dict(PINNED, form="one_launch", multiprocessors=6), {}),
+    ((140, 200, 456, 72), dict(PINNED, form="one_launch", tile_n=192, seed=[5, 6, 16, 32]), {}),
+    ((40, 72, 72, 8), dict(PINNED, form="one_launch", seed=[5, 6, 3, 21]), {}),
+    ((140, 328, 72, 16), dict(PINNED, form="two_launches", tile_n=256, multiprocessors=2), {}),
+    ((300, 200, 136, 40), dict(PINNED, form="two_launches"), {"mn_major": True}),
+    ((150, 131, 67, 7), dict(PINNED, form="one_launch", multiprocessors=2), {"strided_bias": True}),
+    ((50, 131, 67, 7), dict(PINNED, form="two_launches", multiprocessors=2), {"bias": False}),
+    ((100, 136, 200, 0), dict(PINNED), {}),
+]
+
+
+def forward_problem(shape, options, odd) -> dict[str, np.ndarray]:
+    m, n, k, r = shape
+    g = np.random.default_rng(m + n + k + r)
+    x, weight = ternary(g, m, k, keep=min(k // 2, 60)), ternary(g, n, k, keep=min(k // 2, 60))
+    a, b = ternary(g, r, k, keep=8) if r else np.zeros((0, k)), np.zeros((n, 0))
+    if r:
+        b = ternary(g, n, r, keep=4)
+    kept, threshold = np.ones((m, k), bool), 0
+    if "seed" in options:
+        kept, threshold = masked(options["seed"], x, a)
+    h = 2 * (np.where(kept, x, 0) @ a.T)
+    bias = g.integers(-8, 9, n) if odd.get("bias", True) else np.zeros(0)
+    y = x @ weight.T + h @ b.T + (bias if len(bias) else 0)
+    assert max(np.abs(h).max(initial=0), np.abs(y).max()) < 256
+    pairs, columns = -(-m // 256), -(-n // options["tile_n"])
+    read = 0
+    if options.get("form") == "one_launch" and not odd and k % 8 == 0:
+        # x for every column of tiles and for h; W and B for every pair of row blocks; A for each h;
+        # bias for every warpgroup
+        read = 2 * ((columns + 1) * m * k + columns * m * r + pairs * (n * (k + r + 4) + r * k))
+    options = options | dict(threshold=threshold)
+    arrays = dict(x=x, weight=weight, a=a, b=b, bias=bias, y=y, h=h)
+    return {name: bf16(array) for name, array in arrays.items()} | dict(
+        options=np.array(json.dumps(options)), mn_major=np.array(odd.get("mn_major", False)),
+        strided_bias=np.array(odd.get("strided_bias", False)), bytes=np.array(read),
+    )  # fmt: skip
+
+
 def gemm_problem(trans_a: bool, trans_b: bool) -> dict[str, np.ndarray]:
     g = np.random.default_rng(9)
     a, b = ternary(g, 328, 456, keep=60), ternary(g, 200, 456, keep=60)
@@ -95,6 +143,7 @@ def gemm_problem(trans_a: bool, trans_b: bool) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="session")
 def problems(tmp_path_factory) -> Path:
     found = {f"{c[0]}-{i}": down_proj_problem(*c[1:]) for i, c in enumerate(DOWN_PROJ)}
+    found |= {f"forward-{i}": forward_problem(*c) for i, c in enumerate(FORWARD)}
     found |= {f"gemm-{a}{b}": gemm_problem(a, b) for a, b in [(False, False), (True, True)]}
     source = np.random.default_rng(3).integers(0, 1 << 15, (64 * 5, 64)).astype(np.uint16)
     found["relay"] = {"in": source}
@@ -120,8 +169,9 @@ def plant(mutant: Mutant, tree: Path) -> Path:
     assert count == 1, f"{mutant.name}: its text must occur once, not {count} times"
     path.write_text(source)
     # What the suite does not use costs time: fp16, and some tiles.
-    for kernel in (tree / "tests/emulator").glob("down_proj_sm*.cpp"):
-        kernel.write_text(kernel.read_text().replace("F16>", "Bf16>"))
+    for kernel in (tree / "tests/emulator").glob("*_sm*.cpp"):
+        text = kernel.read_text().replace("F16>", "Bf16>").replace("F16{}", "Bf16{}")
+        kernel.write_text(text)
     plan = tree / "csrc/cuda/down_proj_plan.h"
     text = plan.read_text()
     for tile in UNUSED_TILES:

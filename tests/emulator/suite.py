@@ -7,6 +7,7 @@ printed.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -82,6 +83,31 @@ def check_down_proj(emulated, problem: dict[str, np.ndarray], compute: int) -> N
             raise Wrong(f"{found['bank_conflicts']} bank conflicts")
 
 
+def check_forward(emulated, problem: dict[str, np.ndarray]) -> None:
+    """y and h of two calls at once; TMA cannot address what `odd` says."""
+    options = json.loads(str(problem["options"]))
+    x, weight, a, b, bias = (problem[name] for name in ("x", "weight", "a", "b", "bias"))
+    if problem["mn_major"]:
+        weight = np.ascontiguousarray(weight.T).T
+    bias = np.repeat(bias, 2)[::2] if problem["strided_bias"] else bias
+    for turn, (timing, schedule) in enumerate(SCHEDULES):
+        y = [np.zeros(problem["y"].shape, np.uint16) for _ in range(1 + turn % 2)]
+        h = [np.zeros(problem["h"].shape, np.uint16) for _ in y]
+        given = {"scale": (2.0, 1.0), "timing": timing, "schedule": schedule} | options
+        if len(y) == 2:
+            given["resident_blocks"] = 2 + schedule
+        found = emulated.forward(x, weight, a, b, bias if len(bias) else None, y, h, given)
+        for got, name in ((y, "y"), (h, "h")):
+            for array in got:
+                if not np.array_equal(array, problem[name]):
+                    raise Wrong(f"{np.sum(array != problem[name])} elements of {name} differ")
+        if found["bank_conflicts"]:
+            raise Wrong(f"{found['bank_conflicts']} bank conflicts")
+        read = found["bytes_loaded"]
+        if problem["bytes"] and read != len(y) * problem["bytes"]:
+            raise Wrong(f"{read} bytes loaded, expected {len(y) * problem['bytes']}")
+
+
 def check_gemm(emulated, problem: dict[str, np.ndarray]) -> None:
     for timing, schedule in SCHEDULES:
         c = np.zeros(problem["c"].shape, np.uint16)
@@ -106,6 +132,7 @@ def check_relay(emulated, problem: dict[str, np.ndarray]) -> None:
 CHECKS: dict[str, Callable] = {
     "sm80": lambda e, p: check_down_proj(e, p, 80),
     "sm90": lambda e, p: check_down_proj(e, p, 90),
+    "forward": check_forward,
     "gemm": check_gemm,
     "relay": check_relay,
 }

@@ -1,0 +1,165 @@
+"""Planted bugs of the kernels that make y, as in mutants.py."""
+
+from __future__ import annotations
+
+from mutants import DROPOUT, STORE, Mutant
+
+RING, TILE_STORE = "csrc/cuda/fused_gemm_ring.cuh", "csrc/cuda/fused_gemm_store.cuh"
+GEMM, FORWARD = "csrc/cuda/fused_gemm_sm90.cuh", "csrc/cuda/forward_sm90.cuh"
+DROPPED, PACK = "csrc/cuda/dropped_tile.cuh", "csrc/cuda/pack.cuh"
+GEMM_PLAN, GEMM_HEADER = "csrc/cuda/fused_gemm_plan.cpp", "csrc/cuda/fused_gemm_plan.h"
+FORWARD_PLAN, FORWARD_HEADER = "csrc/cuda/forward_plan.cpp", "csrc/cuda/forward_plan.h"
+RASTER, OPERAND = "csrc/cuda/raster.h", "csrc/cuda/tma_operand.h"
+WORK = "csrc/cuda/fused_gemm_work.h"
+DOWN_SM90 = "csrc/cuda/down_proj_sm90.cuh"
+
+
+def kernel(file: str, name: str, text: str, replacement: str, *more: str) -> Mutant:
+    return Mutant(name, file, text, replacement, ("forward_sm90", *more), "forward")
+
+
+def host(file: str, name: str, text: str, replacement: str) -> Mutant:
+    return Mutant(name, file, text, replacement, ("forward_sm90", "forward", "module"), "forward")
+
+
+KILLED = [
+    # ring
+    kernel(RING, "W not multicast", "kBoth = 3", "kBoth = 1"),
+    kernel(RING, "halves of W in one place", "ring.b() + rank * kHalf * kRowBytes, b_map, full, "
+           "static_cast<int>(k),", "ring.b(), b_map, full, static_cast<int>(k),"),
+    kernel(RING, "both blocks load the same half", "static_cast<int>(column + rank * kHalf), kBoth",
+           "static_cast<int>(column), kBoth"),
+    kernel(RING, "halves of a panel exchanged", "static_cast<int>(k + rank * kHalf), kBoth",
+           "static_cast<int>(k + (1 - rank) * kHalf), kBoth"),
+    kernel(RING, "every panel is the first", "static_cast<int>(column + p * 64)",
+           "static_cast<int>(column)"),
+    kernel(RING, "empty of one block", "4 * Tile::kConsumers * Tile::kCluster",
+           "4 * Tile::kConsumers"),
+    kernel(RING, "release of one block", "if (lane < Tile::kCluster) "
+           "ptx::barrier_arrive_remote(empty(previous), lane);",
+           "if (lane < Tile::kCluster) "
+           "ptx::barrier_arrive_remote(empty(previous), ptx::cluster_rank());"),
+    kernel(RING, "stage in use released", "const uint32_t previous = (stage == 0 ? Tile::kStages : "
+           "stage) - 1;", "const uint32_t previous = stage;"),
+    kernel(RING, "phase kept", "      phase ^= 1;\n    }", "    }"),
+    kernel(RING, "too few bytes", "ring.expect(Tile::kABytes + kN * kRowBytes)",
+           "ring.expect(Tile::kABytes + kN * kRowBytes / 2)"),
+    kernel(RING, "old sums kept", "block > 0 || step > 0", "true"),
+    kernel(RING, "step zero restarts", "block > 0 || step > 0", "step > 0"),
+    kernel(RING, "wait of the frozen loop dropped", "  ptx::wgmma_wait<1>();  // the stage before",
+           "  // the stage before"),
+    kernel(RING, "rank loop one step short", "first + step < steps", "first + step + 1 < steps"),
+    kernel(RING, "rank loop one step long", "step < kSteps && first + step < steps",
+           "step < kSteps && first + step < steps + 1"),
+    kernel(RING, "last wait dropped", "  ptx::wgmma_wait<0>();\n  ptx::wgmma_keep(acc);\n  ring",
+           "  ptx::wgmma_keep(acc);\n  ring"),
+    kernel(RING, "last stage kept", "ptx::wgmma_keep(acc); ring.release_previous(lane);",
+           "ptx::wgmma_keep(acc);"),
+    kernel(RING, "both groups take the first rows", "ring.a() + group * kPanel + step",
+           "ring.a() + step"),
+    kernel(RING, "panels taken as contiguous", "step * kMnMajorStep, kPanel)",
+           "step * kMnMajorStep, kPanel / 2)"),
+    # epilogue
+    kernel(TILE_STORE, "staging overwritten", "if (thread == 0) "
+           "ptx::tma_store_wait_read<kStaged - 1>();", ""),
+    kernel(TILE_STORE, "staging waited for one panel late", "tma_store_wait_read<kStaged - 1>",
+           "tma_store_wait_read<kStaged>"),
+    kernel(TILE_STORE, "others not told of free staging", "ptx::tma_store_wait_read<kStaged - 1>();\n"
+           "    sync_warpgroup(group);", "ptx::tma_store_wait_read<kStaged - 1>();"),
+    kernel(TILE_STORE, "stored before all wrote", "ptx::fence_async_shared();\n"
+           "    sync_warpgroup(group);", "ptx::fence_async_shared();"),
+    kernel(TILE_STORE, "stored without a fence", "    ptx::fence_async_shared();\n", ""),
+    kernel(TILE_STORE, "both groups at one barrier", "    ptx::named_barrier_sync<2>(128);",
+           "    ptx::named_barrier_sync<1>(128);"),
+    kernel(TILE_STORE, "staging not swizzled", "ptx::store_matrix_x4(panel + swizzled(offset), r)",
+           "ptx::store_matrix_x4(panel + offset, r)"),
+    kernel(TILE_STORE, "ordinary stores not swizzled", "panel + swizzled(i * 4)", "panel + i * 4"),
+    kernel(TILE_STORE, "ordinary stores past the last column", "if (c + 1 < out.N) ptx::store",
+           "ptx::store"),
+    kernel(TILE_STORE, "ordinary stores past the last row", "r >= out.M || c", "c"),
+    kernel(TILE_STORE, "bias past the last column", "column + 1 < out.N ? ptx", "true ? ptx"),
+    kernel(TILE_STORE, "bias of the first panel", "ring.bias(group) + p * 128", "ring.bias(group)"),
+    kernel(TILE_STORE, "one bias for both groups", "ring.bias(group) + thread * 4",
+           "ring.bias(0) + thread * 4"),
+    kernel(TILE_STORE, "bias of even columns twice", "acc[4 * n + 2] += low, acc[4 * n + 3] += high",
+           "acc[4 * n + 2] += low, acc[4 * n + 3] += low"),
+    kernel(TILE_STORE, "both groups store the first rows", "out, row + group * 64, column",
+           "out, row, column"),
+    # fused_gemm: overlap with down_proj, drain
+    kernel(GEMM, "h read before it is there",
+           "        if (!waited) ptx::grid_wait_dependency();\n", ""),
+    kernel(GEMM, "left before y is stored",
+           "    if (thread % 128 == 0) ptx::tma_store_wait<0>();\n", ""),
+    kernel(GEMM, "block leaves its cluster", "  // Neither block leaves while the other may still "
+           "signal it.\n  ptx::cluster_arrive();\n  ptx::cluster_wait();\n", ""),
+    # forward: flags, claims
+    kernel(FORWARD, "flag not waited for",
+           "      wait_for_flag(work.flags + row_block);\n", ""),
+    kernel(FORWARD, "flag of the other block", "wait_for_flag(work.flags + row_block)",
+           "wait_for_flag(work.flags + (row_block ^ 1))"),
+    kernel(FORWARD, "reader does not fence", "  ptx::fence_async_global();  // TMA is", "  // TMA is"),
+    kernel(FORWARD, "writers do not fence", "  ptx::fence_async_global();  // TMA of", "  // TMA of"),
+    kernel(FORWARD, "flag of one group alone",
+           "  ptx::named_barrier_sync<3>(128 * Ring::Tile::kConsumers);\n", ""),
+    kernel(FORWARD, "flag too early", "ptx::named_barrier_sync<3>(128 * Ring::Tile::kConsumers);\n"
+           "  if (group == 0 && thread == 0) ptx::store_release(work.flags + row_block, 1);",
+           "if (group == 0 && thread == 0) ptx::store_release(work.flags + row_block, 1);\n"
+           "  ptx::named_barrier_sync<3>(128 * Ring::Tile::kConsumers);"),
+    kernel(FORWARD, "claim overwritten", "      if (turn > 0) ptx::barrier_wait(heard(), "
+           "(turn - 1) & 1);\n", ""),
+    kernel(FORWARD, "claim heard in the wrong phase", "(turn - 1) & 1", "turn & 1"),
+    kernel(FORWARD, "claim waited for in block scope",
+           "ptx::barrier_wait_cluster(told(), turn & 1)", "ptx::barrier_wait(told(), turn & 1)"),
+    kernel(FORWARD, "claim not expected", "      ptx::barrier_arrive_expect(told(), 4);",
+           "      ptx::barrier_arrive(told());"),
+    kernel(FORWARD, "item taken twice", "ptx::atomic_add(work.ticket, 1)",
+           "ptx::atomic_add(work.ticket, ticket & 1)"),
+    kernel(FORWARD, "item skipped", "ptx::atomic_add(work.ticket, 1)",
+           "ptx::atomic_add(work.ticket, 2)"),
+    kernel(FORWARD, "item written before its stage is free", "    ring.acquire();\n"
+           "    ptx::store_shared_word", "    ptx::store_shared_word"),
+    kernel(FORWARD, "columns not shifted by h", "column = (at.column - 1) * Tile::kN",
+           "column = at.column * Tile::kN"),
+    kernel(FORWARD, "h of the pair's first block", "x_map, a_map, row, 0,",
+           "x_map, a_map, at.pair * 256, 0,"),
+    kernel(FORWARD, "mask of the first block's rows", "int64_t{row_block} * Ring::Tile::kM + group",
+           "int64_t{row_block / 2} * Ring::Tile::kM + group", ),
+    kernel(DROPPED, "dropped sums kept", "accumulate || group + j > 0", "true", "down_proj_sm90"),
+    kernel(DROPPED, "mask of the wrong column", "apply_aligned_dropout(a[j], dropout, column + step "
+           "* kMmaDepth)", "apply_aligned_dropout(a[j], dropout, column + group * kMmaDepth)",
+           "down_proj_sm90"),
+    kernel(DROPPED, "unaligned mask of the wrong column", "apply_any_dropout(a[j], dropout, column + "
+           "step * kMmaDepth", "apply_any_dropout(a[j], dropout, column", "down_proj_sm90"),
+    kernel(DROPOUT, "columns of a shard forgotten", "column_group(first_col + lane % 4 * 2)",
+           "column_group(lane % 4 * 2)", "down_proj_sm90", "down_proj_sm80"),
+    kernel(STORE, "scale of h forgotten", "sum[2 * half + 1] * args.scale", "sum[2 * half + 1]",
+           "down_proj_sm90", "down_proj_sm80"),
+    # copies
+    kernel(PACK, "padding not zero", "if (column < job.columns)", "if (true)"),
+    kernel(PACK, "grid stride forgotten", "int64_t{gridDim.x} * kPackThreads;",
+           "int64_t{gridDim.x} * kPackThreads * 2;"),
+    # host
+    host(RASTER, "last group as high as the others",
+         "pairs - first < group ? pairs - first : group", "group"),
+    host(RASTER, "h last in its group", "return {first + i % size, i / size};",
+         "return {first + i % size, columns - 1 - i / size};"),
+    host(OPERAND, "stride of the packed row", "columns > 0 ? (columns + 7) / 8 * 8 : 8",
+         "columns > 0 ? columns : 8"),
+    host(OPERAND, "odd strides taken as good", "(rows == 1 || m.row_stride % 8 == 0)", "true"),
+    host(GEMM_PLAN, "packed operands in one place", "offset += operand->bytes();",
+         "offset += operand->bytes() / 2;"),
+    host(GEMM_HEADER, "whole boxes of both blocks", ": plan.tile_n / 2;", ": plan.tile_n;"),
+    host(FORWARD_PLAN, "flags for one block of two", "2 * int64_t{plan.raster.pairs}",
+         "int64_t{plan.raster.pairs}"),
+    host(FORWARD_PLAN, "rank 128 in a tile of 64", "args.down.r > kForwardRanks[0]", "false"),
+    host(FORWARD_HEADER, "h not copied out", "after.count > 0", "after.count > 1"),
+    host(FORWARD_HEADER, "fused_gemm does not wait its turn",
+         "launcher.fused_gemm(args, plan, workspace, false)",
+         "launcher.fused_gemm(args, plan, workspace, true)"),
+    host(WORK, "half a step of ranks forgotten", "(a.r + kMmaDepth - 1) / kMmaDepth",
+         "a.r / kMmaDepth"),
+    host(WORK, "half a stage of depth forgotten", "(depth + kRowElements - 1) / kRowElements",
+         "depth / kRowElements"),
+]  # fmt: skip
+
+SURVIVORS: list[tuple[Mutant, str]] = []
