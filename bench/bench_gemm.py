@@ -65,7 +65,7 @@ COLUMNS = {
 def built(device: str) -> bool:
     """Whether this device has forward_as and forward_plan."""
     ops = ("forward_as", "forward_plan")
-    return all(hasattr(OPS, op) and schemas.has_kernel(op, device.upper()) for op in ops)
+    return all(schemas.runs_here(op, device.upper()) for op in ops)
 
 
 def default_cases(device: str, rank: int) -> list[Case]:

@@ -213,8 +213,7 @@ def main() -> int:
     device = parser.parse_args().device
     if device == "cuda" and not torch.cuda.is_available():
         return skip("torch sees no CUDA device")
-    known = [op for op in OPS if hasattr(torch.ops.lora_kernels, op)]
-    ops = [op for op in known if schemas.has_kernel(op, device.upper())]
+    ops = [op for op in OPS if schemas.runs_here(op, device.upper())]
     if not ops:
         return skip(f"no {device} kernels: {schemas.EXTENSION_ERROR or 'not in this build'}")
     checked = failed = not_served = 0

@@ -110,7 +110,7 @@ def main() -> int:
 
     if not torch.cuda.is_available():
         return skip("torch sees no CUDA device")
-    kernels = [name for name in bench_kernels.KERNELS if schemas.has_kernel(name, "CUDA")]
+    kernels = [name for name in bench_kernels.KERNELS if schemas.runs_here(name, "CUDA")]
     if not kernels:
         return skip("no CUDA kernels are built")
     done = []

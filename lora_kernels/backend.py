@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import composed
-from .schemas import EXTENSION_ERROR, has_kernel
+from .schemas import EXTENSION_ERROR, has_kernel, on_hopper
 
 ENV = "LORA_KERNELS_BACKEND"
 
@@ -209,9 +209,10 @@ def explain(
         masked = torch.zeros(2, dtype=torch.int64, device=x.device)  # as good as a drawn one
     plan = found.summary
     if found.plan:
-        weight, lora_a, lora_b = (t.to(x.dtype) for t in (weight, lora_a, lora_b))
         _, up_scale = ops.split_scaling(scaling, x.dtype)
-        plan = found.plan(x, weight, lora_a, lora_b, masked, up_scale)
+        off = ops.is_off(scaling, dropout.drop_threshold(dropout_p))
+        operands = ops.one_dtype(x, weight, lora_a, lora_b, masked, off)
+        plan = found.plan(*operands, up_scale)
     return Explanation(name, plan, reason, passed_over)
 
 
@@ -270,14 +271,9 @@ def _on_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _on_hopper(device: torch.device) -> bool:
-    """Whether the sm_90a kernels, forward in one op among them, run on this device."""
-    return torch.cuda.get_device_capability(device) == (9, 0) and torch.ops.lora_kernels.has_sm90a()
-
-
 def _cuda_fused_gemm(x, weight, h, up, bias, seed, threshold, scale):
     """Ours where it serves: on sm_90, without a mask on the LoRA term; else the vendor's."""
-    ours = _on_hopper(x.device) and seed is None
+    ours = on_hopper(x.device) and seed is None
     kernel = torch.ops.lora_kernels.fused_gemm.default if ours else composed.fused_gemm
     return kernel(x, weight, h, up, bias, seed, threshold, scale)
 
@@ -290,7 +286,7 @@ def _cuda_flow() -> dict[str, Callable]:
     )
 
     def forward(x, *args):
-        return (ops.forward.default if _on_hopper(x.device) else by_op)(x, *args)
+        return (ops.forward.default if on_hopper(x.device) else by_op)(x, *args)
 
     return dict(forward=forward, backward=backward)
 
@@ -303,9 +299,11 @@ _CUDA_SUMMARY = (
 
 def _cuda_plan(x, weight, lora_a, lora_b, seed, up_scale) -> str:
     ops = torch.ops.lora_kernels
-    if _on_hopper(x.device):
-        return ops.forward_plan(x, weight, lora_a, lora_b, seed, "", 0, 0, up_scale)
-    return f"{ops.down_proj_plan(x, lora_a, seed)}; then fused_gemm by the vendor's GEMMs"
+    if not on_hopper(x.device):
+        return f"{ops.down_proj_plan(x, lora_a, seed)}; all else by the vendor's GEMMs"
+    plan = ops.forward_plan(x, weight, lora_a, lora_b, seed, "", 0, 0, up_scale)
+    dx = "fused_gemm and down_proj" if seed is None else "down_proj, the vendor's GEMM"
+    return f"{plan}; backward: {dx} for dx, the vendor's GEMMs for dA and dB"
 
 
 def _no_evidence(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -51,7 +51,7 @@ def make_plan(
     backend = backends.choose(name, device, dtype)
     threshold = dropout.drop_threshold(dropout_p) if dropped else 0
     h_scale, up_scale = split_scaling(scaling, dtype)
-    off = scaling == 0 or threshold == dropout.RANGE
+    off = is_off(scaling, threshold)
     return Plan(backend.forward, backend.backward, threshold, h_scale, up_scale, off)
 
 
@@ -73,6 +73,25 @@ def split_scaling(scaling: float, dtype: torch.dtype) -> tuple[float, float]:
     return mantissa, math.ldexp(1.0, exponent)
 
 
+def is_off(scaling: float, threshold: int) -> bool:
+    """Whether the LoRA term is exactly zero."""
+    return scaling == 0 or threshold == dropout.RANGE
+
+
+def one_dtype(x, weight, lora_a, lora_b, seed, off):
+    """(x, weight, lora_a, lora_b, seed) as a backend takes them."""
+    dtype = x.dtype
+    if off:  # an adapter that is off is an adapter of rank 0
+        lora_a, lora_b, seed = lora_a[:0], lora_b[:, :0], None
+    if weight.dtype is not dtype:
+        weight = weight.to(dtype)
+    if lora_a.dtype is not dtype:
+        lora_a = lora_a.to(dtype)
+    if lora_b.dtype is not dtype:
+        lora_b = lora_b.to(dtype)
+    return x, weight, lora_a, lora_b, seed
+
+
 def run_forward(
     x: Tensor,
     weight: Tensor,
@@ -83,15 +102,7 @@ def run_forward(
     plan: Plan,
 ) -> tuple[Tensor, Tensor]:
     """(y, h): operands brought to one dtype and handed to the plan's backend."""
-    dtype = x.dtype
-    if plan.off:  # an adapter that is off is an adapter of rank 0
-        lora_a, lora_b, seed = lora_a[:0], lora_b[:, :0], None
-    if weight.dtype is not dtype:
-        weight = weight.to(dtype)
-    if lora_a.dtype is not dtype:
-        lora_a = lora_a.to(dtype)
-    if lora_b.dtype is not dtype:
-        lora_b = lora_b.to(dtype)
+    x, weight, lora_a, lora_b, seed = one_dtype(x, weight, lora_a, lora_b, seed, plan.off)
     return plan.forward(
         x, weight, lora_a, lora_b, bias, seed, plan.threshold, plan.h_scale, plan.up_scale
     )
@@ -259,6 +270,11 @@ def _(h, x, seed, threshold, scale, wide, transpose):
 
 @_fake("forward")
 def _(x, weight, lora_a, lora_b, bias, seed, threshold, h_scale, up_scale):
+    return _fake_outputs(x, weight, lora_a)
+
+
+@_fake("forward_as")
+def _(x, weight, lora_a, lora_b, bias, seed, threshold, h_scale, up_scale, form, tile_n, group):
     return _fake_outputs(x, weight, lora_a)
 
 

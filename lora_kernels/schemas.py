@@ -11,13 +11,19 @@ and FlopCounterMode see: opaque, any backend, differentiable once.
 Scales: h = h_scale · dropout(x)·Aᵀ is what is rounded and saved, and y = ... + up_scale · h·Bᵀ,
 with h_scale · up_scale = scaling. `threshold` is T of the mask (`lora_kernels.dropout`). `wide`:
 the gradient is float32 although x has 16 bits.
+
+`forward_as` and `forward_plan` are `forward` in a form that the caller chooses, for tests and tuning.
+On CUDA `fused_gemm` has no mask on the LoRA term: the backend takes `composed`'s for that.
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 KERNELS = ("down_proj", "fused_gemm", "weight_grad")
+SM90 = ("fused_gemm", "forward", "forward_as", "forward_plan")  # on CUDA, on no other device yet
 SCHEMAS = (
     "cpu_isa() -> str",
     "has_sm90a() -> bool",
@@ -61,3 +67,16 @@ except ImportError as error:  # not built, or built for another system: every op
 def has_kernel(op: str, device: str) -> bool:
     """Whether C++ serves this op on "CPU" or "CUDA"."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"lora_kernels::{op}", device)
+
+
+@functools.cache
+def on_hopper(device: torch.device) -> bool:
+    """Whether the sm_90a kernels, SM90 among the ops, run on this CUDA device."""
+    return torch.cuda.get_device_capability(device) == (9, 0) and torch.ops.lora_kernels.has_sm90a()
+
+
+def runs_here(op: str, device: str) -> bool:
+    """Whether C++ serves this op on "CPU", or on the current device of "CUDA"."""
+    if not has_kernel(op, device):
+        return False
+    return device != "CUDA" or op not in SM90 or on_hopper(torch.device("cuda"))

@@ -113,7 +113,7 @@ def gemm(monkeypatch, tmp_path):
     def run(forward_as, *arguments: str) -> tuple[int, dict]:
         monkeypatch.setattr(ops, "forward_as", forward_as, raising=False)
         monkeypatch.setattr(ops, "forward_plan", plan, raising=False)
-        monkeypatch.setattr(bench_gemm.schemas, "has_kernel", lambda op, device: True)
+        monkeypatch.setattr(bench_gemm.schemas, "runs_here", lambda op, device: True)
         monkeypatch.setattr(bench_gemm.timing, "make_timer", lambda device: FakeTimer())
         out = tmp_path / "gemm.json"
         common = ["--shape", "16,24,32", "--rounds", "3", "--device", "cpu", "--json", str(out)]

@@ -12,7 +12,7 @@ from tolerance import assert_c1, assert_c2, assert_c4
 
 import lora_kernels as lk
 from lora_kernels import backend as backends
-from lora_kernels.schemas import KERNELS
+from lora_kernels.schemas import KERNELS, on_hopper
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -24,7 +24,7 @@ def on_device(problem: Problem) -> Problem:
 
 def vendor_rounds(p: float) -> bool:
     """Whether the vendor's GEMM rounds a frozen product before its LoRA term is added."""
-    return p > 0 or not backends._on_hopper(torch.device("cuda"))
+    return p > 0 or not on_hopper(torch.device("cuda"))
 
 
 def run(problem: Problem, backend: str | None) -> dict[str, torch.Tensor]:

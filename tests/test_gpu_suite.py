@@ -499,7 +499,7 @@ def sanitized(monkeypatch, forward_as, forward_plan=lambda *args: "a plan") -> i
     ops = torch.ops.lora_kernels
     monkeypatch.setattr(ops, "forward_as", forward_as, raising=False)
     monkeypatch.setattr(ops, "forward_plan", forward_plan, raising=False)
-    monkeypatch.setattr(sanitize.schemas, "has_kernel", lambda op, device: op == "forward_as")
+    monkeypatch.setattr(sanitize.schemas, "runs_here", lambda op, device: op == "forward_as")
     monkeypatch.setattr(sys, "argv", ["sanitize", "--device", "cpu"])
     return sanitize.main()
 

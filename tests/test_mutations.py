@@ -87,15 +87,19 @@ def down_proj_problem(
     )  # fmt: skip
 
 
-# (M, N, K, r), options, and what else is odd about it. Together: every tile, a ring that wraps, both
-# blocks of a pair with and without rows, several groups and grids, all layouts and ways to store.
+# (M, N, K, r), options, and what else is odd about it. Together: every tile, a ring that wraps,
+# both blocks of a pair with and without rows, several groups and grids, chains first or not, all
+# layouts and ways to store.
 PINNED = dict(tile_n=128, group=2)
 FORWARD = [
     ((600, 136, 72, 24), dict(PINNED, form="one_launch", multiprocessors=6), {}),
     ((140, 200, 456, 72), dict(PINNED, form="one_launch", tile_n=192, seed=[5, 6, 16, 32]), {}),
     ((40, 72, 72, 8), dict(PINNED, form="one_launch", seed=[5, 6, 3, 21]), {}),
     ((140, 328, 72, 16), dict(PINNED, form="two_launches", tile_n=256, multiprocessors=2), {}),
-    ((300, 200, 136, 40), dict(PINNED, form="two_launches"), {"mn_major": True}),
+    (
+        (300, 200, 136, 40), dict(PINNED, form="two_launches", scale=(2.0, 4.0)),
+        {"mn_major": True},
+    ),
     ((150, 131, 67, 7), dict(PINNED, form="one_launch", multiprocessors=2), {"strided_bias": True}),
     ((50, 131, 67, 7), dict(PINNED, form="two_launches", multiprocessors=2), {"bias": False}),
     ((100, 136, 200, 0), dict(PINNED), {}),
@@ -114,7 +118,7 @@ def forward_problem(shape, options, odd) -> dict[str, np.ndarray]:
         kept, threshold = masked(options["seed"], x, a)
     h = 2 * (np.where(kept, x, 0) @ a.T)
     bias = g.integers(-8, 9, n) if odd.get("bias", True) else np.zeros(0)
-    y = x @ weight.T + h @ b.T + (bias if len(bias) else 0)
+    y = x @ weight.T + options.get("scale", (2, 1))[1] * h @ b.T + (bias if len(bias) else 0)
     assert max(np.abs(h).max(initial=0), np.abs(y).max()) < 256
     pairs, columns = -(-m // 256), -(-n // options["tile_n"])
     read = 0

@@ -85,12 +85,13 @@ __device__ __forceinline__ void multiply_dropped_stages(float (&sum)[Tile::kRank
                                                         uint32_t first, uint32_t blocks_k,
                                                         const LaneDropout& dropout, uint32_t warp,
                                                         uint32_t lane) {
+  constexpr int kGroup = Tile::kRank > 128 ? 2 : 4;  // beside 128 accumulators, fewer fragments
 #pragma unroll 1
   for (uint32_t i = first; i < blocks_k; i += Tile::kConsumers) {
     const uint32_t s = i % Tile::kStages;
     ptx::barrier_wait(ring.full(s), i / Tile::kStages & 1);
-    multiply_dropped_tile<T>(sum, ring.x(s), ring.down(s), dropout, i * kRowElements, true, warp,
-                             lane);
+    multiply_dropped_tile<T, kGroup>(sum, ring.x(s), ring.down(s), dropout, i * kRowElements, true,
+                                     warp, lane);
     if (lane == 0) ptx::barrier_arrive(ring.empty(s));
   }
   ptx::wgmma_keep(sum);

@@ -5,15 +5,13 @@
 namespace lora_kernels {
 
 // sum += 64 rows of a 64-deep tile of x, masked, times a K-major tile of kCount * 2 ranks.
-// `column`: of x, where the tile starts. Complete on return.
-template <class T, int kCount>
+// `column`: of x, where the tile starts. Complete on return. kGroup: how many k16 steps are in
+// registers at once.
+template <class T, int kGroup, int kCount>
 __device__ __forceinline__ void multiply_dropped_tile(float (&sum)[kCount], uint32_t x,
                                                       uint32_t down, const LaneDropout& dropout,
                                                       uint32_t column, bool accumulate,
                                                       uint32_t warp, uint32_t lane) {
-  // Fragments of this many k16 steps are in registers at once: beside 64 accumulators
-  // or more, two.
-  constexpr uint32_t kGroup = kCount >= 64 ? 2 : 4;
   LK_UNROLL
   for (uint32_t group = 0; group < kRowElements / kMmaDepth; group += kGroup) {
     uint32_t a[kGroup][4];

@@ -12,6 +12,7 @@ constexpr double kLaunchSeconds = 1.5e-6;           // that overlapping leaves o
 constexpr double kStreamBytes = 51;                 // a clock, of one multiprocessor
 constexpr double kDropoutClocks = 390;              // of a 128x64 tile of x
 constexpr double kItemClocks = 2000, kFlagClocks = 1500;
+constexpr uint32_t kMaxChain = 4;
 
 // Clocks of one cluster for the h of 256 rows.
 double h_cycles(const ForwardArgs& a, int rank) {
@@ -22,25 +23,42 @@ double h_cycles(const ForwardArgs& a, int rank) {
   return blocks * std::max({stream, multiply, mask}) + kItemClocks;
 }
 
-double overhead_of(const ForwardArgs& a, const ForwardPlan& plan) {
-  const FusedGemmPlan& gemm = plan.gemm;
-  if (a.down.r == 0 || gemm.empty) return 0;
-  const int64_t steps = ceil_div(a.down.K, kMmaDepth), extra = ceil_div(a.down.r, kMmaDepth);
-  const int64_t tiles = gemm.raster.items(), waves = ceil_div(tiles, gemm.clusters);
-  const double tile = tile_cycles(gemm.tile_n, steps), frozen = gemm_cycles(gemm, a.down.K);
-  double cost = static_cast<double>(waves) * (tile_cycles(gemm.tile_n, steps + extra) - tile);
-  if (plan.form == ForwardForm::one_launch) {
-    // What the last wave leaves idle takes h for nothing.
-    const double h = h_cycles(a, plan.rank);
-    const double idle = static_cast<double>(waves * gemm.clusters - tiles) * tile;
-    const double left = static_cast<double>(gemm.raster.pairs) * h - idle;
-    if (left > 0) cost += left / gemm.clusters + h;
-    cost += kFlagClocks;
-  } else {
-    const double bytes = static_cast<double>(a.down.M) * static_cast<double>(a.down.K) * 2;
-    cost += (bytes / kMemory + kLaunchSeconds) * kClock;
+// What the LoRA term adds to the frozen GEMM: clocks.
+double two_launches_cost(const ForwardArgs& a) {
+  const double bytes = static_cast<double>(a.down.M) * static_cast<double>(a.down.K) * 2;
+  return (bytes / kMemory + kLaunchSeconds) * kClock;
+}
+
+// A chain takes a cluster a turn of its own. Turns that the last wave leaves idle are free; else
+// some cluster, and so the call, takes a chain longer.
+double one_launch_cost(const FusedGemmPlan& gemm, const Raster& raster, unsigned clusters,
+                       double tile, double h) {
+  const int64_t tiles = gemm.raster.items(), chains = raster.chains();
+  const int64_t idle = ceil_div(tiles, clusters) * clusters - tiles;
+  const double left = static_cast<double>(raster.pairs) * h - static_cast<double>(idle) * tile;
+  return std::max(0.0, left) / clusters + (chains % clusters > idle ? raster.chain * h : 0) +
+         kFlagClocks;
+}
+
+// Chooses the chains, whether they come first, and the grid of one launch; its cost.
+double choose_chains(const ForwardArgs& a, const Target& target, ForwardPlan& plan) {
+  const double h = h_cycles(a, plan.rank);
+  const double tile = tile_cycles(plan.gemm.tile_n, ceil_div(a.down.K, kMmaDepth));
+  double least = -1;
+  for (uint32_t chain = 1; chain <= kMaxChain; ++chain) {
+    if (chain > 1 && (chain * h > tile || chain > plan.gemm.raster.group)) break;
+    Raster raster = plan.gemm.raster;
+    raster.chain = chain;
+    const unsigned clusters = clusters_of(target, raster.items());
+    // A quarter of the clusters loads x about as fast as memory gives it.
+    raster.chains_first = raster.chains_of(raster.pairs) <= (clusters + 3) / 4;
+    const double cost = one_launch_cost(plan.gemm, raster, clusters, tile, h);
+    if (least >= 0 && cost >= least) continue;
+    least = cost;
+    plan.raster = raster;
+    plan.clusters = clusters;
   }
-  return cost / frozen;
+  return least;
 }
 
 // nullptr if h can be made in fused_gemm's grid, else why not.
@@ -52,6 +70,34 @@ const char* not_one_launch(const ForwardArgs& a, const FusedGemmPlan& gemm) {
   return nullptr;
 }
 
+// The form, its grid and its cost, for a gemm that is planned.
+void choose_form(const ForwardArgs& args, const Target& target, ForwardForm wanted,
+                 ForwardPlan& plan) {
+  const char* one = not_one_launch(args, plan.gemm);
+  plan.form = ForwardForm::two_launches;
+  plan.reason = one;
+  if (wanted == ForwardForm::one_launch && one != nullptr) plan.served = false;
+  if (args.down.r == 0 || plan.gemm.empty) return;
+  double cost = two_launches_cost(args);
+  if (one == nullptr) {
+    plan.rank = kForwardRanks[args.down.r > kForwardRanks[0]];
+    const double in_one = choose_chains(args, target, plan);
+    const bool better = in_one < cost;
+    plan.reason = better ? "h takes turns that the grid has left, by the model"
+                         : "h would take more turns than memory takes time, by the model";
+    if (wanted != ForwardForm::any) plan.reason = "as was asked for";
+    if (wanted == ForwardForm::one_launch || (wanted == ForwardForm::any && better)) {
+      plan.form = ForwardForm::one_launch;
+      cost = in_one;
+    }
+  }
+  const int64_t steps = ceil_div(args.down.K, kMmaDepth);
+  const auto waves = static_cast<double>(ceil_div(plan.gemm.raster.items(), plan.gemm.clusters));
+  cost += waves * (tile_cycles(plan.gemm.tile_n, steps + ceil_div(args.down.r, kMmaDepth)) -
+                   tile_cycles(plan.gemm.tile_n, steps));
+  plan.overhead = cost / gemm_cycles(plan.gemm, args.down.K);
+}
+
 }  // namespace
 
 ForwardPlan plan_forward(const ForwardArgs& args, const Target& target,
@@ -60,13 +106,8 @@ ForwardPlan plan_forward(const ForwardArgs& args, const Target& target,
   plan.gemm = plan_fused_gemm(args.gemm, target, request.gemm);
   plan.served = plan.gemm.served;
   plan.reason = plan.gemm.reason;
+  if (plan.served) choose_form(args, target, request.form, plan);
   if (!plan.served) return plan;
-  const char* two = not_one_launch(args, plan.gemm);
-  if (two == nullptr && request.form == ForwardForm::two_launches)
-    two = "two launches were asked for";
-  plan.reason = two == nullptr ? "h fits into the grid of fused_gemm" : two;
-  plan.form = two == nullptr ? ForwardForm::one_launch : ForwardForm::two_launches;
-  if (request.form == ForwardForm::one_launch && two != nullptr) plan.served = false;
 
   // h is written here, so it is never copied in; rows that TMA cannot read are made elsewhere.
   plan.h_padded = plan.gemm.h.packed;
@@ -74,17 +115,13 @@ ForwardPlan plan_forward(const ForwardArgs& args, const Target& target,
   plan.workspace_bytes = place_packed(plan.gemm);
   const auto reserve = [&](int64_t bytes) {
     const int64_t offset = plan.workspace_bytes;
-    plan.workspace_bytes += (bytes + 127) / 128 * 128;
+    plan.workspace_bytes += ceil_div(bytes, 128) * 128;
     return offset;
   };
   if (plan.h_padded) plan.h_offset = reserve(args.down.M * plan.gemm.h.width() * 2);
   if (plan.form == ForwardForm::one_launch) {
-    plan.rank = kForwardRanks[args.down.r > kForwardRanks[0]];
     plan.lora_a = tma_operand(args.down.down, args.down.r, args.down.K);
     plan.lora_a.offset = reserve(plan.lora_a.bytes());
-    plan.raster = plan.gemm.raster;
-    ++plan.raster.columns;
-    plan.clusters = clusters_of(target, plan.raster.items());
     plan.sync_bytes = (1 + 2 * int64_t{plan.raster.pairs}) * 4;
     plan.sync_offset = reserve(plan.sync_bytes);
   } else {
@@ -93,14 +130,12 @@ ForwardPlan plan_forward(const ForwardArgs& args, const Target& target,
     if (plan.h_padded) down.h = {nullptr, plan.gemm.h.width(), 1, down.h.dtype};
     plan.down = plan_down_proj(down, target);
   }
-  plan.overhead = overhead_of(args, plan);
   return plan;
 }
 
 unsigned pack_blocks(const PackJobs& jobs, int multiprocessors) {
   int64_t most = 1;
-  for (int i = 0; i < jobs.count; ++i)
-    most = std::max(most, ceil_div(jobs.jobs[i].rows * jobs.jobs[i].width, kPackThreads));
+  for (int i = 0; i < jobs.count; ++i) most = std::max(most, jobs.jobs[i].rows);
   return static_cast<unsigned>(std::min<int64_t>(most, 8 * int64_t{multiprocessors}));
 }
 
@@ -112,7 +147,7 @@ std::string describe(const ForwardPlan& plan) {
   std::string text = one ? "one launch (" : "two launches (";
   text += std::string(plan.reason) + "): ";
   if (!one && plan.down.kernel != DownProjKernel::none) text += describe(plan.down) + "; ";
-  text += describe(plan.gemm);
+  text += one ? describe(plan.gemm, plan.raster, plan.clusters) : describe(plan.gemm);
   if (one && plan.lora_a.packed) text += "; A copied first";
   if (plan.h_padded) text += "; h copied out of padded rows";
   return text + "; LoRA term " + percent + " over the frozen GEMM by the model";

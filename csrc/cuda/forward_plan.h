@@ -6,7 +6,6 @@
 // Around them, only where needed: copies of operands that TMA cannot address, and of an h whose
 // rows are not on 16-byte boundaries.
 #pragma once
-#include <stdexcept>
 #include <string>
 
 #include "fused_gemm_plan.h"
@@ -19,13 +18,12 @@ struct ForwardArgs {
 };
 
 enum class ForwardForm { any, one_launch, two_launches };
-// By name, "" for any.
-inline ForwardForm form_of(const std::string& name) {
-  if (name.empty()) return ForwardForm::any;
-  if (name == "one_launch") return ForwardForm::one_launch;
-  if (name == "two_launches") return ForwardForm::two_launches;
-  throw std::invalid_argument("form is \"" + name +
-                              "\"; expected one_launch, two_launches or nothing");
+// By name, "" for any; false if there is none such.
+inline bool form_of(const std::string& name, ForwardForm* form) {
+  *form = name == "one_launch" ? ForwardForm::one_launch
+          : name.empty()       ? ForwardForm::any
+                               : ForwardForm::two_launches;
+  return name.empty() || name == "one_launch" || name == "two_launches";
 }
 
 struct ForwardRequest {
@@ -43,7 +41,7 @@ struct ForwardPlan {
   FusedGemmPlan gemm;
   DownProjPlan down;  // of two launches
   TmaOperand lora_a;  // of one launch, like the next two
-  Raster raster;      // column 0 is h, the others are the columns of tiles of y
+  Raster raster;      // with the chains of h
   unsigned clusters;
   bool h_padded;  // h is made in the workspace, in rows of gemm.h.width(), and copied out
   int64_t workspace_bytes;
@@ -55,27 +53,24 @@ ForwardPlan plan_forward(const ForwardArgs& args, const Target& target,
                          const ForwardRequest& request = {});
 std::string describe(const ForwardPlan& plan);
 
-// Copies of operands that one launch makes: each [rows, columns] matrix, scaled, into contiguous
-// rows of `width`, zero past `columns`.
+// Copies that one launch makes: each [rows, columns] matrix into contiguous rows of `width`, zero
+// past `columns`.
 struct PackJob {
   Matrix from;
   int64_t rows, columns;
   void* to;
   int64_t width;
-  float scale;
 };
 constexpr int kMaxPackJobs = 5;
 struct PackJobs {
   PackJob jobs[kMaxPackJobs];
   int count = 0;
-  void add(const TmaOperand& operand, void* workspace) {
-    if (operand.packed)
-      jobs[count++] = {operand.from,    operand.rows, operand.columns, operand.at(workspace).data,
-                       operand.width(), operand.scale};
+  void add(const TmaOperand& o, void* workspace) {
+    if (o.packed) jobs[count++] = {o.from, o.rows, o.columns, o.at(workspace).data, o.width()};
   }
 };
 
-constexpr unsigned kPackThreads = 256;
+constexpr unsigned kPackThreads = 256;  // of a block, which copies rows
 // Along x; each job has as many.
 unsigned pack_blocks(const PackJobs& jobs, int multiprocessors);
 
@@ -112,8 +107,7 @@ int run_forward(ForwardArgs args, ForwardPlan plan, void* workspace, Launcher& l
   if (plan.h_padded) {
     const Matrix out = args.down.h;
     args.down.h = {bytes + plan.h_offset, plan.gemm.h.width(), 1, out.dtype};
-    after.jobs[after.count++] = {args.down.h, args.down.M, args.down.r,
-                                 out.data,    args.down.r, 1.0f};
+    after.jobs[after.count++] = {args.down.h, args.down.M, args.down.r, out.data, args.down.r};
   }
   plan.gemm.h.from = args.gemm.h = args.down.h;
 

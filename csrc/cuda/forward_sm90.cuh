@@ -48,11 +48,12 @@ struct Claims {
       item = ticket < work.gemm.raster.items() ? ticket : kNoItem;
       if (turn > 0) ptx::barrier_wait(heard(), (turn - 1) & 1);
       ptx::store_async(word(), item, told(), 1);
-      if (item != kNoItem) ask();
     } else {
       ptx::barrier_arrive_expect(told(), 4);
       ptx::barrier_wait_cluster(told(), turn & 1);
       item = ptx::load_shared_word(word());
+      // The reply to block 0's next word takes longer than the load above, and is what orders them:
+      // an arrival of cluster scope would cost a GPU-wide fence.
       ptx::barrier_arrive_remote(heard(), 0);
     }
     ++turn;
@@ -87,22 +88,19 @@ __device__ __forceinline__ void produce(Ring& ring, Claims<Ring>& claims,
       return;
     }
     const RasterPlace at = work.gemm.raster.place(item);
-    const uint32_t row_block = at.pair * Tile::kCluster + rank, row = row_block * Tile::kM;
-    if (at.column == 0) {
+    const uint32_t column = at.column * Tile::kN;
 #pragma unroll 1
-      for (uint32_t block = 0; block < work.gemm.blocks_k; ++block, ring.advance()) {
-        ring.acquire();
-        load_stage<kRank, false>(ring, x_map, a_map, row, 0, block * kRowElements);
+    for (uint32_t p = 0; p < at.count; ++p) {
+      const uint32_t row_block = (at.pair + p) * Tile::kCluster + rank, row = row_block * Tile::kM;
+      if (at.is_h) {
+        load_blocks<kRank, false>(ring, x_map, a_map, work.gemm.blocks_k, row, 0);
+        if (rank == 0 && p + 1 == at.count) claims.ask();
+      } else {
+        load_blocks<Tile::kN, false>(ring, x_map, weight_map, work.gemm.blocks_k, row, column);
+        if (rank == 0) claims.ask();
+        wait_for_flag(work.flags + row_block);
+        load_blocks<Tile::kN, false>(ring, h_map, up_map, work.gemm.blocks_r, row, column);
       }
-    } else {
-      const uint32_t column = (at.column - 1) * Tile::kN;
-#pragma unroll 1
-      for (uint32_t block = 0; block < work.gemm.blocks_k; ++block, ring.advance()) {
-        ring.acquire();
-        load_stage<Tile::kN, false>(ring, x_map, weight_map, row, column, block * kRowElements);
-      }
-      wait_for_flag(work.flags + row_block);
-      load_rank_stages<false>(ring, h_map, up_map, work.gemm.rank_steps, row, column);
     }
   }
 }
@@ -113,11 +111,12 @@ __device__ __forceinline__ void multiply_dropped_blocks(float (&sum)[kCount], Ri
                                                         uint32_t blocks, const LaneDropout& dropout,
                                                         uint32_t group, uint32_t warp,
                                                         uint32_t lane) {
+  constexpr int kGroup = kCount < 64 ? 4 : 1;  // more fragments would spill
 #pragma unroll 1
   for (uint32_t block = 0; block < blocks; ++block) {
     ring.wait();
-    multiply_dropped_tile<T>(sum, ring.a() + group * Ring::Tile::kPanelBytes, ring.b(), dropout,
-                             block * kRowElements, block > 0, warp, lane);
+    multiply_dropped_tile<T, kGroup>(sum, ring.a() + group * Ring::Tile::kPanelBytes, ring.b(),
+                                     dropout, block * kRowElements, block > 0, warp, lane);
     ring.advance();
     ring.release_previous(lane);
   }
@@ -169,6 +168,7 @@ __global__ void __cluster_dims__(Tile::kCluster, 1, 1) __launch_bounds__(Tile::k
     claims.initialise();
     ptx::barrier_init_fence();
   }
+  prefetch_maps(thread, &x_map, &weight_map, &a_map, &h_map, &up_map, &y_map);
   ptx::cluster_arrive();
   ptx::cluster_wait();
 
@@ -187,14 +187,18 @@ __global__ void __cluster_dims__(Tile::kCluster, 1, 1) __launch_bounds__(Tile::k
       if (item == kNoItem) break;
       const RasterPlace at = work.gemm.raster.place(item);
       const uint32_t row_block = at.pair * Tile::kCluster + rank;
-      if (at.column == 0)
-        compute_h<T, kRank, kDropout>(ring, args, work, row_block, group, thread % 128);
-      else
-        compute_tile<T, false>(ring, &y_map, work.gemm.out, work.gemm.blocks_k,
-                               work.gemm.rank_steps, row_block * Tile::kM,
-                               (at.column - 1) * Tile::kN, group, thread % 128);
+      if (at.is_h) {
+#pragma unroll 1
+        for (uint32_t p = 0; p < at.count; ++p)
+          compute_h<T, kRank, kDropout>(ring, args, work, row_block + p * Tile::kCluster, group,
+                                        thread % 128);
+      } else {
+        compute_tile<T, false>(ring, &y_map, work.gemm, row_block * Tile::kM, at.column * Tile::kN,
+                               group, thread % 128);
+      }
     }
     if (thread % 128 == 0) ptx::tma_store_wait<0>();
+    ptx::warp_sync();
   }
   // Neither block leaves while the other may still signal it.
   ptx::cluster_arrive();

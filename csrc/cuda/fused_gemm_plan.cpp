@@ -5,7 +5,8 @@
 namespace lora_kernels {
 namespace {
 
-constexpr uint32_t kGroup = 8;  // pairs of row blocks: 66 clusters then work on about 8 x 8 tiles
+constexpr int64_t kGroup =
+    8;  // pairs of row blocks, at most: 66 clusters then work on about 8 x 8 tiles
 
 // nullptr if the kernel serves the call, else why it does not.
 const char* not_served(const FusedGemmArgs& a, const Target& target) {
@@ -28,10 +29,13 @@ struct TileFacts {
 constexpr TileFacts kTiles[] = {LK_FUSED_GEMM_SM90_TILES(LK_FACTS)};
 #undef LK_FACTS
 
-Raster raster_of(const FusedGemmArgs& a, int tile_n, int group) {
-  return {static_cast<uint32_t>(ceil_div(a.M, kClusterRows)),
-          static_cast<uint32_t>(ceil_div(a.N, tile_n)),
-          group > 0 ? static_cast<uint32_t>(group) : kGroup};
+// Groups as even as possible: one of a pair or two would load all of W for little.
+Raster raster_of(const FusedGemmArgs& a, int tile_n, int wanted_group) {
+  const int64_t pairs = ceil_div(a.M, kClusterRows), wanted = wanted_group;
+  const int64_t group =
+      wanted > 0 ? std::min(wanted, pairs) : ceil_div(pairs, ceil_div(pairs, kGroup));
+  return {static_cast<uint32_t>(pairs), static_cast<uint32_t>(ceil_div(a.N, tile_n)),
+          static_cast<uint32_t>(group)};
 }
 
 double waves_cycles(const Raster& raster, unsigned clusters, int tile_n, int64_t K) {
@@ -85,16 +89,17 @@ FusedGemmPlan plan_fused_gemm(const FusedGemmArgs& args, const Target& target,
   const bool k_major = !tma_operand(args.weight, args.N, args.K).packed;
   plan.mn_major =
       !k_major && args.K > 0 && !tma_operand(transposed(args.weight), args.K, args.N).packed;
+  plan.r = args.scale == 0 ? 0 : args.r;
   plan.x = tma_operand(args.x, args.M, args.K);
   plan.h = tma_operand(args.h, args.M, args.r);
   if (plan.mn_major) {
     plan.weight = tma_operand(transposed(args.weight), args.K, args.N);
-    plan.up = tma_operand(transposed(args.up), args.r, args.N, args.scale);
+    plan.up = tma_operand(transposed(args.up), args.r, args.N);
   } else {
     plan.weight = tma_operand(args.weight, args.N, args.K);
-    plan.up = tma_operand(args.up, args.N, args.r, args.scale);
+    plan.up = tma_operand(args.up, args.N, args.r);
   }
-  if (args.r == 0) plan.h.packed = plan.up.packed = false;  // nothing is loaded of them
+  if (plan.r == 0) plan.h.packed = plan.up.packed = false;  // nothing is loaded of them
   if (args.bias.data != nullptr) plan.bias = tma_operand(args.bias, 1, args.N);
   plan.y_vectors = !tma_operand(args.y, args.M, args.N).packed;
   plan.raster = raster_of(args, tile.n, request.group);
@@ -110,6 +115,8 @@ int64_t place_packed(FusedGemmPlan& plan, int64_t offset) {
   return offset;
 }
 
+namespace {
+
 std::string describe_packing(const FusedGemmPlan& p) {
   std::string copied;
   const auto add = [&](const TmaOperand& operand, const char* name) {
@@ -121,21 +128,26 @@ std::string describe_packing(const FusedGemmPlan& p) {
   add(p.up, "B");
   add(p.bias, "bias");
   std::string text;
-  if (!copied.empty()) text = "; copied first, for TMA or to be scaled: " + copied;
+  if (!copied.empty()) text = "; copied first, into rows that TMA can address: " + copied;
   if (!p.y_vectors) text += "; y by ordinary stores: its rows are not on 16-byte boundaries";
   return text;
 }
 
-std::string describe(const FusedGemmPlan& p) {
+}  // namespace
+
+std::string describe(const FusedGemmPlan& p, const Raster& raster, unsigned clusters) {
   if (!p.served) return p.reason;
   if (p.empty) return "y is empty";
   const auto number = [](int64_t n) { return std::to_string(n); };
-  const int64_t tiles = p.raster.items(), tenths = tiles * 10 / p.clusters;
+  const int64_t tiles = p.raster.items(), tenths = tiles * 10 / clusters;
   return "fused_gemm_sm90 128x" + number(p.tile_n) + "x64, " + number(p.stages) + " stages, " +
-         number(2 * p.clusters) + " blocks in clusters of 2, " + number(tiles) +
-         " tiles of 256 rows, " + number(tenths / 10) + "." + number(tenths % 10) + " waves, " +
+         number(2 * clusters) + " blocks in clusters of 2, " + number(tiles) +
+         " tiles of 256 rows, " + number(tenths / 10) + "." + number(tenths % 10) + " waves" +
+         (raster.chain > 0 ? ", " + number(raster.chains()) + " chains of h" : "") + ", " +
          (p.mn_major ? "MN" : "K") + "-major weight, " + number(p.shared_bytes / 1024) +
          " KB shared" + describe_packing(p);
 }
+
+std::string describe(const FusedGemmPlan& p) { return describe(p, p.raster, p.clusters); }
 
 }  // namespace lora_kernels

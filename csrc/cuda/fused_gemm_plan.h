@@ -30,7 +30,7 @@ struct FusedGemmSm90Tile {
       kStages * kStageBytes + kStagingBytes + kBiasBytes + kControlBytes + kSharedAlign;
   static_assert(kN % 64 == 0 && kN <= 256, "wgmma takes an N of up to 256, y goes in panels of 64");
   static_assert(kBBytes / 2 % kAtomBytes == 0, "each block loads whole atoms of the weight's tile");
-  static_assert(kStaged <= kPanels, "a tile has no more panels to stage");
+  static_assert(kPanels % kStaged == 0, "the next tile begins with the first panel's place again");
   static_assert(kSharedBytes <= kSharedSm90, "sm_90 has 227 KB of shared memory a block");
 };
 //                          columns, stages, staged panels
@@ -52,6 +52,7 @@ struct FusedGemmPlan {
   bool y_vectors;               // TMA stores y; else ordinary stores do
   TmaOperand x, weight, h, up;  // weight and up transposed if mn_major; their offsets still 0
   TmaOperand bias;              // a row; not by TMA, but contiguous too
+  int64_t r;                    // 0 where the LoRA term has no part in y
   Raster raster;                // over the tiles of y
   unsigned clusters;
 };
@@ -67,9 +68,9 @@ inline unsigned clusters_of(const Target& target, int64_t items) {
   return static_cast<unsigned>(items < room ? items : room);
 }
 
-// One line for `explain`.
+// One line for `explain`: of the plan alone, or in a grid that does more.
 std::string describe(const FusedGemmPlan& plan);
-std::string describe_packing(const FusedGemmPlan& plan);
+std::string describe(const FusedGemmPlan& plan, const Raster& raster, unsigned clusters);
 
 // Clocks of one cluster for a tile of so many k16 steps, by the model of docs/fused_gemm.md.
 double tile_cycles(int tile_n, int64_t steps);

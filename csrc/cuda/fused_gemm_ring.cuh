@@ -80,6 +80,25 @@ __device__ __forceinline__ void load_stage(const Ring& ring, const ptx::TensorMa
   }
 }
 
+// Loads `blocks` stages, each as soon as its place is free.
+template <int kN, bool kMnMajor, class Ring>
+__device__ __forceinline__ void load_blocks(Ring& ring, const ptx::TensorMap* a_map,
+                                            const ptx::TensorMap* b_map, uint32_t blocks,
+                                            uint32_t row, uint32_t column) {
+#pragma unroll 1
+  for (uint32_t block = 0; block < blocks; ++block, ring.advance()) {
+    ring.acquire();
+    load_stage<kN, kMnMajor>(ring, a_map, b_map, row, column, block * kRowElements);
+  }
+}
+
+// The first use of a map finds it in the cache. It is a kernel parameter: nothing has to be waited
+// for.
+template <class... Maps>
+__device__ __forceinline__ void prefetch_maps(uint32_t thread, const Maps*... maps) {
+  if (thread == 0) (ptx::prefetch_tensor_map(maps), ...);
+}
+
 // One k16 step of the stage at hand: acc += 64 rows of a times 2 kCount columns of b.
 template <class T, bool kMnMajor, class Ring, int kCount>
 __device__ __forceinline__ void multiply_step(float (&acc)[kCount], const Ring& ring,

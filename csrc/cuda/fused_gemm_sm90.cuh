@@ -12,18 +12,6 @@
 
 namespace lora_kernels {
 
-// Loads the stages of the LoRA term, each as soon as its place is free.
-template <bool kMnMajor, class Ring>
-__device__ __forceinline__ void load_rank_stages(Ring& ring, const ptx::TensorMap* h_map,
-                                                 const ptx::TensorMap* up_map, uint32_t steps,
-                                                 uint32_t row, uint32_t column) {
-#pragma unroll 1
-  for (uint32_t k = 0; k < steps * kMmaDepth; k += kRowElements, ring.advance()) {
-    ring.acquire();
-    load_stage<Ring::Tile::kN, kMnMajor>(ring, h_map, up_map, row, column, k);
-  }
-}
-
 template <class Tile, class T, bool kMnMajor>
 __global__ void __cluster_dims__(Tile::kCluster, 1, 1) __launch_bounds__(Tile::kThreads, 1)
     fused_gemm_sm90_kernel(const __grid_constant__ ptx::TensorMap x_map,
@@ -40,6 +28,7 @@ __global__ void __cluster_dims__(Tile::kCluster, 1, 1) __launch_bounds__(Tile::k
     ring.initialise();
     ptx::barrier_init_fence();
   }
+  prefetch_maps(thread, &x_map, &weight_map, &h_map, &up_map, &y_map);
   ptx::cluster_arrive();
   ptx::cluster_wait();
 
@@ -52,15 +41,10 @@ __global__ void __cluster_dims__(Tile::kCluster, 1, 1) __launch_bounds__(Tile::k
            item += ptx::cluster_count()) {
         const RasterPlace at = work.raster.place(item);
         const uint32_t row = row_of(at), column = at.column * Tile::kN;
-#pragma unroll 1
-        for (uint32_t block = 0; block < work.blocks_k; ++block, ring.advance()) {
-          ring.acquire();
-          load_stage<Tile::kN, kMnMajor>(ring, &x_map, &weight_map, row, column,
-                                         block * kRowElements);
-        }
+        load_blocks<Tile::kN, kMnMajor>(ring, &x_map, &weight_map, work.blocks_k, row, column);
         if (!waited) ptx::grid_wait_dependency();
         waited = true;
-        load_rank_stages<kMnMajor>(ring, &h_map, &up_map, work.rank_steps, row, column);
+        load_blocks<Tile::kN, kMnMajor>(ring, &h_map, &up_map, work.blocks_r, row, column);
       }
     }
     ptx::warp_sync();
@@ -71,10 +55,11 @@ __global__ void __cluster_dims__(Tile::kCluster, 1, 1) __launch_bounds__(Tile::k
     for (uint32_t item = ptx::cluster_index(); item < work.raster.items();
          item += ptx::cluster_count()) {
       const RasterPlace at = work.raster.place(item);
-      compute_tile<T, kMnMajor>(ring, &y_map, work.out, work.blocks_k, work.rank_steps, row_of(at),
-                                at.column * Tile::kN, group, thread % 128);
+      compute_tile<T, kMnMajor>(ring, &y_map, work, row_of(at), at.column * Tile::kN, group,
+                                thread % 128);
     }
     if (thread % 128 == 0) ptx::tma_store_wait<0>();
+    ptx::warp_sync();
   }
   // Neither block leaves while the other may still signal it.
   ptx::cluster_arrive();

@@ -85,21 +85,36 @@ __device__ __forceinline__ void store_tile(float (&acc)[kCount], const Ring& rin
   }
 }
 
-// A tile of y from its first stage to its stores.
+template <int kCount>
+__device__ __forceinline__ void multiply_by(float (&acc)[kCount], float factor) {
+  LK_UNROLL
+  for (int i = 0; i < kCount; ++i) acc[i] *= factor;
+}
+
+// A tile of y from its first stage to its stores. A scale of the LoRA term enters as
+// (frozen / scale + h up^T) * scale, which is exact for powers of two, the only ones that ask for
+// it.
 template <class T, bool kMnMajor, class Ring>
 __device__ __forceinline__ void compute_tile(Ring& ring, const ptx::TensorMap* y_map,
-                                             const GemmOutput& out, uint32_t blocks_k,
-                                             uint32_t rank_steps, uint32_t row, uint32_t column,
-                                             uint32_t group, uint32_t thread) {
+                                             const FusedGemmWork& work, uint32_t row,
+                                             uint32_t column, uint32_t group, uint32_t thread) {
   constexpr uint32_t kN = Ring::Tile::kN;
+  const GemmOutput& out = work.out;
+  const bool scaled = work.scale != 1.0f;
   const uint32_t lane = thread % 32;
   const bool biased = out.bias != nullptr && thread < kN / 2;
   const uint32_t bias = biased ? load_bias(out, column + thread * 2) : 0;
   float acc[kN / 2];
-  multiply_blocks<T, kMnMajor>(acc, ring, blocks_k, group, lane);
-  multiply_rank<T, kMnMajor>(acc, ring, rank_steps, group, lane);
+  multiply_blocks<T, kMnMajor>(acc, ring, work.blocks_k, group, lane);
+  if (scaled) {
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_keep(acc);
+    multiply_by(acc, work.inverse);
+  }
+  multiply_rank<T, kMnMajor>(acc, ring, work.rank_steps, group, lane);
   if (biased) ptx::store_shared_word(ring.bias(group) + thread * 4, bias);
   finish_product(acc, ring, lane);
+  if (scaled) multiply_by(acc, work.scale);
   store_tile<T>(acc, ring, y_map, out, row + group * 64, column, group, thread);
 }
 

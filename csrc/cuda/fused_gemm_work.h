@@ -16,8 +16,9 @@ struct GemmOutput {
 struct FusedGemmWork {
   GemmOutput out;
   Raster raster;
-  uint32_t blocks_k;    // stages of the frozen product
-  uint32_t rank_steps;  // k16 steps of the LoRA term
+  uint32_t blocks_k, blocks_r;  // stages of the frozen product, of the LoRA term
+  uint32_t rank_steps;          // k16 steps of the LoRA term
+  float scale, inverse;         // of the LoRA term, and 1 / scale
 };
 
 struct ForwardWork {
@@ -31,6 +32,10 @@ struct FusedGemmMaps {
   TensorMapSpec x, weight, h, up, y;
 };
 
+inline uint32_t stages_of(int64_t depth) {
+  return static_cast<uint32_t>(ceil_div(depth, kRowElements));
+}
+
 inline FusedGemmWork work_of(const FusedGemmArgs& a, const FusedGemmPlan& plan,
                              const Raster& raster, void* workspace) {
   const int64_t depth = a.K > 0 ? a.K : plan.x.width();  // without depth, a stage of zeros
@@ -38,8 +43,11 @@ inline FusedGemmWork work_of(const FusedGemmArgs& a, const FusedGemmPlan& plan,
            static_cast<const uint16_t*>(plan.bias.at(workspace).data), static_cast<uint32_t>(a.M),
            static_cast<uint32_t>(a.N), plan.y_vectors},
           raster,
-          static_cast<uint32_t>((depth + kRowElements - 1) / kRowElements),
-          static_cast<uint32_t>((a.r + kMmaDepth - 1) / kMmaDepth)};
+          stages_of(depth),
+          stages_of(plan.r),
+          static_cast<uint32_t>(ceil_div(plan.r, kMmaDepth)),
+          a.scale,
+          1.0f / a.scale};
 }
 
 inline FusedGemmMaps maps_of(const FusedGemmArgs& a, const FusedGemmPlan& plan, void* workspace) {
@@ -47,7 +55,7 @@ inline FusedGemmMaps maps_of(const FusedGemmArgs& a, const FusedGemmPlan& plan, 
   const TensorMapSpec x = plan.x.map(workspace, kRows);
   const TensorMapSpec weight = plan.weight.map(workspace, b_box_rows(plan));
   FusedGemmMaps maps{x, weight, x, weight, x};  // any valid one where nothing is loaded or stored
-  if (a.r > 0) {
+  if (plan.r > 0) {
     maps.h = plan.h.map(workspace, kRows);
     maps.up = plan.up.map(workspace, b_box_rows(plan));
   }

@@ -61,7 +61,10 @@ LK_PTX void block_sync() { __syncthreads(); }
 // First 1024-byte boundary of the block's dynamic shared memory, whose launch adds 1024 for it.
 LK_PTX uint32_t shared_base() {
   extern __shared__ uint8_t dynamic_shared[];
-  return (static_cast<uint32_t>(__cvta_generic_to_shared(dynamic_shared)) + 1023u) & ~1023u;
+  uint32_t base =
+      (static_cast<uint32_t>(__cvta_generic_to_shared(dynamic_shared)) + 1023u) & ~1023u;
+  asm volatile("" : "+r"(base));  // kept in a register: ptxas would work it out again at every use
+  return base;
 }
 LK_PTX float load_shared(uint32_t address) {
   float v;

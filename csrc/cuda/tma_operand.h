@@ -23,7 +23,6 @@ constexpr int64_t kTmaLimit = int64_t{1} << 31;  // of a coordinate
 struct TmaOperand {
   Matrix from;
   int64_t rows = 0, columns = 0;
-  float scale = 1.0f;   // of the copy
   bool packed = false;  // whether there is one
   int64_t offset = 0;   // of the copy in the workspace, bytes
 
@@ -43,10 +42,9 @@ struct TmaOperand {
   }
 };
 
-// `scale`: a factor that only a copy can apply.
-inline TmaOperand tma_operand(const Matrix& m, int64_t rows, int64_t columns, float scale = 1.0f) {
+inline TmaOperand tma_operand(const Matrix& m, int64_t rows, int64_t columns) {
   const bool good = has_vectors(m, rows) && (rows == 1 || m.row_stride >= columns) && columns > 0;
-  return {m, rows, columns, scale, !good || scale != 1.0f, 0};
+  return {m, rows, columns, !good, 0};
 }
 
 }  // namespace lora_kernels

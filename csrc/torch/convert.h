@@ -15,6 +15,10 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+inline const char* name_of(Dtype dtype) {
+  return dtype == Dtype::f32 ? "float32" : dtype == Dtype::bf16 ? "bfloat16" : "float16";
+}
+
 inline Dtype dtype_of(const Tensor& t, const char* op, const char* name) {
   switch (t.scalar_type()) {
     case ScalarType::Float: return Dtype::f32;
@@ -89,17 +93,21 @@ inline void check_gemm(const Operand& x, const Operand& weight, const Operand& h
   check_size(h.rows, x.rows, op, "h.size(0)");
   check_size(up.rows, weight.rows, op, "up.size(0)");
   check_size(up.cols, h.cols, op, "up.size(1)");
-  const Dtype dtype = x.matrix.dtype;
-  STD_TORCH_CHECK(
-      weight.matrix.dtype == dtype && h.matrix.dtype == dtype && up.matrix.dtype == dtype, op,
-      ": x, weight, h and up must share a dtype");
+  const auto same = [&](const Operand& o, const char* name) {
+    STD_TORCH_CHECK(o.matrix.dtype == x.matrix.dtype, op, ": ", name, " has dtype ",
+                    name_of(o.matrix.dtype), " but must have that of x, ", name_of(x.matrix.dtype));
+  };
+  same(weight, "weight"), same(h, "h"), same(up, "up");
 }
 
 // A bias [N] as a matrix of one row, without data if there is none.
 inline Matrix bias_row(const OptionalTensor& bias, int64_t N, Dtype dtype, const char* op) {
   if (!bias.has_value()) return {nullptr, 0, 0, dtype};
-  STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == N, op, ": bias must be [", N, "]");
-  STD_TORCH_CHECK(dtype_of(*bias, op, "bias") == dtype, op, ": bias must have x's dtype");
+  STD_TORCH_CHECK(bias->dim() == 1, op, ": bias must have one dimension, but has ", bias->dim());
+  check_size(bias->size(0), N, op, "bias.size(0)");
+  STD_TORCH_CHECK(dtype_of(*bias, op, "bias") == dtype, op, ": bias has dtype ",
+                  name_of(dtype_of(*bias, op, "bias")), " but must have that of x, ",
+                  name_of(dtype));
   return {const_cast<void*>(bias->const_data_ptr()), 0, bias->stride(0), dtype};
 }
 

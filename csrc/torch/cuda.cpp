@@ -32,6 +32,7 @@ class OnDeviceOf {
 };
 
 void check_launch(cudaError_t error, const char* kernel, int64_t rows, int64_t cols) {
+  if (error != cudaSuccess) cudaGetLastError();  // not to be found by the next launch
   STD_TORCH_CHECK(error == cudaSuccess, kernel, " [", rows, ", ", cols,
                   "]: ", cudaGetErrorString(error));
 }
@@ -41,20 +42,34 @@ void check_cuda_operand(const Operand& o, const Tensor& like, Dtype dtype, const
   STD_TORCH_CHECK(o.matrix.dtype != Dtype::f32, op, ": ", name,
                   " must be bfloat16 or float16 on a CUDA device; for float32 take "
                   "backend='composed'");
-  STD_TORCH_CHECK(o.matrix.dtype == dtype, op, ": ", name, " must have x's dtype");
-  STD_TORCH_CHECK(o.tensor.device() == like.device(), op, ": ", name, " must be on x's device");
+  STD_TORCH_CHECK(o.matrix.dtype == dtype, op, ": ", name, " has dtype ", name_of(o.matrix.dtype),
+                  " but must have that of x, ", name_of(dtype));
+  STD_TORCH_CHECK(o.tensor.device() == like.device(), op, ": ", name, " is on device ",
+                  o.tensor.get_device_index(), " but must be on that of x, ",
+                  like.get_device_index());
 }
 
 // The device that a tensor's kernels run on, which is current.
 Target target_of(const Tensor& x) {
   Target target;
-  check_launch(device_target(x.get_device_index(), &target), "device attributes", 0, 0);
+  const cudaError_t error = device_target(x.get_device_index(), &target);
+  STD_TORCH_CHECK(error == cudaSuccess, "lora_kernels: attributes of device ", x.get_device_index(),
+                  ": ", cudaGetErrorString(error));
   return target;
 }
 
-Tensor workspace_for(int64_t bytes, const Tensor& like) {
-  return torch::stable::empty({bytes}, ScalarType::Byte, std::nullopt, like.device());
-}
+// Memory for the length of a call; the stream's order keeps it from being used again too early.
+class Workspace {
+ public:
+  Workspace(int64_t bytes, const Tensor& like) {
+    if (bytes > 0)
+      memory_ = torch::stable::empty({bytes}, ScalarType::Byte, std::nullopt, like.device());
+  }
+  void* data() const { return memory_.has_value() ? memory_->mutable_data_ptr() : nullptr; }
+
+ private:
+  OptionalTensor memory_;
+};
 
 Tensor dropout_mask_cuda(const Tensor& seed, int64_t rows, int64_t cols, int64_t threshold) {
   STD_TORCH_CHECK(rows >= 0 && cols >= 0, "dropout_mask: rows and cols must not be negative");
@@ -68,11 +83,11 @@ Tensor dropout_mask_cuda(const Tensor& seed, int64_t rows, int64_t cols, int64_t
 
 // The arguments of down_proj with h left to fill in.
 DownProjArgs down_proj_args(const Operand& x, const Operand& down, const OptionalTensor& seed,
-                            int64_t threshold, double scale) {
-  const char* op = "down_proj";
-  check_size(down.cols, x.cols, op, "down.size(1)");
+                            int64_t threshold, double scale, const char* op = "down_proj",
+                            const char* name = "down") {
+  check_size(down.cols, x.cols, op, (std::string(name) + ".size(1)").c_str());
   check_cuda_operand(x, x.tensor, x.matrix.dtype, op, "x");
-  check_cuda_operand(down, x.tensor, x.matrix.dtype, op, "down");
+  check_cuda_operand(down, x.tensor, x.matrix.dtype, op, name);
   if (seed.has_value())
     STD_TORCH_CHECK(seed->device() == x.tensor.device(), op, ": seed must be on x's device");
   const Dropout dropout = dropout_of(seed, threshold, op);
@@ -149,10 +164,9 @@ Tensor fused_gemm_cuda(const Tensor& x, const Tensor& weight, const Tensor& h, c
   args.y.data = y.mutable_data_ptr();
   FusedGemmPlan plan = plan_fused_gemm(args, target);
   STD_TORCH_CHECK(plan.served, op, ": ", plan.reason, "; take lora_kernels.composed.fused_gemm");
-  const Tensor workspace = workspace_for(place_packed(plan), x);
-  check_launch(
-      launch_fused_gemm(args, plan, workspace.mutable_data_ptr(), target, current_stream(x)), op,
-      args.M, args.N);
+  const Workspace workspace(place_packed(plan), x);
+  check_launch(launch_fused_gemm(args, plan, workspace.data(), target, current_stream(x)), op,
+               args.M, args.N);
   return y;
 }
 
@@ -173,18 +187,31 @@ struct ForwardCall {
         a(operand(lora_a, kOp, "lora_a")),
         b(operand(lora_b, kOp, "lora_b")),
         h{x.tensor, {nullptr, a.rows, 1, x.matrix.dtype}, x.rows, a.rows},
-        args{down_proj_args(x, a, seed, threshold, h_scale),
+        args{down_proj_args(x, a, seed, threshold, h_scale, kOp, "lora_a"),
              fused_gemm_args(x, weight, h, b, bias, up_scale, kOp)} {}
 
   ForwardPlan plan(const Target& target, const ForwardRequest& request) const {
     const ForwardPlan plan = plan_forward(args, target, request);
-    STD_TORCH_CHECK(plan.served, kOp, ": not served: ", plan.reason, "; take backend='composed'");
+    STD_TORCH_CHECK(plan.served, kOp, ": not served: ", plan.reason,
+                    request.form == ForwardForm::one_launch ? "; take form='two_launches'"
+                                                            : "; take backend='composed'");
     return plan;
   }
 };
 
 ForwardRequest request_of(const std::string& form, int64_t tile_n, int64_t group) {
-  return {form_of(form), {static_cast<int>(tile_n), static_cast<int>(group)}};
+  ForwardRequest request;
+  STD_TORCH_CHECK(form_of(form, &request.form), "forward_as: form is '", form,
+                  "'; expected one_launch, two_launches or '' for the better one");
+  const bool has_tile =
+      tile_n == 0 ||
+      (tile_n > 0 && tile_n <= 256 && with_fused_gemm_tile(static_cast<int>(tile_n), [](auto) {}));
+  STD_TORCH_CHECK(has_tile, "forward_as: tile_n is ", tile_n,
+                  "; expected 128, 192, 256, or 0 for the best");
+  STD_TORCH_CHECK(group >= 0 && group < kTmaLimit, "forward_as: group is ", group,
+                  "; expected a number of pairs of row blocks, or 0 for the best");
+  request.gemm = {static_cast<int>(tile_n), static_cast<int>(group)};
+  return request;
 }
 
 std::tuple<Tensor, Tensor> forward_as_cuda(const Tensor& x, const Tensor& weight,
@@ -203,10 +230,9 @@ std::tuple<Tensor, Tensor> forward_as_cuda(const Tensor& x, const Tensor& weight
   call.args.gemm.y.data = y.mutable_data_ptr();
   call.args.down.h.data = call.args.gemm.h.data = h.mutable_data_ptr();
   const ForwardPlan plan = call.plan(target, request_of(form, tile_n, group));
-  const Tensor workspace = workspace_for(plan.workspace_bytes, x);
-  check_launch(
-      launch_forward(call.args, plan, workspace.mutable_data_ptr(), target, current_stream(x)),
-      ForwardCall::kOp, call.args.gemm.M, call.args.gemm.N);
+  const Workspace workspace(plan.workspace_bytes, x);
+  check_launch(launch_forward(call.args, plan, workspace.data(), target, current_stream(x)),
+               ForwardCall::kOp, call.args.gemm.M, call.args.gemm.N);
   return {y, h};
 }
 

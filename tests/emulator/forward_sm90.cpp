@@ -60,10 +60,7 @@ std::function<void()> forward_body(const ForwardArgs& args, const ForwardPlan& p
 }
 
 std::function<void()> pack_body(const PackJobs& jobs) {
-  std::function<void()> body;
-  with_type(jobs.jobs[0].from.dtype,
-            [&](auto type) { body = [jobs] { pack_kernel<decltype(type)>(jobs); }; });
-  return body;
+  return [jobs] { pack_kernel(jobs); };
 }
 
 }  // namespace emu

@@ -160,7 +160,8 @@ Scalars scalars_of(const py::dict& given) {
   s.threshold = get("threshold", 0u);
   s.seed = get("seed", std::vector<int64_t>{});
   s.target = {get("compute", 90), get("multiprocessors", 4), get("sm90a", true)};
-  s.request.form = form_of(get("form", std::string()));
+  if (!form_of(get("form", std::string()), &s.request.form))
+    throw py::value_error("form is one_launch, two_launches or empty");
   s.request.gemm = {get("tile_n", 0), get("group", 0)};
   s.options = options_of(get("schedule", uint64_t{0}), get("timing", std::string("random")),
                          get("resident_blocks", 1 << 20));
@@ -226,6 +227,8 @@ py::dict described(const ForwardPlan& p) {
   found["clusters"] = p.form == ForwardForm::one_launch ? p.clusters : p.gemm.clusters;
   found["tiles"] = p.gemm.empty || !p.served ? 0 : p.gemm.raster.items();
   found["group"] = p.gemm.raster.group;
+  found["chain"] = p.raster.chain;
+  found["chains_first"] = p.raster.chains_first;
   found["workspace_bytes"] = p.workspace_bytes;
   found["overhead"] = p.overhead;
   found["reason"] = p.reason;
@@ -283,12 +286,16 @@ py::dict fused_gemm(const Array& x, const Array& weight, const Array& h, const A
   return found;
 }
 
-std::vector<std::pair<uint32_t, uint32_t>> raster(uint32_t pairs, uint32_t columns,
-                                                  uint32_t group) {
-  const Raster r{pairs, columns, group};
-  std::vector<std::pair<uint32_t, uint32_t>> places;
-  for (uint32_t item = 0; item < r.items(); ++item)
-    places.push_back({r.place(item).pair, r.place(item).column});
+// (is h, pair, column, count) of each item.
+std::vector<std::tuple<bool, uint32_t, uint32_t, uint32_t>> raster(uint32_t pairs, uint32_t columns,
+                                                                   uint32_t group, uint32_t chain,
+                                                                   bool chains_first) {
+  const Raster r{pairs, columns, group, chain, chains_first};
+  std::vector<std::tuple<bool, uint32_t, uint32_t, uint32_t>> places;
+  for (uint32_t item = 0; item < r.items(); ++item) {
+    const RasterPlace at = r.place(item);
+    places.push_back({at.is_h, at.pair, at.column, at.count});
+  }
   return places;
 }
 
