@@ -26,7 +26,7 @@ export HF_HUB_OFFLINE := 1
 
 OUT ?= bench/out/gpu
 
-.PHONY: build test test-all lint bench bench-overhead bench-kernels gpu publish gates example clean
+.PHONY: build test test-all lint bench bench-overhead bench-kernels bench-gemm gpu publish gates example clean
 
 build: $(STAMP)
 
@@ -64,6 +64,9 @@ bench-overhead: build
 
 bench-kernels: build
 	$(PY) -m bench.bench_kernels $(ARGS)
+
+bench-gemm: build
+	$(PY) -m bench.bench_gemm $(ARGS)
 
 # Builds by itself and without a network: a machine with a GPU may have none.
 gpu:

@@ -211,8 +211,8 @@ def explain(
     if found.plan:
         _, up_scale = ops.split_scaling(scaling, x.dtype)
         off = ops.is_off(scaling, dropout.drop_threshold(dropout_p))
-        operands = ops.one_dtype(x, weight, lora_a, lora_b, masked, off)
-        plan = found.plan(*operands, up_scale)
+        x, weight, lora_a, lora_b, masked = ops.one_dtype(x, weight, lora_a, lora_b, masked, off)
+        plan = found.plan(x, weight, lora_a, lora_b, masked, up_scale)
     return Explanation(name, plan, reason, passed_over)
 
 

@@ -12,7 +12,7 @@ Scales: h = h_scale · dropout(x)·Aᵀ is what is rounded and saved, and y = ..
 with h_scale · up_scale = scaling. `threshold` is T of the mask (`lora_kernels.dropout`). `wide`:
 the gradient is float32 although x has 16 bits.
 
-`forward_as` and `forward_plan` are `forward` in a form that the caller chooses, for tests and tuning.
+`forward_as` and `forward_plan`: `forward` in a form of the caller's choice, for tests and tuning.
 On CUDA `fused_gemm` has no mask on the LoRA term: the backend takes `composed`'s for that.
 """
 

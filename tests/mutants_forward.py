@@ -19,7 +19,8 @@ def kernel(file: str, name: str, text: str, replacement: str, *more: str) -> Mut
 
 
 def host(file: str, name: str, text: str, replacement: str) -> Mutant:
-    return Mutant(name, file, text, replacement, ("forward_sm90", "forward", "module"), "forward")
+    sources = ("forward",) if file.endswith(".cpp") else ("forward_sm90", "forward")
+    return Mutant(name, file, text, replacement, sources, "forward")
 
 
 KILLED = [
@@ -62,7 +63,8 @@ KILLED = [
            "ptx::tma_store_wait_read<kStaged - 1>();", ""),
     kernel(TILE_STORE, "staging waited for one panel late", "tma_store_wait_read<kStaged - 1>",
            "tma_store_wait_read<kStaged>"),
-    kernel(TILE_STORE, "others not told of free staging", "ptx::tma_store_wait_read<kStaged - 1>();\n"
+    kernel(TILE_STORE, "others not told of free staging",
+           "ptx::tma_store_wait_read<kStaged - 1>();\n"
            "    sync_warpgroup(group);", "ptx::tma_store_wait_read<kStaged - 1>();"),
     kernel(TILE_STORE, "stored before all wrote", "ptx::fence_async_shared();\n"
            "    sync_warpgroup(group);", "ptx::fence_async_shared();"),
@@ -79,7 +81,8 @@ KILLED = [
     kernel(TILE_STORE, "bias of the first panel", "ring.bias(group) + p * 128", "ring.bias(group)"),
     kernel(TILE_STORE, "one bias for both groups", "ring.bias(group) + thread * 4",
            "ring.bias(0) + thread * 4"),
-    kernel(TILE_STORE, "bias of even columns twice", "acc[4 * n + 2] += low, acc[4 * n + 3] += high",
+    kernel(TILE_STORE, "bias of even columns twice",
+           "acc[4 * n + 2] += low, acc[4 * n + 3] += high",
            "acc[4 * n + 2] += low, acc[4 * n + 3] += low"),
     kernel(TILE_STORE, "scale of the LoRA term taken off alone",
            "if (scaled) multiply_by(acc, work.scale);", ""),
@@ -99,8 +102,10 @@ KILLED = [
            "      wait_for_flag(work.flags + row_block);\n", ""),
     kernel(FORWARD, "flag of the other block", "wait_for_flag(work.flags + row_block)",
            "wait_for_flag(work.flags + (row_block ^ 1))"),
-    kernel(FORWARD, "reader does not fence", "  ptx::fence_async_global();  // TMA is", "  // TMA is"),
-    kernel(FORWARD, "writers do not fence", "  ptx::fence_async_global();  // TMA of", "  // TMA of"),
+    kernel(FORWARD, "reader does not fence", "  ptx::fence_async_global();  // TMA is",
+           "  // TMA is"),
+    kernel(FORWARD, "writers do not fence", "  ptx::fence_async_global();  // TMA of",
+           "  // TMA of"),
     kernel(FORWARD, "flag of one group alone",
            "  ptx::named_barrier_sync<3>(128 * Ring::Tile::kConsumers);\n", ""),
     kernel(FORWARD, "flag too early", "ptx::named_barrier_sync<3>(128 * Ring::Tile::kConsumers);\n"
@@ -129,10 +134,12 @@ KILLED = [
     kernel(FORWARD, "mask of the first block's rows", "int64_t{row_block} * Ring::Tile::kM + group",
            "int64_t{row_block / 2} * Ring::Tile::kM + group", ),
     kernel(DROPPED, "dropped sums kept", "accumulate || group + j > 0", "true", "down_proj_sm90"),
-    kernel(DROPPED, "mask of the wrong column", "apply_aligned_dropout(a[j], dropout, column + step "
+    kernel(DROPPED, "mask of the wrong column",
+           "apply_aligned_dropout(a[j], dropout, column + step "
            "* kMmaDepth)", "apply_aligned_dropout(a[j], dropout, column + group * kMmaDepth)",
            "down_proj_sm90"),
-    kernel(DROPPED, "unaligned mask of the wrong column", "apply_any_dropout(a[j], dropout, column + "
+    kernel(DROPPED, "unaligned mask of the wrong column",
+           "apply_any_dropout(a[j], dropout, column + "
            "step * kMmaDepth", "apply_any_dropout(a[j], dropout, column", "down_proj_sm90"),
     kernel(DROPOUT, "columns of a shard forgotten", "column_group(first_col + lane % 4 * 2)",
            "column_group(lane % 4 * 2)", "down_proj_sm90", "down_proj_sm80"),

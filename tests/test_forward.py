@@ -1,8 +1,6 @@
-"""fused_gemm and the whole forward pass on Hopper: plans, and the kernels in the emulator."""
+"""fused_gemm and the whole forward pass on Hopper, in the emulator and on a device."""
 
 from __future__ import annotations
-
-import itertools
 
 import numpy as np
 import pytest
@@ -142,8 +140,8 @@ def test_progress_needs_no_residency(emulated, copies, resident, timing, schedul
     """One cluster of each grid, or of one of them, is enough; grids do not disturb each other."""
     layer = Layer((1100, 264, 72, 16))
     ys, hs, found = layer.run(
-        emulated, copies, form="one_launch", tile_n=128, group=2, multiprocessors=10,
-        resident_blocks=resident, timing=timing, schedule=schedule,
+        emulated, copies, form="one_launch", tile_n=128, group=2, chain=copies,
+        multiprocessors=10, resident_blocks=resident, timing=timing, schedule=schedule,
     )  # fmt: skip
     assert found["clusters"] == 5
     for y, h in zip(ys, hs, strict=True):
@@ -254,102 +252,6 @@ def test_far_apart_rows(emulated):
     for form in FORMS:
         (y,), (h,), _ = layer.run(emulated, form=form)
         layer.check(y, h)
-
-
-# ---- plans --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("chain, first", [(0, False), (1, False), (3, False), (1, True), (3, True)])
-@pytest.mark.parametrize("columns", [1, 2, 17])
-@pytest.mark.parametrize("pairs, group", [(1, 1), (5, 5), (8, 8), (33, 8), (33, 1), (7, 3)])
-def test_raster_covers_the_work_once(emulated, pairs, group, columns, chain, first):
-    places = emulated.raster(pairs, columns, group, chain, first)
-    tiles = [(pair, column) for is_h, pair, column, _ in places if not is_h]
-    chains = [range(pair, pair + count) for is_h, pair, _, count in places if is_h]
-    assert sorted(tiles) == list(itertools.product(range(pairs), range(columns)))
-    assert sorted(p for of in chains for p in of) == (list(range(pairs)) if chain else [])
-    assert all(1 <= len(of) <= chain for of in chains)
-    # a group of rows is finished before the next one is begun
-    assert [pair // group for pair, _ in tiles] == sorted(pair // group for pair, _ in tiles)
-    # what a tile reads is claimed before it
-    made = set() if chain else set(range(pairs))
-    for is_h, pair, _, count in places:
-        made |= set(range(pair, pair + count)) if is_h else set()
-        assert is_h or pair in made
-    if first and chain:
-        assert all(place[0] for place in places[: len(chains)])
-
-
-def plan_of(emulated, m: int, n: int, k: int, r: int, **options) -> dict:
-    """The plan for operands that have no memory."""
-
-    def shaped(rows: int, cols: int) -> np.ndarray:
-        one = np.zeros(8, np.uint16)
-        return np.lib.stride_tricks.as_strided(one, (rows, cols), (2 * cols, 2))
-
-    operands = [shaped(*shape) for shape in ((m, k), (n, k), (r, k), (n, r))]
-    given = {"multiprocessors": 132} | options
-    return emulated.forward_plan(*operands, None, shaped(m, n), shaped(m, r), given)
-
-
-@pytest.mark.parametrize("r", [1, 8, 16, 64, 65, 128, 129, 256])
-@pytest.mark.parametrize("m", [1, 200, 4096, 8192, 100_000, 1 << 24])
-@pytest.mark.parametrize("n, k", [(4096, 4096), (14336, 4096), (1024, 8192), (1000, 1000)])
-def test_every_plan_fits(emulated, n, k, m, r):
-    # In the plan alone: nothing is that large here.
-    plan = plan_of(emulated, m, n, k, r)
-    assert plan["served"] and plan["shared_bytes"] <= 227 << 10
-    assert plan["tiles"] == -(-m // 256) * -(-n // plan["tile_n"])
-    assert 1 <= plan["clusters"] <= 66
-    assert plan["form"] == "two_launches" or r <= 128
-    assert plan["rank"] == (0 if r > 128 else 64 if r <= 64 else 128)
-    assert plan["form"] == "two_launches" or 1 <= plan["chain"] <= 4
-
-
-def test_the_tile_follows_the_waves(emulated):
-    """128x256 where waves are many; a narrower tile where it saves a wave."""
-    plans = {
-        m: plan_of(emulated, m, n, 4096, 16)["tile_n"]
-        for m, n in ((8192, 8192), (16384, 14336), (512, 4096))
-    }
-    assert plans[8192] == plans[16384] == 256 and plans[512] == 128
-
-
-def test_the_model_says_what_design_says(emulated):
-    """Predicted overhead at M = 8192, by the same model as the page's: r <= 32 below 2 %."""
-    for m, (n, k) in itertools.product(
-        (4096, 8192), ((4096, 4096), (8192, 8192), (14336, 4096), (4096, 14336))
-    ):
-        for r in (8, 16, 32):
-            one = plan_of(emulated, m, n, k, r)
-            two = plan_of(emulated, m, n, k, r, form="two_launches")
-            assert one["form"] == "one_launch"
-            assert 0 < one["overhead"] < 0.02 and one["overhead"] < two["overhead"] < 0.12
-
-
-def test_whole_waves_are_not_broken_for_h(emulated):
-    """4 whole waves leave no turn for a chain: memory takes less time than a turn more."""
-    plan = plan_of(emulated, 2816, 6144, 4096, 16, tile_n=256)
-    assert plan["form"] == "two_launches" and "by the model" in plan["reason"]
-
-
-def test_the_plan_says_why(emulated):
-    shape = (8192, 4096, 4096, 16)
-    for options, reason in [
-        (dict(compute=80), "compute capability"),
-        (dict(compute=100), "compute capability"),
-        (dict(sm90a=False), "9.0a"),
-    ]:
-        plan = plan_of(emulated, *shape, **options)
-        assert not plan["served"] and reason in plan["reason"] and reason in plan["text"]
-    text = plan_of(emulated, *shape)["text"]
-    for part in ("one launch", "128x256x64", "4 stages", "132 blocks", "512 tiles", "7.7 waves",
-                 "by the model"):  # fmt: skip
-        assert part in text
-    text = plan_of(emulated, 8192, 4100, 4100, 12)["text"]
-    assert "copied first" in text and "x, weight, B" in text and "ordinary stores" in text
-    with pytest.raises(ValueError, match="one_launch, two_launches"):
-        plan_of(emulated, *shape, form="three_launches")
 
 
 # ---- on a device --------------------------------------------------------------------------------

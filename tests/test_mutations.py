@@ -92,12 +92,13 @@ def down_proj_problem(
 # layouts and ways to store.
 PINNED = dict(tile_n=128, group=2)
 FORWARD = [
-    ((600, 136, 72, 24), dict(PINNED, form="one_launch", multiprocessors=6), {}),
+    ((600, 136, 72, 24), dict(PINNED, form="one_launch", chain=2, multiprocessors=12), {}),
     ((140, 200, 456, 72), dict(PINNED, form="one_launch", tile_n=192, seed=[5, 6, 16, 32]), {}),
-    ((40, 72, 72, 8), dict(PINNED, form="one_launch", seed=[5, 6, 3, 21]), {}),
+    ((600, 72, 72, 8), dict(PINNED, form="one_launch", chain=2, seed=[5, 6, 3, 21]), {}),
     ((140, 328, 72, 16), dict(PINNED, form="two_launches", tile_n=256, multiprocessors=2), {}),
     (
-        (300, 200, 136, 40), dict(PINNED, form="two_launches", scale=(2.0, 4.0)),
+        (300, 200, 136, 40),
+        dict(PINNED, form="two_launches", scale=(2.0, 4.0)),
         {"mn_major": True},
     ),
     ((150, 131, 67, 7), dict(PINNED, form="one_launch", multiprocessors=2), {"strided_bias": True}),

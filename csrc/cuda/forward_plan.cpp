@@ -41,12 +41,14 @@ double one_launch_cost(const FusedGemmPlan& gemm, const Raster& raster, unsigned
 }
 
 // Chooses the chains, whether they come first, and the grid of one launch; its cost.
-double choose_chains(const ForwardArgs& a, const Target& target, ForwardPlan& plan) {
+double choose_chains(const ForwardArgs& a, const Target& target, uint32_t wanted,
+                     ForwardPlan& plan) {
   const double h = h_cycles(a, plan.rank);
   const double tile = tile_cycles(plan.gemm.tile_n, ceil_div(a.down.K, kMmaDepth));
   double least = -1;
-  for (uint32_t chain = 1; chain <= kMaxChain; ++chain) {
-    if (chain > 1 && (chain * h > tile || chain > plan.gemm.raster.group)) break;
+  const uint32_t first = wanted > 0 ? wanted : 1, last = wanted > 0 ? wanted : kMaxChain;
+  for (uint32_t chain = first; chain <= last; ++chain) {
+    if (chain > first && (chain * h > tile || chain > plan.gemm.raster.group)) break;
     Raster raster = plan.gemm.raster;
     raster.chain = chain;
     const unsigned clusters = clusters_of(target, raster.items());
@@ -71,8 +73,9 @@ const char* not_one_launch(const ForwardArgs& a, const FusedGemmPlan& gemm) {
 }
 
 // The form, its grid and its cost, for a gemm that is planned.
-void choose_form(const ForwardArgs& args, const Target& target, ForwardForm wanted,
+void choose_form(const ForwardArgs& args, const Target& target, const ForwardRequest& request,
                  ForwardPlan& plan) {
+  const ForwardForm wanted = request.form;
   const char* one = not_one_launch(args, plan.gemm);
   plan.form = ForwardForm::two_launches;
   plan.reason = one;
@@ -81,7 +84,7 @@ void choose_form(const ForwardArgs& args, const Target& target, ForwardForm want
   double cost = two_launches_cost(args);
   if (one == nullptr) {
     plan.rank = kForwardRanks[args.down.r > kForwardRanks[0]];
-    const double in_one = choose_chains(args, target, plan);
+    const double in_one = choose_chains(args, target, request.chain, plan);
     const bool better = in_one < cost;
     plan.reason = better ? "h takes turns that the grid has left, by the model"
                          : "h would take more turns than memory takes time, by the model";
@@ -106,7 +109,7 @@ ForwardPlan plan_forward(const ForwardArgs& args, const Target& target,
   plan.gemm = plan_fused_gemm(args.gemm, target, request.gemm);
   plan.served = plan.gemm.served;
   plan.reason = plan.gemm.reason;
-  if (plan.served) choose_form(args, target, request.form, plan);
+  if (plan.served) choose_form(args, target, request, plan);
   if (!plan.served) return plan;
 
   // h is written here, so it is never copied in; rows that TMA cannot read are made elsewhere.

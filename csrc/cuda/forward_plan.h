@@ -29,6 +29,7 @@ inline bool form_of(const std::string& name, ForwardForm* form) {
 struct ForwardRequest {
   ForwardForm form = ForwardForm::any;
   FusedGemmRequest gemm;
+  uint32_t chain = 0;  // pairs of a chain; 0: the plan chooses
 };
 
 constexpr int kForwardRanks[] = {64, 128};  // of a tile of h; A's missing rows are zero

@@ -1,12 +1,14 @@
 // h = scale * dropout(x) * A^T and y = x * W0^T + h * B^T + bias in one launch.
 //
-// The grid of fused_gemm with a column of work more: item (pair, 0) is h of 256 rows, item
-// (pair, c > 0) a tile of y that reads it. A block publishes its 128 rows of h by a flag; the
-// producer of a tile of the same rows waits for that flag just before its first stage of h, which
-// is after all stages of the frozen product: by then h has long been there.
+// The grid of fused_gemm with some items more (raster.h): chains, each h of a few pairs of row
+// blocks. A block publishes its 128 rows of h by a flag; the producer of a tile of the same rows
+// waits for that flag just before its first stage of h, which is after all stages of the frozen
+// product: by then h has long been there.
 //
-// Order. Block 0 of a cluster claims items by a ticket, one after another, and tells block 1.
-// Raster puts (pair, 0) before every (pair, c).
+// Order. Block 0 of a cluster claims items by a ticket, one after another, and tells block 1. It
+// asks for the next one when the frozen product of this one is loaded: early enough for the answer
+// to be there, late enough for a chain not to lie behind a tile for long. Raster numbers h of a
+// pair before every tile that reads it.
 //
 // Progress. Items are claimed in order, each by a cluster that runs, and a cluster works in the
 // order of its claims. So let i be the smallest item that is claimed and not complete: the items
@@ -40,7 +42,6 @@ struct Claims {
     ptx::barrier_init(told(), 1);
     ptx::barrier_init(heard(), 1);
   }
-  // Long before the answer is needed.
   __device__ void ask() { ticket = ptx::atomic_add(work.ticket, 1); }
   __device__ uint32_t next(uint32_t rank) {
     uint32_t item;

@@ -148,8 +148,8 @@ struct Scalars {
 };
 
 // {"bf16": True, "scale": (h, up), "seed": [...], "threshold": T, "compute": 90,
-//  "multiprocessors": n, "form": "", "tile_n": 0, "group": 0, "schedule": 0, "timing": "random",
-//  "resident_blocks": n}, all optional.
+//  "multiprocessors": n, "form": "", "tile_n": 0, "group": 0, "chain": 0, "schedule": 0, "timing":
+//  "random", "resident_blocks": n}, all optional.
 Scalars scalars_of(const py::dict& given) {
   const auto get = [&](const char* name, auto otherwise) {
     return given.contains(name) ? given[name].cast<decltype(otherwise)>() : otherwise;
@@ -163,6 +163,7 @@ Scalars scalars_of(const py::dict& given) {
   if (!form_of(get("form", std::string()), &s.request.form))
     throw py::value_error("form is one_launch, two_launches or empty");
   s.request.gemm = {get("tile_n", 0), get("group", 0)};
+  s.request.chain = get("chain", 0u);
   s.options = options_of(get("schedule", uint64_t{0}), get("timing", std::string("random")),
                          get("resident_blocks", 1 << 20));
   return s;
