@@ -12,7 +12,7 @@ SM80, SM90 = "csrc/cuda/down_proj_sm80.cuh", "csrc/cuda/down_proj_sm90.cuh"
 DROPOUT, STORE = "csrc/cuda/dropout.cuh", "csrc/cuda/store_h.cuh"
 DROPPED = "csrc/cuda/dropped_tile.cuh"
 PLAN, PLAN_HEADER = "csrc/cuda/down_proj_plan.cpp", "csrc/cuda/down_proj_plan.h"
-DESCRIPTOR = "csrc/cuda/descriptor.h"
+DESCRIPTOR, OPERAND = "csrc/cuda/descriptor.h", "csrc/cuda/tma_operand.h"
 PROBES = "tests/emulator/probes.cuh"
 
 
@@ -149,19 +149,19 @@ KILLED = [
     sm80("offset of 32 bits", "m.data + first * m.row_stride + col * m.col_stride",
          "m.data + static_cast<int>(first * m.row_stride) + col * m.col_stride"),
     sm80("column stride of h ignored", "+ col * h.col_stride;", "+ col;", STORE),
-    sm80("pairs into odd places", "a.h.row_stride % 2 == 0 && aligned(a.h, 4)}",
-         "a.h.row_stride % 2 == 0}", PLAN)._replace(sources=("down_proj",)),
+    sm80("pairs into odd places", "reinterpret_cast<uintptr_t>(a.h.data) % 4 == 0", "true", PLAN)._replace(sources=("down_proj",)),
     sm80("scale forgotten", "sum[2 * half + 1] * args.scale", "sum[2 * half + 1]", STORE),
     # host side
-    plan("stride of a single row", "return rows > 1 ? stride : (width + 7) / 8 * 8;",
-         "return rows > 1 ? stride : width;", "sm90"),
-    plan("box of the wrong height", "a.K), plan.rows, a.x.dtype}", "a.K), 32, a.x.dtype}", "sm90"),
+    plan("stride of a single row", "rows > 1 ? m.row_stride : width()",
+         "rows > 1 ? m.row_stride : columns", "sm90")._replace(file=OPERAND),
+    plan("box of the wrong height", ".map(nullptr, plan.rows)", ".map(nullptr, 32)", "sm90"),
     sm80("rank blocks write over one another", "(args.h.data) + first * args.h.col_stride",
          "(args.h.data)", PLAN_HEADER),
     sm90("every rank block loads the first", "k, rank);", "k, 0);"),
     sm90("every rank block loads the first panels", "rank + p * 64", "p * 64"),
-    plan("alignment ignored", "col_stride == 1 && aligned(m, 16) && (rows == 1 || "
-         "row_stride % 8 == 0)", "col_stride == 1", "sm80"),
+    plan("alignment ignored", "m.col_stride == 1 && reinterpret_cast<uintptr_t>(m.data) % 16 == 0 "
+         "&& (rows == 1 || m.row_stride % 8 == 0)", "m.col_stride == 1",
+         "sm80")._replace(file=OPERAND),
     # clusters, by the probe
     probe("no multicast", "kBoth = 3", "kBoth = 1", "gemm"),
     probe("empty counts one block", "8 * P::kCluster);", "8);", "gemm"),

@@ -198,7 +198,16 @@ def test_unchanged_sources_are_green(problems):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("mutant", KILLED, ids=lambda m: m.name.replace(" ", "_"))
+def is_of_a_plan(mutant: Mutant) -> bool:
+    """Whether it needs plans and kernels compiled anew, which takes longest."""
+    return mutant.suite == "forward" and mutant.file.endswith((".h", ".cpp"))
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [pytest.param(m, marks=pytest.mark.slow if is_of_a_plan(m) else ()) for m in KILLED],
+    ids=lambda m: m.name.replace(" ", "_"),
+)
 def test_planted_bug_turns_the_suite_red(mutant, problems, tmp_path):
     library = plant(mutant, tmp_path)
     try:

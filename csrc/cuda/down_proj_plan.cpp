@@ -2,23 +2,17 @@
 
 #include <algorithm>
 
+#include "tma_operand.h"
+
 namespace lora_kernels {
 namespace {
 
-bool aligned(const Matrix& m, uintptr_t bytes) {
-  return reinterpret_cast<uintptr_t>(m.data) % bytes == 0;
-}
-// [rows, width] with `width` contiguous, every row on a 16-byte boundary.
-bool vectors(const Matrix& m, int64_t row_stride, int64_t col_stride, int64_t rows) {
-  return col_stride == 1 && aligned(m, 16) && (rows == 1 || row_stride % 8 == 0);
-}
-
 DownProjLayout layout_of(const DownProjArgs& a) {
   const bool mn_major = a.down.row_stride == 1 && a.down.col_stride != 1 && a.r > 1;
-  return {mn_major, vectors(a.x, a.x.row_stride, a.x.col_stride, a.M),
-          mn_major ? vectors(a.down, a.down.col_stride, a.down.row_stride, a.K)
-                   : vectors(a.down, a.down.row_stride, a.down.col_stride, a.r),
-          a.h.col_stride == 1 && a.h.row_stride % 2 == 0 && aligned(a.h, 4)};
+  return {mn_major, has_vectors(a.x, a.M),
+          mn_major ? has_vectors(transposed(a.down), a.K) : has_vectors(a.down, a.r),
+          a.h.col_stride == 1 && a.h.row_stride % 2 == 0 &&
+              reinterpret_cast<uintptr_t>(a.h.data) % 4 == 0};
 }
 
 struct TileFacts {
@@ -64,11 +58,9 @@ bool streams(const DownProjArgs& a, const TileFacts& t, int multiprocessors) {
 
 // nullptr if the sm_90 kernel serves the call, else why it does not.
 const char* not_sm90(const DownProjArgs& a, const DownProjLayout& layout, const Target& target) {
-  constexpr int64_t kLimit = int64_t{1} << 31;  // of a TMA coordinate
   const int64_t down_stride = layout.mn_major ? a.down.col_stride : a.down.row_stride;
   const int64_t down_width = layout.mn_major ? a.r : a.K, down_rows = layout.mn_major ? a.K : a.r;
-  if (target.compute != 90) return "the device is not of compute capability 9.0";
-  if (!target.sm90a) return "built without sm_90a: TORCH_CUDA_ARCH_LIST has no 9.0a";
+  if (const char* reason = no_sm90a(target)) return reason;
   if (a.K == 0) return "K is 0: there is nothing to load";
   if (!layout.x_vectors || (a.M > 1 && a.x.row_stride < a.K))
     return "TMA cannot address x: it needs contiguous rows on 16-byte boundaries";
@@ -76,7 +68,8 @@ const char* not_sm90(const DownProjArgs& a, const DownProjLayout& layout, const 
     return "TMA cannot address A or B: it needs contiguous rows on 16-byte boundaries";
   if (layout.mn_major && a.dropout.seed != nullptr)
     return "dropout with a transposed A has no TMA kernel";
-  if (a.M >= kLimit || a.K >= kLimit) return "a dimension is past 2^31, which TMA cannot address";
+  if (a.M >= kTmaLimit || a.K >= kTmaLimit)
+    return "a dimension is past 2^31, which TMA cannot address";
   if (!streams(a, sm90_tile(a, layout), target.multiprocessors))
     return "too few rows: lower tiles fill the device";
   return nullptr;
@@ -115,24 +108,14 @@ std::string describe(const DownProjPlan& p) {
          p.reason + ")";
 }
 
-namespace {
-
-// A single row's stride means nothing, but the driver checks it.
-int64_t map_stride(int64_t stride, int64_t rows, int64_t width) {
-  return rows > 1 ? stride : (width + 7) / 8 * 8;
-}
-
-}  // namespace
-
 TensorMapSpec x_map_spec(const DownProjArgs& a, const DownProjPlan& plan) {
-  return {a.x.data, a.K, a.M, map_stride(a.x.row_stride, a.M, a.K), plan.rows, a.x.dtype};
+  return tma_operand(a.x, a.M, a.K).map(nullptr, plan.rows);
 }
 
 TensorMapSpec down_map_spec(const DownProjArgs& a, const DownProjPlan& plan) {
-  const Matrix& down = a.down;
   if (plan.layout.mn_major)
-    return {down.data, a.r, a.K, map_stride(down.col_stride, a.K, a.r), kRowElements, down.dtype};
-  return {down.data, a.K, a.r, map_stride(down.row_stride, a.r, a.K), plan.rank, down.dtype};
+    return tma_operand(transposed(a.down), a.K, a.r).map(nullptr, kRowElements);
+  return tma_operand(a.down, a.r, a.K).map(nullptr, plan.rank);
 }
 
 }  // namespace lora_kernels

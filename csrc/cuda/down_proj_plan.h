@@ -87,6 +87,13 @@ struct Target {
   bool sm90a;  // whether the library holds code for it
 };
 
+// nullptr if sm_90a kernels run there, else why not.
+inline const char* no_sm90a(const Target& target) {
+  if (target.compute != 90) return "the device is not of compute capability 9.0";
+  if (!target.sm90a) return "built without sm_90a: TORCH_CUDA_ARCH_LIST has no 9.0a";
+  return nullptr;
+}
+
 // How the operands lie in memory.
 struct DownProjLayout {
   bool mn_major;                 // `down` has its rank dimension contiguous

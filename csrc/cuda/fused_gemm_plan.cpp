@@ -10,8 +10,7 @@ constexpr int64_t kGroup =
 
 // nullptr if the kernel serves the call, else why it does not.
 const char* not_served(const FusedGemmArgs& a, const Target& target) {
-  if (target.compute != 90) return "the device is not of compute capability 9.0";
-  if (!target.sm90a) return "built without sm_90a: TORCH_CUDA_ARCH_LIST has no 9.0a";
+  if (const char* reason = no_sm90a(target)) return reason;
   if (a.dropout.seed != nullptr) return "dropout of the LoRA term has no kernel";
   if (std::max({a.M, a.N, a.K, a.r}) >= kTmaLimit - kClusterRows)
     return "a dimension is past 2^31, which TMA cannot address";

@@ -46,8 +46,8 @@ inline FusedGemmWork work_of(const FusedGemmArgs& a, const FusedGemmPlan& plan,
           stages_of(depth),
           stages_of(plan.r),
           static_cast<uint32_t>(ceil_div(plan.r, kMmaDepth)),
-          a.scale,
-          1.0f / a.scale};
+          plan.r > 0 ? a.scale : 1.0f,
+          plan.r > 0 ? 1.0f / a.scale : 1.0f};
 }
 
 inline FusedGemmMaps maps_of(const FusedGemmArgs& a, const FusedGemmPlan& plan, void* workspace) {
