@@ -149,7 +149,7 @@ KILLED = [
     sm80("offset of 32 bits", "m.data + first * m.row_stride + col * m.col_stride",
          "m.data + static_cast<int>(first * m.row_stride) + col * m.col_stride"),
     sm80("column stride of h ignored", "+ col * h.col_stride;", "+ col;", STORE),
-    sm80("pairs into odd places", "reinterpret_cast<uintptr_t>(a.h.data) % 4 == 0", "true", PLAN)._replace(sources=("down_proj",)),
+    plan("pairs into odd places", "reinterpret_cast<uintptr_t>(a.h.data) % 4 == 0", "true", "sm80"),
     sm80("scale forgotten", "sum[2 * half + 1] * args.scale", "sum[2 * half + 1]", STORE),
     # host side
     plan("stride of a single row", "rows > 1 ? m.row_stride : width()",

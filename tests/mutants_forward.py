@@ -96,7 +96,8 @@ KILLED = [
     kernel(GEMM, "left before y is stored",
            "    if (thread % 128 == 0) ptx::tma_store_wait<0>();\n", ""),
     kernel(GEMM, "block of fused_gemm leaves its cluster",
-           "  // Neither block leaves while the other may still signal it.\n  ptx::cluster_arrive();\n  ptx::cluster_wait();\n", ""),
+           "  // Neither block leaves while the other may still signal it.\n"
+           "  ptx::cluster_arrive();\n  ptx::cluster_wait();\n", ""),
     # forward: flags, claims
     kernel(FORWARD, "flag not waited for",
            "      wait_for_flag(work.flags + row_block);\n", ""),
