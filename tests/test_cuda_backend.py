@@ -111,3 +111,63 @@ def test_float32_is_refused_with_the_remedy():
         lk.fused_lora_linear(x, x, x, x, backend="cuda")
     with pytest.raises(RuntimeError, match="backend='composed'"):
         torch.ops.lora_kernels.down_proj(x, x, None, 0, 1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_a_gradient_that_does_not_flatten(p):
+    """dy is a permuted view, so the op makes rows of it: they must live as long as it needs them."""
+    problem = on_device(make((0, 128, 128, 16), torch.bfloat16, dropout_p=p, lead=(7, 60)))
+    grads = {}
+    for name in ("cuda", "composed"):
+        x = problem.x.clone().requires_grad_()
+        y = lk.fused_lora_linear(
+            x, problem.weight, problem.lora_a, problem.lora_b, dropout_p=p, seed=problem.seed,
+            backend=name,
+        )  # fmt: skip
+        (grads[name],) = torch.autograd.grad(y.transpose(0, 1), x, problem.dy.transpose(0, 1))
+    error = (grads["cuda"].double() - grads["composed"].double()).norm()
+    assert error <= 1e-2 * grads["composed"].double().norm()
+
+
+@pytest.mark.gpu
+def test_rows_past_2_31_elements():
+    """Offsets of x and y past 2^31: the last rows are right."""
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("needs 24 GB of free memory")
+    m, n, k = (1 << 20) + 300, 2048, 2056
+    g = torch.Generator("cuda").manual_seed(1)
+    x = torch.randn(m, k, generator=g, device="cuda", dtype=torch.bfloat16)
+    w, a, b = (
+        torch.randn(*s, generator=g, device="cuda", dtype=torch.bfloat16) / s[1] ** 0.5
+        for s in ((n, k), (16, k), (n, 16))
+    )
+    y = lk.fused_lora_linear(x, w, a, b, backend="cuda")
+    last = lk.fused_lora_linear(x[-64:].contiguous(), w, a, b, backend="composed")
+    assert (y[-64:].double() - last.double()).norm() <= 1e-2 * last.double().norm()
+
+
+@pytest.mark.gpu
+def test_requests_that_no_kernel_serves_say_so():
+    if not on_hopper(torch.device("cuda")):
+        pytest.skip("needs compute capability 9.0")
+    x = torch.zeros(256, 64, device="cuda", dtype=torch.bfloat16)
+    a, b = torch.zeros(200, 64, device="cuda", dtype=x.dtype), x.new_zeros(128, 200)
+
+    def call(form="", tile_n=0, group=0, x=x, b=b):
+        return torch.ops.lora_kernels.forward_as(
+            x, x[:128], a, b, None, None, 0, 1.0, 1.0, form, tile_n, group
+        )
+
+    for arguments, message in [
+        (dict(form="three"), "form is 'three'; expected one_launch, two_launches"),
+        (dict(tile_n=100), "tile_n is 100; expected 128, 192, 256"),
+        (dict(group=-1), "group is -1"),
+        (dict(form="one_launch"), "r is more than 128; take form='two_launches'"),
+        (dict(b=b.half()), "up has dtype float16 but must have that of x, bfloat16"),
+        (dict(x=x.float()), "backend='composed'"),
+    ]:
+        with pytest.raises(RuntimeError, match=re.escape(message)):
+            call(**arguments)
+    y, h = call()
+    assert y.shape == (256, 128) and h.shape == (256, 200)
