@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mutants import DROPOUT, STORE, Mutant
 
-RING, TILE_STORE = "csrc/cuda/fused_gemm_ring.cuh", "csrc/cuda/fused_gemm_store.cuh"
+RING, TILE_STORE = "csrc/cuda/fused_gemm_ring.cuh", "csrc/cuda/fused_gemm_tile.cuh"
 GEMM, FORWARD = "csrc/cuda/fused_gemm_sm90.cuh", "csrc/cuda/forward_sm90.cuh"
 DROPPED, PACK = "csrc/cuda/dropped_tile.cuh", "csrc/cuda/pack.cuh"
 GEMM_PLAN, GEMM_HEADER = "csrc/cuda/fused_gemm_plan.cpp", "csrc/cuda/fused_gemm_plan.h"

@@ -116,7 +116,7 @@ def test_float32_is_refused_with_the_remedy():
 @pytest.mark.gpu
 @pytest.mark.parametrize("p", [0.0, 0.2])
 def test_a_gradient_that_does_not_flatten(p):
-    """dy is a permuted view, so the op makes rows of it: they must live as long as it needs them."""
+    """dy is permuted, so the op makes rows of it: they must live as long as it needs them."""
     problem = on_device(make((0, 128, 128, 16), torch.bfloat16, dropout_p=p, lead=(7, 60)))
     grads = {}
     for name in ("cuda", "composed"):

@@ -8,7 +8,7 @@
 // The kernel ahead of it in the stream may still be making h: it is waited for before h is read,
 // and for nothing else. csrc/cuda/forward_sm90.cuh needs no kernel ahead of it.
 #pragma once
-#include "fused_gemm_store.cuh"
+#include "fused_gemm_tile.cuh"
 
 namespace lora_kernels {
 

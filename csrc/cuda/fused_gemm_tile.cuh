@@ -1,4 +1,4 @@
-// The end of a tile of y: bias added, rounded once, through shared memory to TMA.
+// A tile of y: multiplied, bias added, rounded once, and out through shared memory.
 #pragma once
 #include "fused_gemm_ring.cuh"
 #include "fused_gemm_work.h"
@@ -92,8 +92,8 @@ __device__ __forceinline__ void multiply_by(float (&acc)[kCount], float factor) 
 }
 
 // A tile of y from its first stage to its stores. A scale of the LoRA term enters as
-// (frozen / scale + h up^T) * scale, which is exact for powers of two, the only ones that ask for
-// it.
+// (frozen / scale + h up^T) * scale, in fp32: exact for powers of two, which are what fp16 asks
+// for.
 template <class T, bool kMnMajor, class Ring>
 __device__ __forceinline__ void compute_tile(Ring& ring, const ptx::TensorMap* y_map,
                                              const FusedGemmWork& work, uint32_t row,
