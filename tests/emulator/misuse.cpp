@@ -78,6 +78,10 @@ const Case kCases[] = {
     CASE(three_warps_of_four, "deadlock.*its warpgroup"),
     CASE(transposition_differs, "different instructions"),
     CASE(registers_of_one_warp, "not all warps", 1, 1, 384),
+    CASE(word_waited_for_in_block_scope, "race", 2, 2),
+    CASE(word_of_eight_bytes, "deadlock", 2, 2),
+    CASE(word_overwritten_before_it_was_read, "race", 2, 2),
+    CASE(written_by_the_elected_lane, "race|uninitialised"),
 };
 #undef CASE
 

@@ -257,5 +257,50 @@ void registers_of_one_warp(bool wrong) {
     registers_increase<232>();
 }
 
+// ---- words stored into another block
+
+// Block 0 hands block 1 a word, and is told that it was read.
+void tell_block_1(uint32_t bytes, bool cluster_scope, bool waits_for_reply) {
+  const uint32_t word = shared_base(), told = shared_base() + 8, heard = shared_base() + 16;
+  if (threadIdx.x == 0) {
+    barrier_init(told, 1);
+    barrier_init(heard, 1);
+    barrier_init_fence();
+  }
+  cluster_arrive();
+  cluster_wait();
+  if (threadIdx.x == 0 && cluster_rank() == 0) {
+    for (uint32_t turn = 0; turn < 2; ++turn) {
+      if (turn > 0 && waits_for_reply) barrier_wait(heard, 0);
+      store_async(word, turn, told, 1);
+    }
+  } else if (threadIdx.x == 0) {
+    for (uint32_t turn = 0; turn < 2; ++turn) {
+      barrier_arrive_expect(told, bytes);
+      if (cluster_scope)
+        barrier_wait_cluster(told, turn);
+      else
+        barrier_wait(told, turn);
+      load_shared_word(word);
+      barrier_arrive_remote(heard, 0);
+    }
+  }
+  warp_sync();
+  cluster_arrive();
+  cluster_wait();
+}
+void word_waited_for_in_block_scope(bool wrong) { tell_block_1(4, !wrong, true); }
+void word_of_eight_bytes(bool wrong) { tell_block_1(wrong ? 8 : 4, true, true); }
+void word_overwritten_before_it_was_read(bool wrong) { tell_block_1(4, true, !wrong); }
+void written_by_the_elected_lane(bool wrong) {
+  const uint32_t barrier = make_barrier(1);
+  if (warp_of_thread() == 0 && elect_one()) {
+    store_shared_word(shared_base(), 1);
+    barrier_arrive(barrier);
+  }
+  if (!wrong || warp_of_thread() == 0) barrier_wait(barrier, 0);
+  load_shared_word(shared_base());
+}
+
 }  // namespace
 }  // namespace emu
