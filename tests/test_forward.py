@@ -80,18 +80,19 @@ class Layer:
         return emulated.forward_plan(*self.operands(), bits(y), bits(h), self.options(**options))
 
     def check(self, y, h, up_scale: float = 1.0) -> None:
-        """C1 against float64: h from x, and y from the h that was rounded."""
+        """C1 against float64 where y is: h from x, and y from the h that was rounded."""
         _, _, k, r = self.shape
-        x, xd = self.x.double(), self.x.double()
+        x, a, w, b = (t.to(y.device).double() for t in (self.x, self.a, self.weight, self.b))
+        xd = x
         if self.seed:
-            mask = dropout.reference_mask(torch.tensor(self.seed), *x.shape, THRESHOLD)
-            xd = torch.where(mask, x, 0)
-        a = self.a.double()
+            seed = torch.tensor(self.seed, device=y.device)
+            xd = torch.where(dropout.reference_mask(seed, *x.shape, THRESHOLD), x, 0)
         close(h, SCALE * xd @ a.T, SCALE * xd.abs() @ a.abs().T, k + 4)
-        w, b, hd = self.weight.double(), up_scale * self.b.double(), h.double()
+        b, hd = up_scale * b, h.double()
         exact, total = x @ w.T + hd @ b.T, x.abs() @ w.abs().T + hd.abs() @ b.abs().T
         if self.bias is not None:
-            exact, total = exact + self.bias.double(), total + self.bias.double().abs()
+            bias = self.bias.to(y.device).double()
+            exact, total = exact + bias, total + bias.abs()
         close(y, exact, total, k + r + 5)
 
 
@@ -267,7 +268,7 @@ def hopper():
 
 
 def on_device(layer: Layer, form: str, **pinned) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y, h), on the CPU again."""
+    """(y, h) of two runs, which give the same bits."""
     x, w, a, b, bias = (
         None if t is None else t.cuda()
         for t in (layer.x, layer.weight, layer.a, layer.b, layer.bias)
@@ -282,7 +283,7 @@ def on_device(layer: Layer, form: str, **pinned) -> tuple[torch.Tensor, torch.Te
         for _ in range(2)
     ]  # fmt: skip
     assert torch.equal(calls[0][0], calls[1][0]) and torch.equal(calls[0][1], calls[1][1])
-    return calls[0][0].cpu(), calls[0][1].cpu()
+    return calls[0]
 
 
 @pytest.mark.gpu
