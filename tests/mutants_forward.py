@@ -101,6 +101,9 @@ KILLED = [
     # forward: flags, claims
     kernel(FORWARD, "flag not waited for",
            "      wait_for_flag(work.flags + row_block);\n", ""),
+    kernel(FORWARD, "ticket taken before it is zero",
+           "    ptx::grid_wait_dependency();  // ticket and flags are zero\n", ""),
+    kernel(PACK, "last flag not zeroed", "i < count;", "i < count - 1;"),
     kernel(FORWARD, "flag of the other block", "wait_for_flag(work.flags + row_block)",
            "wait_for_flag(work.flags + (row_block ^ 1))"),
     kernel(FORWARD, "reader does not fence", "  ptx::fence_async_global();  // TMA is",

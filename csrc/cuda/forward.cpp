@@ -11,9 +11,7 @@ struct StreamLauncher {
   cudaStream_t stream;
 
   cudaError_t pack(const PackJobs& jobs) { return launch_pack(jobs, multiprocessors, stream); }
-  cudaError_t zero(void* pointer, int64_t bytes) {
-    return cudaMemsetAsync(pointer, 0, static_cast<size_t>(bytes), stream);
-  }
+  cudaError_t zero(uint32_t* words, uint32_t count) { return launch_zero(words, count, stream); }
   cudaError_t down_proj(const DownProjArgs& args, const DownProjPlan& plan) {
     return launch_down_proj(args, plan, stream);
   }

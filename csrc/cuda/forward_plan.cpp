@@ -11,6 +11,7 @@ constexpr double kClock = 1.6e9, kMemory = 3.0e12;  // 1/s, bytes/s
 constexpr double kLaunchSeconds = 1.5e-6;           // that overlapping leaves of a second launch
 constexpr double kStreamBytes = 51;                 // a clock, of one multiprocessor
 constexpr double kDropoutClocks = 390;              // of a 128x64 tile of x
+constexpr double kZeroSeconds = 1e-6;  // that it leaves of the launch that zeroes flags
 constexpr double kItemClocks = 2000, kFlagClocks = 1500;
 constexpr uint32_t kMaxChain = 4;
 
@@ -37,7 +38,7 @@ double one_launch_cost(const FusedGemmPlan& gemm, const Raster& raster, unsigned
   const int64_t idle = ceil_div(tiles, clusters) * clusters - tiles;
   const double left = static_cast<double>(raster.pairs) * h - static_cast<double>(idle) * tile;
   return std::max(0.0, left) / clusters + (chains % clusters > idle ? raster.chain * h : 0) +
-         kFlagClocks;
+         kFlagClocks + kZeroSeconds * kClock;
 }
 
 // Chooses the chains, whether they come first, and the grid of one launch; its cost.
@@ -125,8 +126,8 @@ ForwardPlan plan_forward(const ForwardArgs& args, const Target& target,
   if (plan.form == ForwardForm::one_launch) {
     plan.lora_a = tma_operand(args.down.down, args.down.r, args.down.K);
     plan.lora_a.offset = reserve(plan.lora_a.bytes());
-    plan.sync_bytes = (1 + 2 * int64_t{plan.raster.pairs}) * 4;
-    plan.sync_offset = reserve(plan.sync_bytes);
+    plan.sync_words = 1 + 2 * int64_t{plan.raster.pairs};
+    plan.sync_offset = reserve(4 * plan.sync_words);
   } else {
     DownProjArgs down = args.down;
     if (plan.gemm.x.packed) down.x = plan.gemm.x.at(nullptr);

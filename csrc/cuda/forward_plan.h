@@ -46,7 +46,8 @@ struct ForwardPlan {
   unsigned clusters;
   bool h_padded;  // h is made in the workspace, in rows of gemm.h.width(), and copied out
   int64_t workspace_bytes;
-  int64_t h_offset, sync_offset, sync_bytes;  // the ticket and the flags, zero before the launch
+  int64_t h_offset;
+  int64_t sync_offset, sync_words;  // the ticket and the flags, which the launch ahead zeroes
   double overhead;  // of the LoRA term over the frozen GEMM, by the model: 0.01 is 1 %
 };
 
@@ -74,6 +75,9 @@ struct PackJobs {
 constexpr unsigned kPackThreads = 256;  // of a block, which copies rows
 // Along x; each job has as many.
 unsigned pack_blocks(const PackJobs& jobs, int multiprocessors);
+inline unsigned zero_blocks(uint32_t words) {
+  return words / kPackThreads < 64 ? words / kPackThreads + 1 : 64;
+}
 
 // Makes the launches of fused_gemm alone, as run_forward does.
 template <class Launcher>
@@ -90,11 +94,12 @@ int run_fused_gemm(const FusedGemmArgs& args, const FusedGemmPlan& plan, void* w
 // Makes the launches of a plan, in order, through `launcher`, until one does not return 0.
 //
 //   launcher.pack(jobs)                                 copies
-//   launcher.zero(pointer, bytes)
+//   launcher.zero(words, count)
 //   launcher.down_proj(args, plan)
 //   launcher.fused_gemm(args, plan, workspace, early)   early: may start before the launch ahead of
 //                                                       it ends; it waits before it reads h
-//   launcher.forward(args, plan, workspace)             both in one
+//   launcher.forward(args, plan, workspace)             both in one; early too: it waits before it
+//                                                       takes a ticket
 template <class Launcher>
 int run_forward(ForwardArgs args, ForwardPlan plan, void* workspace, Launcher& launcher) {
   auto* bytes = static_cast<uint8_t*>(workspace);
@@ -114,7 +119,8 @@ int run_forward(ForwardArgs args, ForwardPlan plan, void* workspace, Launcher& l
 
   int error = before.count > 0 ? launcher.pack(before) : 0;
   if (one) {
-    if (error == 0) error = launcher.zero(bytes + plan.sync_offset, plan.sync_bytes);
+    auto* sync = reinterpret_cast<uint32_t*>(bytes + plan.sync_offset);
+    if (error == 0) error = launcher.zero(sync, static_cast<uint32_t>(plan.sync_words));
     if (error == 0) error = launcher.forward(args, plan, workspace);
   } else {
     if (error == 0 && adapted) error = launcher.down_proj(args.down, plan.down);

@@ -39,7 +39,7 @@ cudaError_t launch_typed(const ForwardArgs& args, const ForwardPlan& plan, void*
   error = cudaErrorInvalidConfiguration;
   with_forward_sm90<T>(plan, args.down.dropout.seed != nullptr, [&](auto kernel) {
     error = launch_kernel(kernel, dim3(2 * plan.clusters), plan.gemm.threads,
-                          plan.gemm.shared_bytes, stream, false, maps.x, maps.weight, a_map, maps.h,
+                          plan.gemm.shared_bytes, stream, true, maps.x, maps.weight, a_map, maps.h,
                           maps.up, maps.y, args.down, work_of(args, plan, workspace));
   });
   return error;

@@ -8,7 +8,8 @@
 // Order. Block 0 of a cluster claims items by a ticket, one after another, and tells block 1. It
 // asks for the next one when the frozen product of this one is loaded: early enough for the answer
 // to be there, late enough for a chain not to lie behind a tile for long. Raster numbers h of a
-// pair before every tile that reads it.
+// pair before every tile that reads it. The kernel ahead zeroes ticket and flags: block 0 waits for
+// it before its first ticket, and nothing else needs it earlier.
 //
 // Progress. Items are claimed in order, each by a cluster that runs, and a cluster works in the
 // order of its claims. So let i be the smallest item that is claimed and not complete: the items
@@ -78,7 +79,10 @@ __device__ __forceinline__ void produce(Ring& ring, Claims<Ring>& claims,
                                         const ptx::TensorMap* up_map) {
   const ForwardWork& work = claims.work;
   const uint32_t rank = ptx::cluster_rank();
-  if (rank == 0) claims.ask();
+  if (rank == 0) {
+    ptx::grid_wait_dependency();  // ticket and flags are zero
+    claims.ask();
+  }
 #pragma unroll 1
   for (;;) {
     const uint32_t item = claims.next(rank);

@@ -11,4 +11,9 @@ cudaError_t launch_pack(const PackJobs& jobs, int multiprocessors, cudaStream_t 
   return cudaGetLastError();
 }
 
+cudaError_t launch_zero(uint32_t* words, uint32_t count, cudaStream_t stream) {
+  zero_kernel<<<zero_blocks(count), kPackThreads, 0, stream>>>(words, count);
+  return cudaGetLastError();
+}
+
 }  // namespace lora_kernels

@@ -1,4 +1,5 @@
-// Copies of matrices into contiguous, zero-padded rows: what TMA cannot address as it lies.
+// What goes ahead of the kernels that make y: copies of matrices into contiguous, zero-padded rows,
+// where TMA cannot address them as they lie, and the zeroing of flags.
 #pragma once
 #include "forward_plan.h"
 #include "ptx.cuh"
@@ -19,6 +20,15 @@ __global__ void __launch_bounds__(kPackThreads) pack_kernel(const PackJobs all) 
                         column < job.columns ? ptx::load_global(at) : uint16_t{0});
     }
   }
+}
+
+// The next kernel starts meanwhile, and waits before it takes a ticket.
+__global__ void __launch_bounds__(kPackThreads) zero_kernel(uint32_t* words, uint32_t count) {
+  ptx::grid_launch_dependents();
+#pragma unroll 1
+  for (uint32_t i = blockIdx.x * kPackThreads + threadIdx.x; i < count;
+       i += gridDim.x * kPackThreads)
+    ptx::store_global(words + i, 0u);
 }
 
 }  // namespace lora_kernels

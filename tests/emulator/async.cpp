@@ -169,7 +169,9 @@ void wait_barrier(uint32_t address, uint32_t parity, bool cluster, Place at) {
   self().idle_polls = 0;
   machine->wait_until("an mbarrier", at, [&] { return (b.phase & 1) != parity; });
   acquire(warp(), b.completed);
-  if (cluster) warp().known.generic.advance(b.remote_agent, b.phase);
+  if (!cluster) return;
+  acquire(warp(), b.told);
+  warp().known.generic.advance(b.remote_agent, b.phase);
 }
 
 // An ordinary write that happens later, in another block, and counts towards a phase there.
@@ -185,6 +187,7 @@ void store_remote(uint32_t address, uint32_t value, uint32_t barrier, uint32_t r
     target->shared->write(address, &value, 4, a);
     --target->loads_in_flight;
     target->arrivals[b->agent] = b->phase + 1;
+    b->told.join(*known);
     b->bytes -= 4;
     complete_if_due(*b, at);
   });

@@ -31,10 +31,13 @@ struct Recorder {
     l.threads = kPackThreads;
     return add(std::move(l));
   }
-  // Nothing else touches these bytes before the launch that needs them.
-  int zero(void* pointer, int64_t bytes) {
-    std::memset(pointer, 0, static_cast<size_t>(bytes));
-    return 0;
+  int zero(uint32_t* words, uint32_t count) {
+    Launch l;
+    l.name = "zero";
+    l.body = zero_body(words, count);
+    l.grid_x = zero_blocks(count);
+    l.threads = kPackThreads;
+    return add(std::move(l));
   }
   int down_proj(const DownProjArgs& args, const DownProjPlan& plan) {
     for (Launch& l : down_proj_launches(args, plan)) add(std::move(l));
@@ -58,7 +61,7 @@ struct Recorder {
   int forward(const ForwardArgs& args, const ForwardPlan& plan, void* workspace) {
     Launch l = clusters("forward_sm90", plan.gemm, plan.clusters);
     l.body = forward_body(args, plan, workspace);
-    return add(std::move(l));
+    return add(std::move(l), true);
   }
 };
 

@@ -63,4 +63,8 @@ std::function<void()> pack_body(const PackJobs& jobs) {
   return [jobs] { pack_kernel(jobs); };
 }
 
+std::function<void()> zero_body(uint32_t* words, uint32_t count) {
+  return [=] { zero_kernel(words, count); };
+}
+
 }  // namespace emu

@@ -28,6 +28,7 @@ std::function<void()> fused_gemm_body(const lora_kernels::FusedGemmArgs& args,
 std::function<void()> forward_body(const lora_kernels::ForwardArgs& args,
                                    const lora_kernels::ForwardPlan& plan, void* workspace);
 std::function<void()> pack_body(const lora_kernels::PackJobs& jobs);
+std::function<void()> zero_body(uint32_t* words, uint32_t count);
 
 // c [M, N] = a b^T in bf16 by probes.cuh; a is [M, K], or [K, M] if trans_a; b the same with N.
 Launch gemm_probe_launch(const uint16_t* a, const uint16_t* b, uint16_t* c, int M, int N, int K,

@@ -167,7 +167,16 @@ void GlobalMemory::write(void* to, const void* from, uint64_t bytes, const Acces
 }
 
 Knowledge& GlobalMemory::flag(const uint32_t* address, const char* instruction, Place at) {
-  find(address, 4, generic_access(instruction, at));
+  const Access a = generic_access(instruction, at);
+  Buffer& b = find(address, 4, a);
+  // An ordinary write of the word, its zeroing, has to be ordered before. Flags among themselves
+  // are atomic, so this is not noted as a read.
+  const uint64_t first =
+      static_cast<uint64_t>(reinterpret_cast<const uint8_t*>(address) - b.begin) / 2;
+  for (uint64_t c = first; b.use != Use::input && c < first + 2; ++c) {
+    Cell seen = b.cells[c];
+    read_cell(seen, a, Space::global, b.name.c_str());
+  }
   return flags_[address];
 }
 

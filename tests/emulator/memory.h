@@ -51,6 +51,7 @@ struct Mbarrier {
   bool fenced = false;       // by fence.mbarrier_init: for other blocks too
   bool fenced_here = false;  // by a proxy fence: for TMA of this block
   Knowledge gathering, completed;
+  Knowledge told;  // by words that other blocks stored: for waits of cluster scope
 };
 
 // Marks the cell read or written, and reports the access if the one before it is not ordered.

@@ -53,6 +53,7 @@ const Case kCases[] = {
     CASE(cluster_not_synchronised, "race|not initialised|ordered", 2, 2),
     CASE(grid_needs_all_blocks_at_once, "deadlock", 4),
     CASE(dependent_reads_early, "race|uninitialised", 1, 1, 128, true),
+    CASE(ticket_taken_early, "race", 1, 1, 128, true),
     CASE(sums_of_warps, "race|uninitialised"),
     CASE(half_written, "uninitialised"),
     CASE(barriers_of_two_warps, "initialised twice|race"),

@@ -310,8 +310,13 @@ void dependent_reads_early(bool wrong) {
   if (!wrong) grid_wait_dependency();
   load_global(memory.out + threadIdx.x);
 }
+void ticket_taken_early(bool wrong) {
+  if (!wrong) grid_wait_dependency();
+  if (threadIdx.x == 0) atomic_add(memory.flags, 1);
+}
 void write_first_kernel() {
   grid_launch_dependents();
+  if (threadIdx.x == 0) store_global(memory.flags, 0u);
   store_global(memory.out + threadIdx.x, uint16_t{1});
 }
 

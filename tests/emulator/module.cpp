@@ -201,12 +201,13 @@ void add_inputs(const std::vector<std::pair<std::string, Array>>& inputs,
                     emu::Use::input);
 }
 
-// Memory for a call, poisoned but for the ticket and the flags.
+// Memory for a call, poisoned.
 struct Workspace {
   std::vector<uint8_t> bytes;
   uint8_t* begin = nullptr;
 
-  Workspace(int64_t size, int64_t sync_offset, int64_t sync_bytes) : bytes(size + 128) {
+  Workspace(int64_t size, int64_t sync_offset, int64_t sync_bytes)
+      : bytes(size + 128, emu::kPoison) {
     begin = bytes.data() + (128 - reinterpret_cast<uintptr_t>(bytes.data()) % 128) % 128;
     const int64_t others = sync_bytes > 0 ? sync_offset : size;
     if (others > 0) emu::global.add("workspace", begin, others, emu::Use::output);
@@ -261,7 +262,7 @@ py::dict forward(const Array& x, const Array& weight, const Array& a, const Arra
     plan = plan_forward(args, s.target, s.request);
     if (!plan.served) throw py::value_error(plan.reason);
     workspaces.push_back(
-        std::make_unique<Workspace>(plan.workspace_bytes, plan.sync_offset, plan.sync_bytes));
+        std::make_unique<Workspace>(plan.workspace_bytes, plan.sync_offset, 4 * plan.sync_words));
     emu::add_forward(args, plan, s.target, workspaces.back()->begin, launches);
   }
   py::dict found = run(launches, s.options);
