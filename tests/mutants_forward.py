@@ -58,6 +58,7 @@ KILLED = [
            "ring.a() + step"),
     kernel(RING, "panels taken as contiguous", "step * kMnMajorStep, kPanel)",
            "step * kMnMajorStep, kPanel / 2)"),
+    kernel(RING, "panels of a narrower tile", "p < kN / 64;", "p < Tile::kStaged;"),
     # epilogue
     kernel(TILE_STORE, "staging overwritten", "if (thread == 0) "
            "ptx::tma_store_wait_read<kStaged - 1>();", ""),
@@ -103,6 +104,7 @@ KILLED = [
            "      wait_for_flag(work.flags + row_block);\n", ""),
     kernel(FORWARD, "ticket taken before it is zero",
            "    ptx::grid_wait_dependency();  // ticket and flags are zero\n", ""),
+    kernel(PACK, "one block of a row copied", "column += kPackThreads", "column += job.width"),
     kernel(PACK, "last flag not zeroed", "i < count;", "i < count - 1;"),
     kernel(FORWARD, "flag of the other block", "wait_for_flag(work.flags + row_block)",
            "wait_for_flag(work.flags + (row_block ^ 1))"),

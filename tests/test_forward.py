@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -27,6 +29,10 @@ SHAPES = {
     "rank_128": (260, 200, 136, 128),
     "rank_past_one_launch": (130, 136, 72, 200),
     "no_rank": (300, 328, 200, 0),
+    "no_rank_and_packed": (131, 136, 67, 0),
+    "packed_rows_past_a_block": (20, 24, 333, 7),
+    "no_rows": (0, 24, 72, 8),
+    "no_columns": (20, 0, 72, 8),
     "no_depth": (20, 40, 0, 8),
     "more_tiles_than_clusters": (1030, 520, 72, 16),
 }
@@ -105,6 +111,8 @@ def test_shapes(emulated, shape, form, seed):
         with pytest.raises(ValueError, match=r"r is more than 128|no LoRA term"):
             layer.run(emulated, form=form)
         return
+    if 0 in shape[:2]:
+        form = "two_launches"
     (y,), (h,), found = layer.run(emulated, form=form)
     layer.check(y, h)
     assert found["bank_conflicts"] == 0
@@ -182,6 +190,7 @@ def test_rows_are_isolated(emulated, form):
 
 
 VIEWS = {
+    "eight_bytes_past": lambda t: torch.cat([t, t], 1)[:, 4 : t.shape[1] + 4],
     "offset_by_one": lambda t: torch.cat([t, t], 1)[:, 1 : t.shape[1] + 1],
     "padded_rows": lambda t: torch.cat([t, t], 1)[:, : t.shape[1]],
     "odd_row_stride": lambda t: torch.cat([t, t], 1)[:, : t.shape[1] * 2 - 1][:, : t.shape[1]],
@@ -218,12 +227,28 @@ def test_strided_results_and_bias(emulated):
     assert around[:, 137:].isnan().sum() == 2 * 139 and around[0, 0] == 0
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("up_scale", [4.0, 0.0])
+def test_scale_of_the_up_projection(emulated, up_scale, form):
+    """What fp16 leaves for B; none of the LoRA term where it is 0, but h is made all the same."""
+    layer = Layer((140, 136, 72, 24), torch.float16)
+    (y,), (h,), _ = layer.run(emulated, form=form, scale=(SCALE, up_scale))
+    layer.check(y, h, up_scale)
+
+
+# shape, tile_n: more than one tile of each width; what has to be copied first, h among it
+ALONE = [((300, 264, 200, 24), 0), ((131, 131, 67, 7), 0)]
+ALONE += [((140, 264, 72, 16), n) for n in (128, 192, 256)]
+
+
 @pytest.mark.parametrize("mn_major", [False, True], ids=["k_major", "mn_major"])
 @pytest.mark.parametrize("scale", [1.0, 4.0, 2.0**-12, -1.5, 0.0])
-def test_fused_gemm_alone(emulated, scale, mn_major):
+@pytest.mark.parametrize("shape, tile_n", ALONE)
+def test_fused_gemm_alone(emulated, shape, tile_n, scale, mn_major):
     """As backward calls it: W and A transposed, h given; a scale costs no copy and no accuracy."""
-    layer = Layer((300, 264, 200, 24), torch.float16)
-    h = torch.randn(300, 24, generator=torch.Generator().manual_seed(1)).half()
+    m, _, k, r = shape
+    layer = Layer(shape, torch.float16)
+    h = torch.randn(m, r, generator=torch.Generator().manual_seed(1)).half()
     if scale == 0.0:
         h[7, 3] = torch.inf  # has no part in y
     if mn_major:
@@ -231,30 +256,35 @@ def test_fused_gemm_alone(emulated, scale, mn_major):
     (y,), _ = layer.results()
     found = emulated.fused_gemm(
         bits(layer.x), bits(layer.weight), bits(h), bits(layer.b), bits(layer.bias), bits(y),
-        layer.options(scale=(0.0, scale)),
+        layer.options(scale=(0.0, scale), tile_n=tile_n),
     )  # fmt: skip
     exact = layer.x.double() @ layer.weight.double().T + layer.bias.double()
     h = h.nan_to_num(posinf=0)
     exact += scale * h.double() @ layer.b.double().T
     total = layer.x.double().abs() @ layer.weight.double().abs().T + layer.bias.double().abs()
     total += abs(scale) * h.double().abs() @ layer.b.double().abs().T
-    close(y, exact, total, 200 + 24 + 5)
-    assert found["mn_major"] == mn_major and "pack" not in found["kernels"]
+    close(y, exact, total, k + r + 5)
+    odd = k % 8 != 0
+    assert found["mn_major"] == (mn_major and not odd) and ("pack" in found["kernels"]) == odd
 
 
 def test_far_apart_rows(emulated):
-    """Offsets past 2^31 elements, of x, of y and of h."""
-    stride = (1 << 28) + 8  # of the tenth row on, in elements
+    """Offsets past 2^31 elements of x, as TMA and as copies read it, and of y, in both ways too."""
     layer = Layer((10, 24, 72, 8))
 
-    def far(t: torch.Tensor) -> torch.Tensor:
+    def far(t: torch.Tensor, stride: int) -> torch.Tensor:
         storage = torch.from_numpy(np.zeros(stride * 9 + t.shape[1], np.uint16)).view(layer.dtype)
         moved = storage.as_strided(t.shape, (stride, 1))
         return moved.copy_(t)
 
-    layer.x = far(layer.x)
-    for form in FORMS:
+    near = layer.x
+    for stride, form in itertools.product(((1 << 28) + 8, (1 << 28) + 7), FORMS):
+        layer.x = far(near, stride)
         (y,), (h,), _ = layer.run(emulated, form=form)
+        layer.check(y, h)
+        y = far(torch.zeros_like(y), stride)
+        given = (layer.operands(), [bits(y)], [bits(h)])
+        emulated.forward(*given[0], *given[1:], layer.options(form=form))
         layer.check(y, h)
 
 

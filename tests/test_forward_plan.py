@@ -80,6 +80,56 @@ def test_the_model_says_what_design_says(emulated):
             assert 0 < one["overhead"] < 0.02 and one["overhead"] < two["overhead"] < 0.12
 
 
+def test_chains_come_first_where_few_clusters_make_them(emulated):
+    few, many = (plan_of(emulated, m, 8192, 8192, 16, chain=1) for m in (4096, 16384))
+    assert few["chains_first"] and not many["chains_first"]
+
+
+def test_what_one_launch_does_not_serve(emulated):
+    shape = (512, 512, 512, 16)
+    transposed = np.zeros((512, 512), np.uint16).T
+    operands = [np.zeros(s, np.uint16) for s in ((512, 512), (16, 512), (512, 16), (512, 16))]
+    x, a, b, h = operands
+    given = {"form": "one_launch"}
+    plan = emulated.forward_plan(x, transposed, a, b, None, x, h, given)
+    assert not plan["served"] and "transposed" in plan["reason"]
+    for r, reason in ((129, "more than 128"), (0, "no LoRA term")):
+        plan = plan_of(emulated, *shape[:3], r, **given)
+        assert not plan["served"] and reason in plan["reason"]
+
+
+@pytest.mark.parametrize("large", [(1 << 31, 8, 8, 8), (8, 1 << 31, 8, 8), (8, 8, 1 << 31, 8)])
+def test_what_tma_cannot_count_is_refused(emulated, large):
+    plan = plan_of(emulated, *large)
+    assert not plan["served"] and "2^31" in plan["reason"]
+    plan = plan_of(emulated, 1 << 30, 1 << 16, 8, 8)
+    assert not plan["served"] and "tiles" in plan["reason"]
+
+
+def test_a_failed_launch_is_the_last(emulated):
+    """Nothing is launched behind one that failed: copies, zeroing, kernels, copies of h."""
+    x, w, a, b = (np.zeros(s, np.uint16) for s in ((64, 67), (72, 67), (7, 67), (72, 7)))
+    y, h = np.zeros((64, 72), np.uint16), np.zeros((64, 7), np.uint16)
+    for form, kernels in (
+        ("one_launch", ["pack", "zero", "forward_sm90", "pack"]),
+        ("two_launches", ["pack", "down_proj_sm80", "fused_gemm_sm90", "pack"]),
+    ):
+        for fails in range(len(kernels) + 1):
+            given = {"form": form, "fails": fails}
+            assert emulated.launches(x, w, a, b, None, y, h, given) == kernels[: fails + 1]
+
+
+@pytest.mark.parametrize("name", ["fused_gemm_sm90", "forward_sm90"])
+def test_launchers_pass_maps_in_the_order_of_the_kernel(name):
+    """Tensor maps have one type: an exchange of two would compile, and the emulator has its own."""
+    folder = build.ROOT / "csrc/cuda"
+    signature = (folder / f"{name}.cuh").read_text().split(f"{name}_kernel(const")[1]
+    parameters = re.findall(r"(\w+)_map\b", signature[: signature.index("{")])
+    call = (folder / f"{name}.cu").read_text().split("launch_kernel(kernel")[1]
+    arguments = re.findall(r"\bmaps\.(\w+)|\b(a)_map\b", call[: call.index(";")])
+    assert [one or other for one, other in arguments] == parameters
+
+
 def test_whole_waves_are_not_broken_for_h(emulated):
     """4 whole waves leave no turn for a chain: memory takes less time than a turn more."""
     plan = plan_of(emulated, 2816, 6144, 4096, 16, tile_n=256)

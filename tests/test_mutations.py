@@ -104,6 +104,8 @@ FORWARD = [
     ((150, 131, 67, 7), dict(PINNED, form="one_launch", multiprocessors=2), {"strided_bias": True}),
     ((50, 131, 67, 7), dict(PINNED, form="two_launches", multiprocessors=2), {"bias": False}),
     ((100, 136, 200, 0), dict(PINNED), {}),
+    ((20, 264, 72, 16), dict(PINNED, form="two_launches", tile_n=256), {"mn_major": True}),
+    ((20, 24, 333, 7), dict(PINNED, form="one_launch", multiprocessors=2), {}),
 ]
 
 

@@ -13,7 +13,7 @@
 namespace lora_kernels {
 
 struct ForwardArgs {
-  DownProjArgs down;   // x, A, h
+  DownProjArgs down;   // x, A, h, which is contiguous
   FusedGemmArgs gemm;  // x, W0, h, B, bias, y
 };
 

@@ -38,7 +38,11 @@ void sync_named(int id, unsigned threads, bool waits, Place at) {
       machine->fail("barrier misuse: bar " + std::to_string(id) + " of " + std::to_string(threads) +
                         " threads, but others gather there for " + std::to_string(b.expected),
                     at);
-    b.expected = threads;
+    if (b.always != 0 && b.always != threads)
+      machine->fail("barrier misuse: bar " + std::to_string(id) + " of " + std::to_string(threads) +
+                        " threads was one of " + std::to_string(b.always) + " before",
+                    at);
+    b.expected = b.always = threads;
     b.whole_block = whole_block;
     b.arrived += 32;
     if (b.arrived > threads)

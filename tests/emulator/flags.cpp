@@ -99,6 +99,7 @@ void wait_dependency(Place at) {
   if (after < 0) return;
   Grid& before = machine->grids()[after];
   machine->wait_until("the kernel before", at, [&] { return before.complete(); });
+  block().grid->waited = true;
   acquire(warp(), before.finished);
 }
 

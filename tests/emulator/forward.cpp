@@ -12,7 +12,8 @@ namespace {
 struct Recorder {
   const Target& target;
   std::vector<Launch>& launches;
-  int last = -1;  // index of the launch before, in this stream
+  int fails = -1;  // which of the launches reports a failure
+  int last = -1;   // index of the launch before, in this stream
 
   int add(Launch l, bool programmatic = false) {
     if (!l.body) throw Error(l.name + ": no kernel was built for this plan");
@@ -20,7 +21,7 @@ struct Recorder {
     l.programmatic = programmatic;
     last = static_cast<int>(launches.size());
     launches.push_back(std::move(l));
-    return 0;
+    return static_cast<int>(launches.size()) - 1 == fails;
   }
   int pack(const PackJobs& jobs) {
     Launch l;
@@ -40,8 +41,9 @@ struct Recorder {
     return add(std::move(l));
   }
   int down_proj(const DownProjArgs& args, const DownProjPlan& plan) {
-    for (Launch& l : down_proj_launches(args, plan)) add(std::move(l));
-    return 0;
+    int error = 0;
+    for (Launch& l : down_proj_launches(args, plan)) error = add(std::move(l));
+    return error;
   }
   Launch clusters(const char* name, const FusedGemmPlan& plan, unsigned count) {
     Launch l;
@@ -68,8 +70,8 @@ struct Recorder {
 }  // namespace
 
 void add_forward(const ForwardArgs& args, const ForwardPlan& plan, const Target& target,
-                 void* workspace, std::vector<Launch>& launches) {
-  Recorder recorder{target, launches};
+                 void* workspace, std::vector<Launch>& launches, int fails) {
+  Recorder recorder{target, launches, fails};
   run_forward(args, plan, workspace, recorder);
 }
 

@@ -11,9 +11,10 @@ namespace emu {
 std::vector<Launch> down_proj_launches(const lora_kernels::DownProjArgs& args,
                                        const lora_kernels::DownProjPlan& plan);
 // What launch_forward and launch_fused_gemm would, behind what is there, as a stream of its own.
+// `fails`: the number of a launch that fails.
 void add_forward(const lora_kernels::ForwardArgs& args, const lora_kernels::ForwardPlan& plan,
-                 const lora_kernels::Target& target, void* workspace,
-                 std::vector<Launch>& launches);
+                 const lora_kernels::Target& target, void* workspace, std::vector<Launch>& launches,
+                 int fails = -1);
 void add_fused_gemm(const lora_kernels::FusedGemmArgs& args,
                     const lora_kernels::FusedGemmPlan& plan, const lora_kernels::Target& target,
                     void* workspace, std::vector<Launch>& launches);

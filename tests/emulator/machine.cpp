@@ -89,6 +89,16 @@ void Machine::deliver(bool force) {
   }
 }
 
+namespace {
+
+bool has_ready_lane(const Warp& w) {
+  return std::any_of(w.threads.begin(), w.threads.end(), [](const Thread& t) {
+    return !t.done && (t.ready == nullptr || t.ready(t.ready_argument));
+  });
+}
+
+}  // namespace
+
 bool Machine::run_warp(Warp& w) {
   bool progress = false, again = true;
   while (again && error_.empty()) {
@@ -224,6 +234,16 @@ void Machine::start_cluster(Grid& grid) {
   }
 }
 
+namespace {
+
+Place place_of(const Block& b) {
+  for (const Warp& w : b.warps)
+    if (!w.threads.empty() && w.threads[0].place.line > 0) return w.threads[0].place;
+  return {};
+}
+
+}  // namespace
+
 // Takes away the clusters all of whose blocks have exited.
 void Machine::retire() {
   for (size_t i = 0; i < blocks_.size();) {
@@ -234,6 +254,7 @@ void Machine::retire() {
       continue;
     }
     Grid& grid = *b.grid;
+    const Place last = place_of(b);
     for (Warp& w : b.warps) {
       grid.finished.join(w.known);
       for (uint32_t engine = kStoreRead; engine < kAgentsOfWarp; ++engine)
@@ -243,6 +264,11 @@ void Machine::retire() {
       spare_threads_.push_back(std::move(w.threads));
     }
     ++grid.blocks_done;
+    if (grid.complete() && grid.launch->programmatic && !grid.waited)
+      fail(grid.launch->name +
+               " ended without waiting for the kernel before: what follows it may "
+               "run before that one ends",
+           last);
     if (!b.launched_dependents) ++grid.blocks_released;
     auto mine = std::find(b.cluster->blocks.begin(), b.cluster->blocks.end(), &b);
     *mine = b.cluster->blocks.back();
@@ -297,7 +323,7 @@ void Machine::run(const std::vector<Launch>& launches, const Options& options) {
     for (Warp* w : order) {
       if (random && chance(kStallPercent)) w->stalled_until = round + draw(kStall);
       if (w->stalled_until > round) {
-        stalled = true;
+        stalled = stalled || has_ready_lane(*w);
         continue;
       }
       progress |= run_warp(*w);

@@ -90,6 +90,7 @@ struct Thread {
   Warp* warp = nullptr;
   int lane = 0;
   bool done = false;
+  bool alone = false;  // in a branch of the elected lane, until the warp is synchronised
   // What it waits for, in the frame of the function that waits.
   bool (*ready)(void*) = nullptr;
   void* ready_argument = nullptr;
@@ -140,6 +141,7 @@ constexpr unsigned kMaxCluster = 8;
 
 struct NamedBarrier {
   unsigned expected = 0, arrived = 0;
+  unsigned always = 0;       // what the first use of this barrier expected
   bool whole_block = false;  // __syncthreads
   uint64_t generation = 0;
   Knowledge gathering, released;
@@ -178,6 +180,7 @@ struct Grid {
   unsigned next_cluster = 0, clusters = 0;
   unsigned blocks_done = 0, blocks_released = 0;
   Knowledge finished;
+  bool waited = false;  // by griddepcontrol.wait, for the grid before
   bool complete() const { return blocks_done == clusters * launch->cluster; }
 };
 
@@ -276,6 +279,8 @@ template <class Mine, class Body>
 void Machine::collective(const char* name, Place at, Mine* mine, Body body) {
   Thread& t = *self;
   Warp& w = *t.warp;
+  if (t.alone && std::string(name) != "bar.warp.sync")
+    fail(std::string("the elected lane is at ") + name + " without bar.warp.sync before", at);
   if (w.gathered == 0) {
     w.collective = name;
     w.collective_place = at;

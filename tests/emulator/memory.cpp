@@ -116,11 +116,13 @@ void GlobalMemory::clear() {
 
 void GlobalMemory::add(const std::string& name, void* begin, uint64_t bytes, Use use) {
   if (bytes == 0) return;
-  Buffer b{name, static_cast<uint8_t*>(begin), bytes, use, {}};
-  if (use != Use::input) b.cells.resize((bytes + 1) / 2);
+  constexpr uint64_t kSparse = uint64_t{1} << 30;
+  Buffer b{name, static_cast<uint8_t*>(begin), bytes, use, {}, {}};
+  const bool dense = bytes < kSparse;
+  if (use != Use::input && dense) b.cells.resize((bytes + 1) / 2);
   if (use == Use::workspace)
     for (Cell& c : b.cells) c.written = true;
-  if (use == Use::output) std::memset(begin, kPoison, bytes);
+  if (use == Use::output && dense) std::memset(begin, kPoison, bytes);
   buffers_.push_back(std::move(b));
 }
 
@@ -149,7 +151,7 @@ void GlobalMemory::read(const void* from, void* to, uint64_t bytes, const Access
   const uint64_t offset = static_cast<const uint8_t*>(from) - b.begin;
   if (b.use != Use::input)
     for (uint64_t c = offset / 2; c < (offset + bytes + 1) / 2; ++c)
-      read_cell(b.cells[c], a, Space::global, b.name.c_str());
+      read_cell(b.cell(c), a, Space::global, b.name.c_str());
   std::memcpy(to, from, bytes);
 }
 
@@ -161,7 +163,7 @@ void GlobalMemory::write(void* to, const void* from, uint64_t bytes, const Acces
     machine->fail("input overwritten: " + b.name + " is written by " + a.instruction, a.place);
   const uint64_t offset = static_cast<uint8_t*>(to) - b.begin;
   for (uint64_t c = offset / 2; c < (offset + bytes + 1) / 2; ++c)
-    write_cell(b.cells[c], a, Space::global, b.name.c_str());
+    write_cell(b.cell(c), a, Space::global, b.name.c_str());
   if (a.proxy == Proxy::generic) mark_unfenced(Space::global);
   std::memcpy(to, from, bytes);
 }
@@ -174,7 +176,7 @@ Knowledge& GlobalMemory::flag(const uint32_t* address, const char* instruction, 
   const uint64_t first =
       static_cast<uint64_t>(reinterpret_cast<const uint8_t*>(address) - b.begin) / 2;
   for (uint64_t c = first; b.use != Use::input && c < first + 2; ++c) {
-    Cell seen = b.cells[c];
+    Cell seen = b.cell(c);
     read_cell(seen, a, Space::global, b.name.c_str());
   }
   return flags_[address];

@@ -75,14 +75,17 @@ struct SharedMemory {
 };
 
 // Global memory: buffers that the caller registers. Whatever lies outside them is out of bounds.
-enum class Use { input, output, workspace };  // an output is poisoned, a workspace is not
+// An output is poisoned, unless it is too large for that; a workspace is not.
+enum class Use { input, output, workspace };
 
 struct Buffer {
   std::string name;
   uint8_t* begin;
   uint64_t size;
   Use use;
-  std::vector<Cell> cells;  // one for each 2 bytes; none of an input
+  std::vector<Cell> cells;                    // one for each 2 bytes; none of an input
+  std::unordered_map<uint64_t, Cell> sparse;  // instead, of a buffer too large for that
+  Cell& cell(uint64_t i) { return cells.empty() ? sparse[i] : cells[i]; }
 };
 
 class GlobalMemory {

@@ -83,6 +83,9 @@ const Case kCases[] = {
     CASE(word_of_eight_bytes, "deadlock", 2, 2),
     CASE(word_overwritten_before_it_was_read, "race", 2, 2),
     CASE(written_by_the_elected_lane, "race|uninitialised"),
+    CASE(elected_lane_runs_into_a_barrier, "elected lane"),
+    CASE(barrier_of_two_sizes, "was one of 128"),
+    CASE(dependent_does_not_wait, "without waiting for the kernel before", 1, 1, 128, true),
 };
 #undef CASE
 

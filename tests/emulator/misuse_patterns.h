@@ -292,12 +292,33 @@ void tell_block_1(uint32_t bytes, bool cluster_scope, bool waits_for_reply) {
 void word_waited_for_in_block_scope(bool wrong) { tell_block_1(4, !wrong, true); }
 void word_of_eight_bytes(bool wrong) { tell_block_1(wrong ? 8 : 4, true, true); }
 void word_overwritten_before_it_was_read(bool wrong) { tell_block_1(4, true, !wrong); }
+void elected_lane_runs_into_a_barrier(bool wrong) {
+  if (warp_of_thread() == 0 && elect_one()) store_shared_word(shared_base(), 1);
+  if (!wrong) warp_sync();
+  cluster_arrive();
+  cluster_wait();
+}
+void barrier_of_two_sizes(bool wrong) {
+  // Not at once: but what orders the two uses may be late one day.
+  named_barrier_sync<1>(128);
+  block_sync();
+  if (warp_of_thread() >= 2) return;
+  if (wrong)
+    named_barrier_sync<1>(64);
+  else
+    named_barrier_sync<2>(64);
+}
+void dependent_does_not_wait(bool wrong) {
+  if (!wrong) grid_wait_dependency();
+  block_sync();
+}
 void written_by_the_elected_lane(bool wrong) {
   const uint32_t barrier = make_barrier(1);
   if (warp_of_thread() == 0 && elect_one()) {
     store_shared_word(shared_base(), 1);
     barrier_arrive(barrier);
   }
+  warp_sync();
   if (!wrong || warp_of_thread() == 0) barrier_wait(barrier, 0);
   load_shared_word(shared_base());
 }

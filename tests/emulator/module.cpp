@@ -209,6 +209,7 @@ struct Workspace {
   Workspace(int64_t size, int64_t sync_offset, int64_t sync_bytes)
       : bytes(size + 128, emu::kPoison) {
     begin = bytes.data() + (128 - reinterpret_cast<uintptr_t>(bytes.data()) % 128) % 128;
+    if (sync_offset + sync_bytes > size) throw emu::Error("the workspace is too small");
     const int64_t others = sync_bytes > 0 ? sync_offset : size;
     if (others > 0) emu::global.add("workspace", begin, others, emu::Use::output);
     if (sync_bytes > 0)
@@ -268,6 +269,21 @@ py::dict forward(const Array& x, const Array& weight, const Array& a, const Arra
   py::dict found = run(launches, s.options);
   for (const auto& item : described(plan)) found[item.first] = item.second;
   return found;
+}
+
+// The names of what a call launches, until number `fails` fails.
+std::vector<std::string> launches(const Array& x, const Array& weight, const Array& a,
+                                  const Array& b, const std::optional<Array>& bias, const Array& y,
+                                  const Array& h, const py::dict& given) {
+  const Scalars s = scalars_of(given);
+  const ForwardArgs args = forward_args(x, weight, a, b, bias, y, h, s);
+  const ForwardPlan plan = plan_forward(args, s.target, s.request);
+  const Workspace workspace(plan.workspace_bytes, plan.sync_offset, 4 * plan.sync_words);
+  std::vector<emu::Launch> made;
+  emu::add_forward(args, plan, s.target, workspace.begin, made, given["fails"].cast<int>());
+  std::vector<std::string> names;
+  for (const emu::Launch& l : made) names.push_back(l.name);
+  return names;
 }
 
 py::dict fused_gemm(const Array& x, const Array& weight, const Array& h, const Array& up,
@@ -367,6 +383,7 @@ PYBIND11_MODULE(emulated, m) {
         py::arg("timing") = "random");
   m.def("forward_plan", &forward_plan);
   m.def("forward", &forward);
+  m.def("launches", &launches);
   m.def("fused_gemm", &fused_gemm);
   m.def("raster", &raster);
   m.def("gemm_probe", &gemm_probe);

@@ -103,7 +103,8 @@ bool elect(Place at) {
   struct {
   } none;
   machine->collective("elect.sync", at, &none, [](auto&) {});
-  return self().lane == static_cast<int>(warp().agent / kAgentsOfWarp % 32);
+  self().alone = self().lane == static_cast<int>(warp().agent / kAgentsOfWarp % 32);
+  return self().alone;
 }
 
 uint32_t shuffle_from_0(uint32_t value, Place at) {
@@ -119,6 +120,7 @@ void sync_warp(Place at) {
   struct {
   } none;
   machine->collective("bar.warp.sync", at, &none, [](auto&) {});
+  self().alone = false;
 }
 
 // ---- wgmma --------------------------------------------------------------------------------------
