@@ -228,10 +228,12 @@ def test_strided_results_and_bias(emulated):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rank", [24, 7])
 @pytest.mark.parametrize("up_scale", [4.0, 0.0])
-def test_scale_of_the_up_projection(emulated, up_scale, form):
+def test_scale_of_the_up_projection(emulated, up_scale, rank, form):
     """What fp16 leaves for B; none of the LoRA term where it is 0, but h is made all the same."""
-    layer = Layer((140, 136, 72, 24), torch.float16)
+    layer = Layer((140, 136, 72, rank), torch.float16)
+    form = form if up_scale else "two_launches"
     (y,), (h,), _ = layer.run(emulated, form=form, scale=(SCALE, up_scale))
     layer.check(y, h, up_scale)
 

@@ -66,7 +66,7 @@ double choose_chains(const ForwardArgs& a, const Target& target, uint32_t wanted
 
 // nullptr if h can be made in fused_gemm's grid, else why not.
 const char* not_one_launch(const ForwardArgs& a, const FusedGemmPlan& gemm) {
-  if (a.down.r == 0) return "there is no LoRA term";
+  if (gemm.r == 0) return "there is no LoRA term";
   if (gemm.empty) return "y is empty";
   if (a.down.r > kForwardRanks[1]) return "r is more than 128";
   if (gemm.mn_major) return "the weight is transposed";

@@ -1,7 +1,7 @@
 // Which launches make up a forward call, y and h from x: host code alone, so tests need no GPU.
 //
 //   two launches   down_proj, then fused_gemm, which starts early and waits before it reads h
-//   one launch     h is the first column of work of fused_gemm's grid (forward_sm90.cuh)
+//   one launch     h is work of fused_gemm's grid, whose flags are zeroed ahead (forward_sm90.cuh)
 //
 // Around them, only where needed: copies of operands that TMA cannot address, and of an h whose
 // rows are not on 16-byte boundaries.
