@@ -134,7 +134,9 @@ FusedGemmArgs fused_gemm_args(const Operand& x, const Operand& weight, const Ope
        {std::pair{&x, "x"}, {&weight, "weight"}, {&h, "h"}, {&up, "up"}})
     check_cuda_operand(*operand, x.tensor, x.matrix.dtype, op, name);
   if (bias.has_value())
-    STD_TORCH_CHECK(bias->device() == x.tensor.device(), op, ": bias must be on x's device");
+    STD_TORCH_CHECK(bias->device() == x.tensor.device(), op, ": bias is on device ",
+                    bias->get_device_index(), " but must be on that of x, ",
+                    x.tensor.get_device_index());
   const int64_t N = weight.rows;
   return {x.matrix,
           weight.matrix,
@@ -155,8 +157,10 @@ Tensor fused_gemm_cuda(const Tensor& x, const Tensor& weight, const Tensor& h, c
                        double scale) {
   NoGrad no_grad;
   const char* op = "fused_gemm";
-  FusedGemmArgs args = fused_gemm_args(flatten_rows(x, op, "x"), operand(weight, op, "weight"),
-                                       operand(h, op, "h"), operand(up, op, "up"), bias, scale, op);
+  // Kept until the launch: flattening x may have made a copy.
+  const Operand rows = flatten_rows(x, op, "x"), w = operand(weight, op, "weight"),
+                h_rows = operand(h, op, "h"), b = operand(up, op, "up");
+  FusedGemmArgs args = fused_gemm_args(rows, w, h_rows, b, bias, scale, op);
   args.dropout = dropout_of(seed, threshold, op);
   OnDeviceOf device(x);
   const Target target = target_of(x);
