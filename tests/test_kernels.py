@@ -185,8 +185,14 @@ def test_every_vector_width(isa_module, isa, m, k, r, seed):
         (lambda x: OPS.down_proj(x, x, torch.tensor([1, 2]), -1, 1.0), "threshold must be"),
         (lambda x: OPS.fused_gemm(x, x, x[:2], x, None, None, 0, 1.0), r"h.size\(0\)"),
         (lambda x: OPS.fused_gemm(x, x, x, x[:, :2], None, None, 0, 1.0), r"up.size\(1\)"),
-        (lambda x: OPS.fused_gemm(x, x, x, x, x[0, :2], None, 0, 1.0), "bias must be"),
-        (lambda x: OPS.fused_gemm(x, x.half(), x, x, None, None, 0, 1.0), "share a dtype"),
+        (
+            lambda x: OPS.fused_gemm(x, x, x, x, x[0, :2], None, 0, 1.0),
+            r"bias.size\(0\) is 2 but must be 4",
+        ),
+        (
+            lambda x: OPS.fused_gemm(x, x.half(), x, x, None, None, 0, 1.0),
+            "weight has dtype float16 but must have that of x, float32",
+        ),
         (lambda x: OPS.weight_grad(x[:2], x, None, 0, 1.0, False, False), r"h.size\(0\)"),
         (lambda x: OPS.weight_grad(x[0], x, None, 0, 1.0, False, False), "two dimensions"),
         (lambda x: OPS.dropout_mask(torch.tensor([1, 2]), -1, 4, 0), "must not be negative"),
