@@ -112,14 +112,8 @@ def run_backward(dy, x, weight, lora_a, lora_b, h, seed, plan, need_x, need_a, n
     """(dx, da, db, dbias); an empty tensor where a gradient is not needed."""
     if plan.off:
         return _backward_off(dy, x, weight, lora_a, lora_b, plan, need_x, need_a, need_b, need_bias)
-    dtype = x.dtype
-    wide_a, wide_b = lora_a.dtype is not dtype, lora_b.dtype is not dtype
-    if weight.dtype is not dtype:
-        weight = weight.to(dtype)
-    if wide_a:
-        lora_a = lora_a.to(dtype)
-    if wide_b:
-        lora_b = lora_b.to(dtype)
+    wide_a, wide_b = lora_a.dtype is not x.dtype, lora_b.dtype is not x.dtype
+    x, weight, lora_a, lora_b, seed = one_dtype(x, weight, lora_a, lora_b, seed, False)
     return plan.backward(
         dy, x, weight, lora_a, lora_b, h, seed, plan.threshold, plan.h_scale, plan.up_scale,
         wide_a, wide_b, need_x, need_a, need_b, need_bias,

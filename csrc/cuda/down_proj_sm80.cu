@@ -9,11 +9,8 @@ template <class T>
 cudaError_t launch_typed(const DownProjArgs& args, const DownProjPlan& plan, cudaStream_t stream) {
   cudaError_t error = cudaErrorInvalidConfiguration;
   with_down_proj_sm80<T>(plan, [&](auto kernel) {
-    error = allow_shared_memory(kernel, plan.shared_bytes);
-    if (error != cudaSuccess) return;
-    kernel<<<grid_of(plan), plan.threads, plan.shared_bytes, stream>>>(args, plan.layout.mn_major,
-                                                                       plan.layout.h_pairs);
-    error = cudaGetLastError();
+    error = launch_kernel(kernel, grid_of(plan), plan.threads, plan.shared_bytes, stream, false,
+                          args, plan.layout.mn_major, plan.layout.h_pairs);
   });
   return error;
 }

@@ -29,11 +29,8 @@ cudaError_t launch_typed(const DownProjArgs& args, const DownProjPlan& plan, cud
   if (error != cudaSuccess) return error;
   error = cudaErrorInvalidConfiguration;
   with_down_proj_sm90<T>(plan, args.dropout.seed != nullptr, [&](auto kernel) {
-    error = allow_shared_memory(kernel, plan.shared_bytes);
-    if (error != cudaSuccess) return;
-    kernel<<<grid_of(plan), plan.threads, plan.shared_bytes, stream>>>(x_map, down_map, args,
-                                                                       plan.layout.h_pairs);
-    error = cudaGetLastError();
+    error = launch_kernel(kernel, grid_of(plan), plan.threads, plan.shared_bytes, stream, false,
+                          x_map, down_map, args, plan.layout.h_pairs);
   });
   return error;
 }

@@ -70,6 +70,10 @@ struct PackJobs {
   void add(const TmaOperand& o, void* workspace) {
     if (o.packed) jobs[count++] = {o.from, o.rows, o.columns, o.at(workspace).data, o.width()};
   }
+  void add(const FusedGemmPlan& plan, void* workspace) {
+    for (const TmaOperand* o : {&plan.x, &plan.weight, &plan.h, &plan.up, &plan.bias})
+      add(*o, workspace);
+  }
 };
 
 constexpr unsigned kPackThreads = 256;  // of a block, which copies rows
@@ -85,8 +89,7 @@ int run_fused_gemm(const FusedGemmArgs& args, const FusedGemmPlan& plan, void* w
                    Launcher& launcher) {
   if (plan.empty) return 0;
   PackJobs before;
-  for (const TmaOperand* operand : {&plan.x, &plan.weight, &plan.h, &plan.up, &plan.bias})
-    before.add(*operand, workspace);
+  before.add(plan, workspace);
   const int error = before.count > 0 ? launcher.pack(before) : 0;
   return error == 0 ? launcher.fused_gemm(args, plan, workspace, false) : error;
 }
@@ -105,9 +108,7 @@ int run_forward(ForwardArgs args, ForwardPlan plan, void* workspace, Launcher& l
   auto* bytes = static_cast<uint8_t*>(workspace);
   const bool one = plan.form == ForwardForm::one_launch, adapted = args.down.r > 0;
   PackJobs before, after;
-  for (const TmaOperand* operand :
-       {&plan.gemm.x, &plan.gemm.weight, &plan.gemm.up, &plan.gemm.bias})
-    before.add(*operand, workspace);
+  before.add(plan.gemm, workspace);
   if (one) before.add(plan.lora_a, workspace);
   if (plan.gemm.x.packed) args.down.x = plan.gemm.x.at(workspace);
   if (plan.h_padded) {

@@ -5,8 +5,8 @@
 namespace lora_kernels {
 namespace {
 
-constexpr int64_t kGroup =
-    8;  // pairs of row blocks, at most: 66 clusters then work on about 8 x 8 tiles
+// Pairs of row blocks, at most: 66 clusters then work on about 8 x 8 tiles.
+constexpr int64_t kGroup = 8;
 
 // nullptr if the kernel serves the call, else why it does not.
 const char* not_served(const FusedGemmArgs& a, const Target& target) {
@@ -85,19 +85,15 @@ FusedGemmPlan plan_fused_gemm(const FusedGemmArgs& args, const Target& target,
   plan.threads = tile.threads;
   plan.shared_bytes = tile.shared_bytes;
 
-  const bool k_major = !tma_operand(args.weight, args.N, args.K).packed;
-  plan.mn_major =
-      !k_major && args.K > 0 && !tma_operand(transposed(args.weight), args.K, args.N).packed;
+  const TmaOperand weight = tma_operand(args.weight, args.N, args.K);
+  const TmaOperand mn_weight = tma_operand(transposed(args.weight), args.K, args.N);
+  plan.mn_major = weight.packed && args.K > 0 && !mn_weight.packed;
   plan.r = args.scale == 0 ? 0 : args.r;
   plan.x = tma_operand(args.x, args.M, args.K);
   plan.h = tma_operand(args.h, args.M, args.r);
-  if (plan.mn_major) {
-    plan.weight = tma_operand(transposed(args.weight), args.K, args.N);
-    plan.up = tma_operand(transposed(args.up), args.r, args.N);
-  } else {
-    plan.weight = tma_operand(args.weight, args.N, args.K);
-    plan.up = tma_operand(args.up, args.N, args.r);
-  }
+  plan.weight = plan.mn_major ? mn_weight : weight;
+  plan.up = plan.mn_major ? tma_operand(transposed(args.up), args.r, args.N)
+                          : tma_operand(args.up, args.N, args.r);
   if (plan.r == 0) plan.h.packed = plan.up.packed = false;  // nothing is loaded of them
   if (args.bias.data != nullptr) plan.bias = tma_operand(args.bias, 1, args.N);
   plan.y_vectors = !tma_operand(args.y, args.M, args.N).packed;

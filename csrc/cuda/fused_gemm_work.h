@@ -22,8 +22,8 @@ struct FusedGemmWork {
 };
 
 struct ForwardWork {
-  FusedGemmWork gemm;  // its raster's column 0 is h
-  uint32_t* ticket;    // 0 before the launch
+  FusedGemmWork gemm;  // its raster has the chains of h too
+  uint32_t* ticket;    // zeroed by the launch ahead
   uint32_t* flags;     // one for 128 rows, likewise
 };
 

@@ -13,24 +13,14 @@ cudaError_t device_target(int device, Target* target);
 // Whether the library holds code for sm_90a.
 bool built_with_sm90a();
 
-// What a launch of more than 48 KB needs. A failure is not left behind as the thread's last error,
-// where the next good launch would find it.
-template <class Kernel>
-cudaError_t allow_shared_memory(Kernel kernel, int bytes) {
-  const cudaError_t error = cudaFuncSetAttribute(
-      reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) cudaGetLastError();
-  return error;
-}
-
 // Launches a kernel; `early`: once all blocks of the launch ahead of it allow that, instead of
-// after its end.
+// after its end. A failure is not left behind as the thread's last error, where the next good
+// launch would find it.
 template <class... Parameters, class... Arguments>
 cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes,
                           cudaStream_t stream, bool early, const Arguments&... arguments) {
   static_assert((std::is_same_v<Parameters, Arguments> && ...), "arguments are not converted");
-  cudaError_t error = allow_shared_memory(kernel, shared_bytes);
-  if (error != cudaSuccess) return error;
+  const void* function = reinterpret_cast<const void*>(kernel);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -42,8 +32,11 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, int threads,
   config.attrs = &attribute;
   config.numAttrs = early ? 1 : 0;
   const void* pointers[] = {&arguments...};
-  error = cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel),
-                              const_cast<void**>(pointers));
+  // More than 48 KB have to be asked for.
+  cudaError_t error =
+      cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error == cudaSuccess)
+    error = cudaLaunchKernelExC(&config, function, const_cast<void**>(pointers));
   if (error != cudaSuccess) cudaGetLastError();
   return error;
 }

@@ -23,7 +23,7 @@ constexpr int64_t kTmaLimit = int64_t{1} << 31;  // of a coordinate
 struct TmaOperand {
   Matrix from;
   int64_t rows = 0, columns = 0;
-  bool packed = false;  // whether there is one
+  bool packed = false;  // whether it is copied
   int64_t offset = 0;   // of the copy in the workspace, bytes
 
   // Elements of a row of the copy; those past `columns` are zero. TMA has no empty matrix.
