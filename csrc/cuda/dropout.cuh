@@ -29,7 +29,7 @@ __device__ __forceinline__ LaneDropout load_dropout(const Dropout& d, int64_t ro
           row0(d) % 16 == 0 && first_col % 16 == 0};
 }
 
-// Selects the fragment at local column `col`, a multiple of 16: one draw for its 8 elements.
+// An aligned fragment: one draw for its 8 elements.
 __device__ __forceinline__ void apply_aligned_dropout(uint32_t (&a)[4], const LaneDropout& d,
                                                       uint32_t col) {
   const PhiloxWords words = philox(d.column_group + col / 4, d.row_group, d.offset, d.seed);
@@ -38,9 +38,10 @@ __device__ __forceinline__ void apply_aligned_dropout(uint32_t (&a)[4], const La
     a[v] &= ptx::halves_at_least(words.v[v] & (kMaskBits << 16 | kMaskBits), d.threshold);
 }
 
-// The same where a fragment straddles groups: each element is drawn on its own.
-__device__ __forceinline__ void apply_any_dropout(uint32_t (&a)[4], const LaneDropout& d,
-                                                  uint32_t col, uint32_t lane) {
+// Where a fragment straddles groups each element is drawn on its own: bit 2 v + i for half i of
+// register v.
+__device__ __forceinline__ uint32_t draw_any_dropout(const LaneDropout& d, uint32_t col,
+                                                     uint32_t lane) {
   uint32_t kept = 0;
 #pragma unroll 1
   for (int e = 0; e < 8; ++e) {
@@ -50,11 +51,29 @@ __device__ __forceinline__ void apply_any_dropout(uint32_t (&a)[4], const LaneDr
     const bool right = c / 8 % 2 != 0, low = r / 8 % 2 != 0;
     const uint32_t word = right ? (low ? w.v[3] : w.v[2]) : (low ? w.v[1] : w.v[0]);
     const uint32_t bits = word >> (16 * (c % 2)) & kMaskBits;
-    kept |= static_cast<uint32_t>(bits >= (d.threshold & 0xffff)) << e;
+        kept |= static_cast<uint32_t>(bits >= (d.threshold & 0xffff)) << e;
   }
+  return kept;
+}
+__device__ __forceinline__ void select_kept(uint32_t (&a)[4], uint32_t kept) {
   LK_UNROLL
   for (int v = 0; v < 4; ++v)
     a[v] &= (kept >> (2 * v) & 1 ? 0xffffu : 0u) | (kept >> (2 * v + 1) & 1 ? 0xffff0000u : 0u);
+}
+// Selects the fragment at local column `col`, a multiple of 16.
+__device__ __forceinline__ void apply_dropout(uint32_t (&a)[4], const LaneDropout& d, uint32_t col,
+                                              uint32_t lane) {
+  if (d.aligned)
+    apply_aligned_dropout(a, d, col);
+  else
+    select_kept(a, draw_any_dropout(d, col, lane));
+}
+
+// The same lane `rows` further down, a multiple of 16.
+__device__ __forceinline__ LaneDropout below(LaneDropout d, uint32_t rows) {
+  d.row += rows;
+  d.row_group += rows / 2;
+  return d;
 }
 
 }  // namespace lora_kernels

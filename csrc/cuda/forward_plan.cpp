@@ -3,16 +3,12 @@
 #include <algorithm>
 #include <cstdio>
 
+#include "model.h"
+
+
 namespace lora_kernels {
 namespace {
 
-// The model, at a clock of 1.6 GHz; docs/fused_gemm.md says where each number is from.
-constexpr double kClock = 1.6e9, kMemory = 3.0e12;  // 1/s, bytes/s
-constexpr double kLaunchSeconds = 1.5e-6;           // that overlapping leaves of a second launch
-constexpr double kStreamBytes = 51;                 // a clock, of one multiprocessor
-constexpr double kDropoutClocks = 390;              // of a 128x64 tile of x
-constexpr double kZeroSeconds = 1e-6;  // that it leaves of the launch that zeroes flags
-constexpr double kItemClocks = 2000, kFlagClocks = 1500;
 constexpr uint32_t kMaxChain = 4;
 
 // Clocks of one cluster for the h of 256 rows.
@@ -27,7 +23,7 @@ double h_cycles(const ForwardArgs& a, int rank) {
 // What the LoRA term adds to the frozen GEMM: clocks.
 double two_launches_cost(const ForwardArgs& a) {
   const double bytes = static_cast<double>(a.down.M) * static_cast<double>(a.down.K) * 2;
-  return (bytes / kMemory + kLaunchSeconds) * kClock;
+    return memory_clocks(bytes) + kLaunchSeconds * kClock;
 }
 
 // A chain takes a cluster a turn of its own. Turns that the last wave leaves idle are free; else
@@ -139,7 +135,7 @@ ForwardPlan plan_forward(const ForwardArgs& args, const Target& target,
 
 unsigned pack_blocks(const PackJobs& jobs, int multiprocessors) {
   int64_t most = 1;
-  for (int i = 0; i < jobs.count; ++i) most = std::max(most, jobs.jobs[i].rows);
+  for (int i = 0; i < jobs.count; ++i) most = std::max(most, jobs.jobs[i].height);
   return static_cast<unsigned>(std::min<int64_t>(most, 8 * int64_t{multiprocessors}));
 }
 

@@ -55,20 +55,22 @@ ForwardPlan plan_forward(const ForwardArgs& args, const Target& target,
                          const ForwardRequest& request = {});
 std::string describe(const ForwardPlan& plan);
 
-// Copies that one launch makes: each [rows, columns] matrix into contiguous rows of `width`, zero
-// past `columns`.
+// Copies that one launch makes: each [rows, columns] matrix into `height` contiguous rows of
+// `width`, zero past rows and columns.
 struct PackJob {
   Matrix from;
   int64_t rows, columns;
   void* to;
-  int64_t width;
+  int64_t height, width;
 };
-constexpr int kMaxPackJobs = 5;
+constexpr int kMaxPackJobs = 6;
 struct PackJobs {
   PackJob jobs[kMaxPackJobs];
   int count = 0;
   void add(const TmaOperand& o, void* workspace) {
-    if (o.packed) jobs[count++] = {o.from, o.rows, o.columns, o.at(workspace).data, o.width()};
+    if (!o.packed) return;
+    jobs[count++] = {o.from,     o.rows,  o.columns, o.at(workspace).data,
+                     o.height(), o.width()};
   }
   void add(const FusedGemmPlan& plan, void* workspace) {
     for (const TmaOperand* o : {&plan.x, &plan.weight, &plan.h, &plan.up, &plan.bias})
@@ -114,7 +116,8 @@ int run_forward(ForwardArgs args, ForwardPlan plan, void* workspace, Launcher& l
   if (plan.h_padded) {
     const Matrix out = args.down.h;
     args.down.h = {bytes + plan.h_offset, plan.gemm.h.width(), 1, out.dtype};
-    after.jobs[after.count++] = {args.down.h, args.down.M, args.down.r, out.data, args.down.r};
+    after.jobs[after.count++] = {args.down.h, args.down.M, args.down.r, out.data,
+                                 args.down.M, args.down.r};
   }
   plan.gemm.h.from = args.gemm.h = args.down.h;
 

@@ -198,7 +198,7 @@ __global__ void __cluster_dims__(Tile::kCluster, 1, 1) __launch_bounds__(Tile::k
           compute_h<T, kRank, kDropout>(ring, args, work, row_block + p * Tile::kCluster, group,
                                         thread % 128);
       } else {
-        compute_tile<T, false>(ring, &y_map, work.gemm, row_block * Tile::kM, at.column * Tile::kN,
+        compute_tile<T, false, false>(ring, &y_map, work.gemm, row_block * Tile::kM, at.column * Tile::kN,
                                group, thread % 128);
       }
     }

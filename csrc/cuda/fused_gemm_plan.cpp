@@ -11,7 +11,7 @@ constexpr int64_t kGroup = 8;
 // nullptr if the kernel serves the call, else why it does not.
 const char* not_served(const FusedGemmArgs& a, const Target& target) {
   if (const char* reason = no_sm90a(target)) return reason;
-  if (a.dropout.seed != nullptr) return "dropout of the LoRA term has no kernel";
+  
   if (std::max({a.M, a.N, a.K, a.r}) >= kTmaLimit - kClusterRows)
     return "a dimension is past 2^31, which TMA cannot address";
   if (ceil_div(a.M, kClusterRows) * (ceil_div(a.N, 64) + 1) >= kTmaLimit)
@@ -87,8 +87,9 @@ FusedGemmPlan plan_fused_gemm(const FusedGemmArgs& args, const Target& target,
 
   const TmaOperand weight = tma_operand(args.weight, args.N, args.K);
   const TmaOperand mn_weight = tma_operand(transposed(args.weight), args.K, args.N);
-  plan.mn_major = weight.packed && args.K > 0 && !mn_weight.packed;
-  plan.r = args.scale == 0 ? 0 : args.r;
+    plan.r = args.scale == 0 ? 0 : args.r;
+  plan.masked = args.dropout.seed != nullptr && plan.r > 0;
+  plan.mn_major = plan.masked || (weight.packed && args.K > 0 && !mn_weight.packed);
   plan.x = tma_operand(args.x, args.M, args.K);
   plan.h = tma_operand(args.h, args.M, args.r);
   plan.weight = plan.mn_major ? mn_weight : weight;
@@ -139,7 +140,7 @@ std::string describe(const FusedGemmPlan& p, const Raster& raster, unsigned clus
          number(2 * clusters) + " blocks in clusters of 2, " + number(tiles) +
          " tiles of 256 rows, " + number(tenths / 10) + "." + number(tenths % 10) + " waves" +
          (raster.chain > 0 ? ", " + number(raster.chains()) + " chains of h" : "") + ", " +
-         (p.mn_major ? "MN" : "K") + "-major weight, " + number(p.shared_bytes / 1024) +
+                  (p.mn_major ? "MN" : "K") + "-major weight, " + (p.masked ? "masked LoRA term, " : "") + number(p.shared_bytes / 1024) +
          " KB shared" + describe_packing(p);
 }
 

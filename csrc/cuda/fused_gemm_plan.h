@@ -48,7 +48,9 @@ struct FusedGemmPlan {
   bool empty;   // y has no elements
   const char* reason;
   int tile_n, stages, threads, shared_bytes;
-  bool mn_major;                // weight and up have N contiguous
+    bool mn_major;                // weight and up have N contiguous
+  bool masked;                  // dropout's mask on the LoRA term
+
   bool y_vectors;               // TMA stores y; else ordinary stores do
   TmaOperand x, weight, h, up;  // weight and up transposed if mn_major; their offsets still 0
   TmaOperand bias;              // a row; not by TMA, but contiguous too

@@ -10,7 +10,7 @@
 #else
 #include "ptx.cuh"
 namespace lora_kernels {
-template <class Tile, class T, bool kMnMajor>
+template <class Tile, class T, bool kMnMajor, bool kMasked>
 __global__ void fused_gemm_sm90_kernel(const __grid_constant__ ptx::TensorMap,
                                        const __grid_constant__ ptx::TensorMap,
                                        const __grid_constant__ ptx::TensorMap,

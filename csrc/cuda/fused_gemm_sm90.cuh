@@ -1,4 +1,5 @@
-// y [M, N] = x [M, K] * weight [N, K]^T + h [M, r] * up [N, r]^T + bias by TMA and wgmma.
+// y [M, N] = x [M, K] * weight [N, K]^T + h [M, r] * up [N, r]^T + bias by TMA and wgmma; kMasked:
+// with dropout's mask on the LoRA term.
 //
 // Persistent clusters of two blocks go through the tiles of y. In each block one thread loads
 // stages of x and weight into a ring, then, in the same ring, of h and up: to the accumulators the
@@ -12,13 +13,14 @@
 
 namespace lora_kernels {
 
-template <class Tile, class T, bool kMnMajor>
+template <class Tile, class T, bool kMnMajor, bool kMasked>
 __global__ void __cluster_dims__(Tile::kCluster, 1, 1) __launch_bounds__(Tile::kThreads, 1)
     fused_gemm_sm90_kernel(const __grid_constant__ ptx::TensorMap x_map,
                            const __grid_constant__ ptx::TensorMap weight_map,
                            const __grid_constant__ ptx::TensorMap h_map,
                            const __grid_constant__ ptx::TensorMap up_map,
                            const __grid_constant__ ptx::TensorMap y_map, const FusedGemmWork work) {
+    static_assert(kMnMajor || !kMasked, "the masked form takes an MN-major weight only");
   GemmRing<Tile> ring;
   const uint32_t thread = threadIdx.x, warp = ptx::warp_uniform(thread / 32);
   const uint32_t rank = ptx::cluster_rank();
@@ -55,7 +57,7 @@ __global__ void __cluster_dims__(Tile::kCluster, 1, 1) __launch_bounds__(Tile::k
     for (uint32_t item = ptx::cluster_index(); item < work.raster.items();
          item += ptx::cluster_count()) {
       const RasterPlace at = work.raster.place(item);
-      compute_tile<T, kMnMajor>(ring, &y_map, work, row_of(at), at.column * Tile::kN, group,
+      compute_tile<T, kMnMajor, kMasked>(ring, &y_map, work, row_of(at), at.column * Tile::kN, group,
                                 thread % 128);
     }
     if (thread % 128 == 0) ptx::tma_store_wait<0>();

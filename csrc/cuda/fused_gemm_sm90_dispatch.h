@@ -10,10 +10,12 @@ template <class T, class Launch>
 void with_fused_gemm_sm90(const FusedGemmPlan& plan, const Launch& launch) {
   with_fused_gemm_tile(plan.tile_n, [&](auto tile) {
     using Tile = decltype(tile);
-    if (plan.mn_major)
-      launch(fused_gemm_sm90_kernel<Tile, T, true>);
+        if (plan.masked)
+      launch(fused_gemm_sm90_kernel<Tile, T, true, true>);
+    else if (plan.mn_major)
+      launch(fused_gemm_sm90_kernel<Tile, T, true, false>);
     else
-      launch(fused_gemm_sm90_kernel<Tile, T, false>);
+      launch(fused_gemm_sm90_kernel<Tile, T, false, false>);
   });
 }
 

@@ -1,6 +1,6 @@
 // A tile of y: multiplied, bias added, rounded once, and out through shared memory.
 #pragma once
-#include "fused_gemm_ring.cuh"
+#include "fused_gemm_masked.cuh"
 #include "fused_gemm_work.h"
 
 namespace lora_kernels {
@@ -93,14 +93,14 @@ __device__ __forceinline__ void multiply_by(float (&acc)[kCount], float factor) 
 
 // A tile of y from its first stage to its stores. A scale of the LoRA term enters as
 // (frozen / scale + h up^T) * scale, in fp32: exact for powers of two, which are what fp16 asks
-// for.
-template <class T, bool kMnMajor, class Ring>
+// for; under a mask it multiplies the term.
+template <class T, bool kMnMajor, bool kMasked, class Ring>
 __device__ __forceinline__ void compute_tile(Ring& ring, const ptx::TensorMap* y_map,
                                              const FusedGemmWork& work, uint32_t row,
                                              uint32_t column, uint32_t group, uint32_t thread) {
   constexpr uint32_t kN = Ring::Tile::kN;
   const GemmOutput& out = work.out;
-  const bool scaled = work.scale != 1.0f;
+  const bool scaled = !kMasked && work.scale != 1.0f;
   const uint32_t lane = thread % 32;
   const bool biased = out.bias != nullptr && thread < kN / 2;
   const uint32_t bias = biased ? load_bias(out, column + thread * 2) : 0;
@@ -111,9 +111,13 @@ __device__ __forceinline__ void compute_tile(Ring& ring, const ptx::TensorMap* y
     ptx::wgmma_keep(acc);
     multiply_by(acc, work.inverse);
   }
-  multiply_rank<T, kMnMajor>(acc, ring, work.rank_steps, group, lane);
+    if constexpr (!kMasked)
+    multiply_rank<T, kMnMajor>(acc, ring, work.rank_steps, group, lane);
   if (biased) ptx::store_shared_word(ring.bias(group) + thread * 4, bias);
   finish_product(acc, ring, lane);
+  if constexpr (kMasked)
+    add_masked_rank<T>(acc, ring, work.rank_steps, work.mask, work.scale, row + group * 64, column,
+                       group, thread / 32, lane);
   if (scaled) multiply_by(acc, work.scale);
   store_tile<T>(acc, ring, y_map, out, row + group * 64, column, group, thread);
 }

@@ -18,7 +18,9 @@ struct FusedGemmWork {
   Raster raster;
   uint32_t blocks_k, blocks_r;  // stages of the frozen product, of the LoRA term
   uint32_t rank_steps;          // k16 steps of the LoRA term
-  float scale, inverse;         // of the LoRA term, and 1 / scale
+    float scale, inverse;         // of the LoRA term, and 1 / scale
+  Dropout mask;                 // of the LoRA term
+
 };
 
 struct ForwardWork {
@@ -47,7 +49,8 @@ inline FusedGemmWork work_of(const FusedGemmArgs& a, const FusedGemmPlan& plan,
           stages_of(plan.r),
           static_cast<uint32_t>(ceil_div(plan.r, kMmaDepth)),
           plan.r > 0 ? a.scale : 1.0f,
-          plan.r > 0 ? 1.0f / a.scale : 1.0f};
+                    plan.r > 0 ? 1.0f / a.scale : 1.0f,
+          a.dropout};
 }
 
 inline FusedGemmMaps maps_of(const FusedGemmArgs& a, const FusedGemmPlan& plan, void* workspace) {

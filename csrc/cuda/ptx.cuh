@@ -53,6 +53,9 @@ LK_PTX bool elect_one() {
 }
 // The value that lane 0 of the warp has: tells the compiler that a branch on it is uniform.
 LK_PTX uint32_t warp_uniform(uint32_t value) { return __shfl_sync(~0u, value, 0); }
+// Hides a value from the compiler, which would else work out ahead of a loop what follows from it,
+// and spill that.
+LK_PTX void opaque(uint32_t& value) { asm volatile("" : "+r"(value)); }
 LK_PTX void warp_sync() { __syncwarp(); }
 LK_PTX void block_sync() { __syncthreads(); }
 
@@ -92,6 +95,11 @@ LK_PTX uint16_t load_global(const uint16_t* address) {
   asm volatile("ld.global.b16 %0, [%1];" : "=h"(v) : "l"(address) : "memory");
   return v;
 }
+LK_PTX float load_global(const float* address) {
+  float v;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(address) : "memory");
+  return v;
+}
 LK_PTX void store_global(uint16_t* address, uint16_t value) {
   asm volatile("st.global.b16 [%0], %1;" ::"l"(address), "h"(value) : "memory");
 }
@@ -99,7 +107,12 @@ LK_PTX void store_global(uint32_t* address, uint32_t value) {
   asm volatile("st.global.b32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
 LK_PTX void store_global(float* address, float value) {
-  asm volatile("st.global.f32 [%0], %1;" ::"l"(address), "f"(value) : "memory");
+    asm volatile("st.global.f32 [%0], %1;" ::"l"(address), "f"(value) : "memory");
+}
+// Two at once, on an 8-byte boundary.
+LK_PTX void store_global_pair(float* address, float first, float second) {
+  asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(address), "f"(first), "f"(second)
+               : "memory");
 }
 
 // ---- flags and tickets in global memory ---------------------------------------------------------

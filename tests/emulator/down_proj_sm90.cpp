@@ -2,6 +2,7 @@
 #include "cuda/down_proj_sm90.cuh"
 
 #include "cuda/down_proj_sm90_dispatch.h"
+#include "encode.h"
 #include "kernels.h"
 
 namespace emu {
@@ -9,20 +10,14 @@ namespace emu {
 using namespace lora_kernels;
 
 std::function<void()> down_proj_sm90_body(const DownProjArgs& args, const DownProjPlan& plan) {
-  const auto encode = [](const TensorMapSpec& s) {
-    return make_tensor_map(
-        {s.data, s.columns, s.rows, s.row_stride, static_cast<int>(kRowElements), s.box_rows});
-  };
   const TensorMap x = encode(x_map_spec(args, plan)), down = encode(down_map_spec(args, plan));
   const bool dropout = args.dropout.seed != nullptr;
   std::function<void()> body;
-  const auto keep = [&](auto kernel) {
-    body = [=] { kernel(x, down, args, plan.layout.h_pairs); };
-  };
-  if (args.x.dtype == Dtype::bf16)
-    with_down_proj_sm90<Bf16>(plan, dropout, keep);
-  else
-    with_down_proj_sm90<F16>(plan, dropout, keep);
+  with_type(args.x.dtype, [&](auto type) {
+    with_down_proj_sm90<decltype(type)>(plan, dropout, [&](auto kernel) {
+      body = [=] { kernel(x, down, args, plan.layout.h_pairs); };
+    });
+  });
   return body;
 }
 

@@ -4,29 +4,12 @@
 #include "cuda/forward_sm90_dispatch.h"
 #include "cuda/fused_gemm_sm90_dispatch.h"
 #include "cuda/pack.cuh"
+#include "encode.h"
 #include "kernels.h"
 
 namespace emu {
 
 using namespace lora_kernels;
-
-namespace {
-
-TensorMap encode(const TensorMapSpec& s) {
-  return make_tensor_map(
-      {s.data, s.columns, s.rows, s.row_stride, static_cast<int>(kRowElements), s.box_rows});
-}
-
-// Calls f(Bf16{}) or f(F16{}).
-template <class F>
-void with_type(Dtype dtype, const F& f) {
-  if (dtype == Dtype::bf16)
-    f(Bf16{});
-  else
-    f(F16{});
-}
-
-}  // namespace
 
 std::function<void()> fused_gemm_body(const FusedGemmArgs& args, const FusedGemmPlan& plan,
                                       void* workspace) {

@@ -2,7 +2,7 @@
 #pragma once
 #include <vector>
 
-#include "cuda/forward_plan.h"
+#include "cuda/backward_plan.h"
 #include "machine.h"
 
 namespace emu {
@@ -18,6 +18,12 @@ void add_forward(const lora_kernels::ForwardArgs& args, const lora_kernels::Forw
 void add_fused_gemm(const lora_kernels::FusedGemmArgs& args,
                     const lora_kernels::FusedGemmPlan& plan, const lora_kernels::Target& target,
                     void* workspace, std::vector<Launch>& launches);
+void add_backward(const lora_kernels::BackwardArgs& args, const lora_kernels::BackwardPlan& plan,
+                  const lora_kernels::Target& target, void* workspace,
+                  std::vector<Launch>& launches, int fails = -1);
+void add_weight_grad(const lora_kernels::WeightGradPass& pass,
+                     const lora_kernels::WeightGradPlan& plan, const lora_kernels::Target& target,
+                     void* workspace, std::vector<Launch>& launches);
 
 // The kernel on such arguments; empty if no tile was built for the plan.
 std::function<void()> down_proj_sm80_body(const lora_kernels::DownProjArgs& args,
@@ -28,6 +34,9 @@ std::function<void()> fused_gemm_body(const lora_kernels::FusedGemmArgs& args,
                                       const lora_kernels::FusedGemmPlan& plan, void* workspace);
 std::function<void()> forward_body(const lora_kernels::ForwardArgs& args,
                                    const lora_kernels::ForwardPlan& plan, void* workspace);
+std::function<void()> weight_grad_body(const lora_kernels::WeightGradPass& pass,
+                                       const lora_kernels::WeightGradPlan& plan, void* workspace);
+std::function<void()> reduce_body(const lora_kernels::ReduceJobs& jobs);
 std::function<void()> pack_body(const lora_kernels::PackJobs& jobs);
 std::function<void()> zero_body(uint32_t* words, uint32_t count);
 

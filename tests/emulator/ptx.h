@@ -34,6 +34,7 @@ LK_PTX bool elect_one(Place at = Place::here()) { return emu::elect(at); }
 LK_PTX uint32_t warp_uniform(uint32_t value, Place at = Place::here()) {
   return emu::shuffle_from_0(value, at);
 }
+LK_PTX void opaque(uint32_t&) {}
 LK_PTX void warp_sync(Place at = Place::here()) { emu::sync_warp(at); }
 LK_PTX void block_sync(Place at = Place::here()) { emu::sync_named(0, emu::kWholeBlock, true, at); }
 
@@ -59,10 +60,11 @@ LK_PTX void store_shared_word(uint32_t address, uint32_t value, Place at = Place
 LK_PTX void store_shared_x4(uint32_t address, const uint32_t (&v)[4], Place at = Place::here()) {
   emu::block().shared->write(address, v, 16, emu::generic_access("st.shared.v4", at));
 }
-LK_PTX uint16_t load_global(const uint16_t* address, Place at = Place::here()) {
-  uint16_t v;
-  emu::global.read(address, &v, 2, emu::generic_access("ld.global", at));
-  emu::machine->statistics.bytes_loaded += 2;
+template <class T>
+LK_PTX T load_global(const T* address, Place at = Place::here()) {
+  T v;
+  emu::global.read(address, &v, sizeof(T), emu::generic_access("ld.global", at));
+  emu::machine->statistics.bytes_loaded += sizeof(T);
   return v;
 }
 template <class T>
@@ -70,7 +72,16 @@ LK_PTX void store_global(T* address, T value, Place at = Place::here()) {
   emu::global.write(address, &value, sizeof(T), emu::generic_access("st.global", at));
 }
 
+LK_PTX void store_global_pair(float* address, float first, float second,
+                              Place at = Place::here()) {
+  const float both[2] = {first, second};
+  if (reinterpret_cast<uintptr_t>(address) % 8 != 0)
+    emu::machine->fail("st.global.v2 off its 8-byte boundary", at);
+  emu::global.write(address, both, 8, emu::generic_access("st.global.v2", at));
+}
+
 // ---- flags and tickets in global memory
+
 
 LK_PTX uint32_t load_acquire(const uint32_t* flag, Place at = Place::here()) {
   return emu::acquire_flag(flag, at);

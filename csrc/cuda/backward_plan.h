@@ -1,0 +1,115 @@
+// Which launches make up a backward call: host code alone, so tests need no GPU.
+//
+//   dy pass   dh = h_scale dy B, dB = up_scale dy^T h, dbias: one read of dy (weight_grad_sm90.cuh)
+//   dx        dy W0 + select(mask, masked_scale dh A, 0)                     (fused_gemm_sm90.cuh)
+//   x pass    dA = masked_scale dh^T select(mask, x, 0): one read of x       (weight_grad_sm90.cuh)
+//
+// Each only if a gradient asks for it, and dh by down_proj where dB is not wanted. Partial results
+// are added by reduce.cuh: those of dh before dx, the others at the end. Around them, only where
+// needed, copies of operands that TMA cannot address.
+#pragma once
+#include <string>
+
+#include "forward_plan.h"
+#include "weight_grad_plan.h"
+
+namespace lora_kernels {
+
+struct BackwardArgs {
+  Matrix dy, x, weight;      // [M, N], [M, K], [N, K]
+  Matrix lora_a, lora_b, h;  // [r, K], [N, r], [M, r]
+  Matrix dx, da, db, dbias;  // [M, K], [r, K], [N, r], [1, N]
+  bool need_x, need_a, need_b, need_bias;
+  int64_t M, N, K, r;
+  float h_scale, up_scale;
+  float masked_scale;  // up_scale / q
+  Dropout dropout;
+
+  bool needs_dh() const { return r > 0 && (need_x || need_a); }
+};
+
+// What each launch is told; `dh` [M, r].
+WeightGradPass dy_pass_of(const BackwardArgs& args, const Matrix& dh);
+WeightGradPass x_pass_of(const BackwardArgs& args, const Matrix& dh);
+FusedGemmArgs dx_args_of(const BackwardArgs& args, const Matrix& dh);
+DownProjArgs dh_args_of(const BackwardArgs& args, const Matrix& dy, const Matrix& dh);
+
+struct BackwardPlan {
+  bool served;
+  const char* reason;  // why not
+  bool reads_dy, reads_x;  // whether there is such a pass
+    WeightGradPlan dy_pass, x_pass;
+  TmaOperand dy;       // as the dy pass and dx find it
+
+  DownProjPlan down;   // of dh, if the dy pass does not make it
+  FusedGemmPlan gemm;  // of dx
+  int64_t workspace_bytes;
+  int64_t dh_offset, dh_width;
+  double overhead;  // over the frozen GEMM of dx, by the model: 0.01 is 1 %; 0 without dx
+
+  Matrix dh(void* workspace, Dtype dtype) const {
+    return {static_cast<uint8_t*>(workspace) + dh_offset, dh_width, 1, dtype};
+  }
+};
+
+BackwardPlan plan_backward(const BackwardArgs& args, const Target& target,
+                           const FusedGemmRequest& request = {});
+std::string describe(const BackwardPlan& plan);
+
+// All copies ahead of the passes; each operand once.
+PackJobs pack_jobs(const BackwardPlan& plan, void* workspace);
+
+// Makes the launches of one weight_grad pass, as run_backward does.
+//
+//   launcher.weight_grad(pass, plan, workspace)
+//   launcher.reduce(jobs)
+template <class Launcher>
+int run_weight_grad(const WeightGradPass& pass, const WeightGradPlan& plan, void* workspace,
+                    Launcher& launcher) {
+  PackJobs before;
+  ReduceJobs after;
+  if (!plan.empty)
+    for (const TmaOperand* o : {&plan.x, &plan.h}) before.add(*o, workspace);
+  after.add(grad_job(pass, plan, workspace));
+  int error = before.count > 0 ? launcher.pack(before) : 0;
+  if (error == 0 && !plan.empty) error = launcher.weight_grad(pass, plan, workspace);
+  if (error == 0 && after.count > 0) error = launcher.reduce(after);
+  return error;
+}
+
+// Makes the launches of a plan, in order, through `launcher` (see run_forward and run_weight_grad),
+// until one does not return 0.
+template <class Launcher>
+int run_backward(const BackwardArgs& args, const BackwardPlan& plan, void* workspace,
+                 Launcher& launcher) {
+  const Matrix dh = plan.dh(workspace, args.dy.dtype);
+  const WeightGradPass dy_pass = dy_pass_of(args, dh), x_pass = x_pass_of(args, dh);
+  const PackJobs before = pack_jobs(plan, workspace);
+  int error = before.count > 0 ? launcher.pack(before) : 0;
+  ReduceJobs first, last;
+  if (plan.reads_dy) {
+    if (error == 0 && !plan.dy_pass.empty)
+      error = launcher.weight_grad(dy_pass, plan.dy_pass, workspace);
+    if (dy_pass.with_down) first.add(down_job(dy_pass, plan.dy_pass, workspace));
+    if (dy_pass.with_grad) last.add(grad_job(dy_pass, plan.dy_pass, workspace));
+    if (dy_pass.with_sums) last.add(sums_job(dy_pass, plan.dy_pass, workspace));
+  }
+  if (error == 0 && first.count > 0) error = launcher.reduce(first);
+  if (error == 0 && args.needs_dh() && !dy_pass.with_down)
+    error = launcher.down_proj(dh_args_of(args, plan.dy.at(workspace), dh), plan.down);
+  if (error == 0 && args.need_x && !plan.gemm.empty) {
+    FusedGemmPlan gemm = plan.gemm;
+    gemm.h.from = dh;
+    error = launcher.fused_gemm(dx_args_of(args, dh), gemm, workspace, args.needs_dh());
+  }
+  if (plan.reads_x) {
+    WeightGradPlan x = plan.x_pass;
+    x.h.from = dh;
+    if (error == 0 && !x.empty) error = launcher.weight_grad(x_pass, x, workspace);
+    last.add(grad_job(x_pass, x, workspace));
+  }
+  if (error == 0 && last.count > 0) error = launcher.reduce(last);
+  return error;
+}
+
+}  // namespace lora_kernels

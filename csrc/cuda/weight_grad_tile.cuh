@@ -1,0 +1,114 @@
+// What is done with 128 rows by 64 columns of x in shared memory, read once: a product of its rows
+// for the down projection, one of its columns for the gradient, another for their sums. wgmma takes
+// the same bytes either way: as rows of K, or, transposed, as panels.
+#pragma once
+#include "dropout.cuh"
+
+namespace lora_kernels {
+
+constexpr uint32_t kStepsOfRows = 128 / kMmaDepth;  // of a stage, when its rows are the depth
+
+// sum += 64 rows of x, a tile of 64 columns from `x` on, times `down`, panels of 64 of its columns.
+// Not complete on return.
+template <class T, int kCount>
+__device__ __forceinline__ void multiply_rows(float (&sum)[kCount], uint32_t x, uint32_t down, bool accumulate) {
+  constexpr uint32_t kPanel = kRowElements * kRowBytes;
+  ptx::wgmma_keep(sum);
+  ptx::wgmma_fence();
+  LK_UNROLL
+  for (uint32_t step = 0; step < kRowElements / kMmaDepth; ++step)
+    ptx::wgmma<T, 0, 1>(sum, k_major_descriptor(x + step * kKMajorStep),
+                        mn_major_descriptor(down + step * kMnMajorStep, kPanel), accumulate || step > 0);
+  ptx::wgmma_commit();
+  ptx::wgmma_keep(sum);
+}
+
+// grad [64 columns, 2 kCount ranks] += x^T h over the 128 rows of a stage; `h`: its first row,
+// panels of 64 ranks that are `panel` bytes apart. Not complete on return.
+template <class T, int kCount>
+__device__ __forceinline__ void multiply_columns(float (&grad)[kCount], uint32_t x, uint32_t h,
+                                                 uint32_t panel, bool accumulate) {
+  ptx::wgmma_keep(grad);
+  ptx::wgmma_fence();
+  LK_UNROLL
+  for (uint32_t step = 0; step < kStepsOfRows; ++step)
+    ptx::wgmma<T, 1, 1>(grad, mn_major_descriptor(x + step * kMnMajorStep, panel),
+                        mn_major_descriptor(h + step * kMnMajorStep, panel),
+                        accumulate || step > 0);
+  ptx::wgmma_commit();
+  ptx::wgmma_keep(grad);
+}
+
+// sums += x^T ones, the same in all 16 columns of the result. Not complete on return.
+template <class T>
+__device__ __forceinline__ void multiply_ones(float (&sums)[8], uint32_t x, uint32_t ones,
+                                              bool accumulate) {
+  ptx::wgmma_keep(sums);
+  ptx::wgmma_fence();
+  LK_UNROLL
+  for (uint32_t step = 0; step < kStepsOfRows; ++step)
+    ptx::wgmma<T, 1, 0>(sums, mn_major_descriptor(x + step * kMnMajorStep, kAtomBytes),
+                        k_major_descriptor(ones), accumulate || step > 0);
+  ptx::wgmma_commit();
+  ptx::wgmma_keep(sums);
+}
+
+// The tile of ones: 16 rows of 64.
+template <class T>
+__device__ __forceinline__ void write_ones(uint32_t ones, uint32_t thread, uint32_t threads) {
+  const uint32_t two = ptx::pack(1.0f, 1.0f, T{});
+#pragma unroll 1
+  for (uint32_t i = thread; i < 16 * kRowBytes / 4; i += threads)
+    ptx::store_shared_word(ones + i * 4, two);
+  ptx::fence_async_shared();
+}
+
+// Selects 64 rows of x in place, 16 of them a warp; `column`: of x, where the tile starts. wgmma
+// may read them once the threads of both warpgroups have met.
+__device__ __forceinline__ void mask_rows(uint32_t x, const LaneDropout& dropout, uint32_t column,
+                                          uint32_t warp, uint32_t lane) {
+  LK_UNROLL
+  for (uint32_t step = 0; step < kRowElements / kMmaDepth; ++step) {
+    const uint32_t at = x + swizzled((warp * 16 + lane % 16) * kRowBytes +
+                                     (step * 2 + lane / 16) * kChunkBytes);
+    uint32_t a[4];
+    ptx::load_matrix_x4(a, at);
+    apply_dropout(a, dropout, column + step * kMmaDepth, lane);
+    ptx::store_matrix_x4(at, a);
+  }
+  ptx::fence_async_shared();
+}
+
+// 16 rows of partial results from `row` on, as wgmma leaves them: the first `columns` of each, in
+// pairs, where row < rows.
+template <int kCount>
+__device__ __forceinline__ void store_partials(float* to, int64_t pitch, int64_t row, int64_t rows,
+                                               uint32_t columns, const float (&sum)[kCount],
+                                               uint32_t lane) {
+  LK_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const int64_t r = row + lane / 4 + half * 8;
+    if (r >= rows) continue;
+    LK_UNROLL
+    for (int n = 0; n < kCount / 4; ++n) {
+      const uint32_t column = n * 8 + lane % 4 * 2;
+      if (column < columns)
+        ptx::store_global_pair(to + r * pitch + column, sum[4 * n + 2 * half],
+                               sum[4 * n + 2 * half + 1]);
+    }
+  }
+}
+
+// The first column of such results: one value a row.
+__device__ __forceinline__ void store_column(float* to, int64_t row, int64_t rows,
+                                             const float (&sum)[8], uint32_t lane) {
+  if (lane % 4 != 0) return;
+  LK_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const int64_t r = row + lane / 4 + half * 8;
+    if (r < rows) ptx::store_global(to + r, sum[2 * half]);
+  }
+}
+
+}  // namespace lora_kernels
+

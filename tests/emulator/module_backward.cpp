@@ -1,0 +1,148 @@
+// The backward pass, emulated on numpy arrays.
+#include <memory>
+
+#include "arrays.h"
+#include "module.h"
+
+namespace {
+
+// Gradients may be of fp32; None is one that is not wanted.
+using Result = std::optional<py::array>;
+
+Matrix result_of(const Result& a, bool is_bf16) {
+  const Dtype narrow = is_bf16 ? Dtype::bf16 : Dtype::f16;
+  if (!a) return {nullptr, 0, 0, narrow};
+  const int64_t size = a->itemsize();
+  const int64_t rows = a->ndim() == 2 ? a->strides(0) / size : 0;
+  return {const_cast<void*>(a->data()), rows, a->strides(a->ndim() - 1) / size,
+          size == 4 ? Dtype::f32 : narrow};
+}
+
+void add_result(const std::string& name, const Result& a) {
+  if (!a || a->size() == 0) return;
+  int64_t bytes = a->itemsize();
+  for (int i = 0; i < a->ndim(); ++i) bytes += (a->shape(i) - 1) * a->strides(i);
+  emu::global.add(name, const_cast<void*>(a->data()), static_cast<uint64_t>(bytes),
+                  emu::Use::output);
+}
+
+struct Results {
+  Result dx, da, db, dbias;
+};
+
+Results results_of(const py::dict& given) {
+  const auto get = [&](const char* name) {
+    return given.contains(name) && !given[name].is_none() ? Result(given[name].cast<py::array>())
+                                                          : Result();
+  };
+  return {get("dx"), get("da"), get("db"), get("dbias")};
+}
+
+Dropout dropout_of(const Scalars& s) {
+  return {s.seed.empty() ? nullptr : s.seed.data(), static_cast<int>(s.seed.size()), s.threshold};
+}
+
+BackwardArgs backward_args(const std::vector<Array>& operands, const Results& to,
+                           const Scalars& s) {
+  const Array &dy = operands[0], &x = operands[1], &weight = operands[2], &a = operands[3],
+              &b = operands[4], &h = operands[5];
+  if (x.shape(0) != dy.shape(0) || h.shape(0) != dy.shape(0) || weight.shape(0) != dy.shape(1) ||
+      weight.shape(1) != x.shape(1) || a.shape(1) != x.shape(1) || b.shape(0) != dy.shape(1) ||
+      h.shape(1) != a.shape(0) || b.shape(1) != a.shape(0))
+    throw py::value_error("dy, x, weight, A, B and h do not fit together");
+  const auto m = [&](const Array& v) { return matrix_of(v, s.is_bf16); };
+  const auto out = [&](const Result& v) { return result_of(v, s.is_bf16); };
+  return {m(dy),      m(x),        m(weight),   m(a),        m(b),         m(h),
+          out(to.dx), out(to.da),  out(to.db),  out(to.dbias), to.dx.has_value(),
+          to.da.has_value(), to.db.has_value(), to.dbias.has_value(), dy.shape(0), dy.shape(1),
+          x.shape(1), a.shape(0), s.h_scale, s.up_scale, s.up_scale, dropout_of(s)};
+}
+
+py::dict described(const BackwardPlan& p) {
+  py::dict found;
+  found["served"] = p.served;
+  found["reason"] = p.reason;
+  found["text"] = describe(p);
+  found["workspace_bytes"] = p.workspace_bytes;
+  found["overhead"] = p.overhead;
+  found["tile_n"] = p.gemm.tile_n;
+  found["mn_major"] = p.gemm.mn_major;
+  found["rank"] = p.dy_pass.rank;
+  found["chunks"] = p.dy_pass.chunks;
+  found["splits"] = py::make_tuple(p.dy_pass.splits, p.x_pass.splits);
+  return found;
+}
+
+py::dict backward_plan(const std::vector<Array>& operands, const py::dict& to,
+                       const py::dict& given) {
+  const Scalars s = scalars_of(given);
+  return described(
+      plan_backward(backward_args(operands, results_of(to), s), s.target, s.request.gemm));
+}
+
+// operands: dy, x, weight, A, B, h. Several calls at once, each with results of its own; a call
+// stops where launch number options["fails"] fails.
+py::dict backward(const std::vector<Array>& operands, const std::vector<py::dict>& calls,
+                  const py::dict& given) {
+  const Scalars s = scalars_of(given);
+  emu::global.clear();
+  const char* names[] = {"dy", "x", "weight", "A", "B", "h"};
+  for (size_t i = 0; i < operands.size(); ++i)
+    add_buffer(names[i], operands[i], emu::Use::input);
+  std::vector<emu::Launch> launches;
+  std::vector<std::unique_ptr<Workspace>> workspaces;
+  BackwardPlan plan{};
+  for (const py::dict& call : calls) {
+    const Results to = results_of(call);
+    add_result("dx", to.dx);
+    add_result("da", to.da);
+    add_result("db", to.db);
+    add_result("dbias", to.dbias);
+    const BackwardArgs args = backward_args(operands, to, s);
+    plan = plan_backward(args, s.target, s.request.gemm);
+    if (!plan.served) throw py::value_error(plan.reason);
+    workspaces.push_back(std::make_unique<Workspace>(plan.workspace_bytes, 0, 0));
+    emu::add_backward(args, plan, s.target, workspaces.back()->begin, launches,
+                      given.contains("fails") ? given["fails"].cast<int>() : -1);
+  }
+  py::dict found;
+  if (given.contains("fails")) {
+    std::vector<std::string> made;
+    for (const emu::Launch& l : launches) made.push_back(l.name);
+    found["kernels"] = made;
+  } else {
+    found = run(launches, s.options);
+  }
+  for (const auto& item : described(plan)) found[item.first] = item.second;
+  return found;
+}
+
+// grad [r, K] = scale h^T select(mask, x, 0).
+py::dict weight_grad(const Array& h, const Array& x, const py::array& grad,
+                     const py::dict& given) {
+  const Scalars s = scalars_of(given);
+  emu::global.clear();
+  add_buffer("h", h, emu::Use::input);
+  add_buffer("x", x, emu::Use::input);
+  add_result("grad", grad);
+  WeightGradPass pass{};
+  pass.with_grad = h.shape(1) > 0;
+  pass.grad = {matrix_of(h, s.is_bf16), matrix_of(x, s.is_bf16), result_of(grad, s.is_bf16),
+               x.shape(0), x.shape(1), h.shape(1), s.up_scale, dropout_of(s)};
+  WeightGradPlan plan = plan_weight_grad(pass, s.target);
+  if (!plan.served) throw py::value_error(plan.reason);
+  Workspace workspace(place_weight_grad(pass, plan), 0, 0);
+  std::vector<emu::Launch> launches;
+  emu::add_weight_grad(pass, plan, s.target, workspace.begin, launches);
+  py::dict found = run(launches, s.options);
+  found["text"] = describe(plan);
+  return found;
+}
+
+}  // namespace
+
+void define_backward(py::module_& m) {
+  m.def("backward_plan", &backward_plan);
+  m.def("backward", &backward);
+  m.def("weight_grad", &weight_grad);
+}
