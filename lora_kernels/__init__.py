@@ -4,6 +4,7 @@ from . import flops, reference
 from .backend import Backend, Explanation, backends, explain, use_backend
 from .dropout import dropout_mask, keep_probability
 from .functional import fused_lora_linear
+from .group import fused_lora_linear_group
 from .linear import LoRALinear
 
 __version__ = "0.1.0"
@@ -16,6 +17,7 @@ __all__ = [
     "explain",
     "flops",
     "fused_lora_linear",
+    "fused_lora_linear_group",
     "keep_probability",
     "reference",
     "use_backend",

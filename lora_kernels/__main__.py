@@ -14,7 +14,10 @@ from . import __version__, backends
 from .backend import ENV, automatic
 from .schemas import EXTENSION_ERROR, has_kernel
 
-OPS = ("dropout_mask", "down_proj", "fused_gemm", "weight_grad", "forward", "backward")
+OPS = (
+    "dropout_mask", "down_proj", "fused_gemm", "weight_grad", "forward", "backward",
+    "forward_group", "backward_group",
+)  # fmt: skip
 
 
 def _devices() -> list[torch.device]:

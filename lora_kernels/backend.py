@@ -28,6 +28,8 @@ class Backend:
         name: what the `backend` argument calls it.
         summary: one line on what it runs.
         forward, backward: as `composed.forward` and `composed.backward`.
+        group_forward, group_backward: the same for projections that share x, as `forward_group` and
+            `backward_group` of `schemas`; by default one projection after the other.
         missing: None if it can run on this machine, else what is missing and how to get it.
         refuses: None if it serves an x of this kind, else why not.
         prefers: None if the automatic choice may take it for such an x, else why not.
@@ -43,6 +45,8 @@ class Backend:
     refuses: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
     prefers: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
     plan: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, float], str] | None = None
+    group_forward: Callable | None = None
+    group_backward: Callable | None = None
 
 
 @dataclass(frozen=True)
@@ -320,6 +324,8 @@ def _register_all() -> None:
     native = dict(
         forward=torch.ops.lora_kernels.forward.default,
         backward=torch.ops.lora_kernels.backward.default,
+        group_forward=torch.ops.lora_kernels.forward_group.default,
+        group_backward=torch.ops.lora_kernels.backward_group.default,
     )
     register(
         Backend("cuda", _CUDA_SUMMARY, **_cuda_flow(), missing=_cuda_missing, refuses=_on_cuda,
@@ -336,7 +342,8 @@ def _register_all() -> None:
     )  # fmt: skip
     register(
         Backend("composed", "the vendor's GEMMs, up projection accumulated in place by addmm",
-                composed.forward, composed.backward)
+                composed.forward, composed.backward,
+                group_forward=composed.group_forward, group_backward=composed.group_backward)
     )  # fmt: skip
     register(
         Backend("reference", "plain PyTorch, accumulated in fp32 (fp64 for fp64)", _reference_only,

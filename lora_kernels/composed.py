@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from . import autocast, dropout
 
 Grads = tuple[Tensor, Tensor, Tensor, Tensor]
+GroupGrads = tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]
 
 
 def _outside_autocast(run: Callable) -> Callable:
@@ -58,6 +60,11 @@ def fused_gemm(
         torch.mm(x, weight.t(), out=rows)
     else:
         torch.addmm(bias, x, weight.t(), out=rows)
+    _add_up_projection(rows, h, up, seed, threshold, scale)
+    return y
+
+
+def _add_up_projection(rows, h, up, seed, threshold, scale) -> None:
     if seed is None:
         rows.addmm_(h, up.t(), alpha=scale)
     else:
@@ -65,7 +72,6 @@ def fused_gemm(
         term = rows.new_empty(rows.shape)
         term.addmm_(h, up.t(), beta=0, alpha=scale * _inverse_keep(threshold))
         rows.add_(torch.where(mask, term, 0))
-    return y
 
 
 def weight_grad(
@@ -149,6 +155,90 @@ def data_flow(
 
 
 forward, backward = data_flow(down_proj, fused_gemm, weight_grad)
+
+
+def group_flow(forward: Callable, backward_after: Callable) -> tuple[Callable, Callable]:
+    """(forward_group, backward_group) of `schemas`, one projection after the other.
+
+    `backward_after(dx)`: the backward of a projection that returns its dx added to that of those
+    before it, or None for the first, in place.
+    """
+
+    def forward_group(
+        x: Tensor,
+        weights: list[Tensor],
+        lora_as: list[Tensor],
+        lora_bs: list[Tensor],
+        biases: list[Tensor | None],
+        seeds: list[Tensor | None],
+        threshold: int,
+        h_scales: list[float],
+        up_scales: list[float],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        operands = zip(weights, lora_as, lora_bs, biases, seeds, strict=True)
+        scales = zip(h_scales, up_scales, strict=True)
+        each = [forward(x, *o, threshold, *s) for o, s in zip(operands, scales, strict=True)]
+        return [y for y, _ in each], [h for _, h in each]
+
+    def backward_group(
+        x: Tensor,
+        dys: list[Tensor],
+        weights: list[Tensor],
+        lora_as: list[Tensor],
+        lora_bs: list[Tensor],
+        hs: list[Tensor],
+        seeds: list[Tensor | None],
+        threshold: int,
+        h_scales: list[float],
+        up_scales: list[float],
+        wide_a: list[bool],
+        wide_b: list[bool],
+        need_x: bool,
+        need_a: list[bool],
+        need_b: list[bool],
+        need_bias: list[bool],
+    ) -> GroupGrads:
+        dx: Any = None
+        grads: list[list[Tensor]] = []
+        operands = zip(weights, lora_as, lora_bs, hs, seeds, strict=True)
+        scalars = zip(h_scales, up_scales, wide_a, wide_b, strict=True)
+        needs = zip(need_a, need_b, need_bias, strict=True)
+        for dy, o, s, n in zip(dys, operands, scalars, needs, strict=True):
+            dx, *rest = backward_after(dx)(dy, x, *o, threshold, *s, need_x, *n)
+            grads.append(rest)
+        das, dbs, dbiases = map(list, zip(*grads, strict=True))
+        return dx, das, dbs, dbiases
+
+    return forward_group, backward_group
+
+
+def adding(backward: Callable) -> Callable:
+    """`backward_after` of a backward that knows of no other: its dx is added once it is there."""
+
+    def after(dx: Tensor | None) -> Callable:
+        def run(*args):
+            more, *rest = backward(*args)
+            return more if dx is None else dx.add_(more), *rest
+
+        return run
+
+    return after
+
+
+def _backward_after(dx: Tensor | None) -> Callable:
+    """The vendor's GEMMs add to dx themselves."""
+    if dx is None:
+        return backward
+    return data_flow(down_proj, functools.partial(_add_fused_gemm, dx), weight_grad)[1]
+
+
+def _add_fused_gemm(dx, dy, weight, dh, up, bias, seed, threshold, scale) -> Tensor:
+    rows = dx.view(dh.shape[0], weight.shape[0]).addmm_(_rows(dy), weight.t())
+    _add_up_projection(rows, dh, up, seed, threshold, scale)
+    return dx
+
+
+group_forward, group_backward = group_flow(forward, _backward_after)
 
 
 def _rows(x: Tensor) -> Tensor:

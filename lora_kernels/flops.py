@@ -46,6 +46,11 @@ def forward(x, weight, lora_a, lora_b, *args, **kwargs) -> int:
     return _gemm(_rows(x), n, k) + _gemm(_rows(x), lora_a[0], k + n)
 
 
+@register_flop_formula([_OPS.forward_group, _OPS.lora_linear_group])
+def forward_group(x, weights, lora_as, lora_bs, *args, **kwargs) -> int:
+    return sum(forward(x, *one) for one in zip(weights, lora_as, lora_bs, strict=True))
+
+
 @register_flop_formula([_OPS.backward, _OPS.lora_linear_backward])
 def backward(dy, x, weight, lora_a, lora_b, *args, **kwargs) -> int:
     need_x, need_a, need_b = args[-4:-1]
@@ -53,3 +58,10 @@ def backward(dy, x, weight, lora_a, lora_b, *args, **kwargs) -> int:
     dh = _gemm(m, r, n) if need_x or need_a else 0
     dx = _gemm(m, k, n) + _gemm(m, k, r) if need_x else 0
     return dh + dx + (_gemm(m, r, k) if need_a else 0) + (_gemm(m, r, n) if need_b else 0)
+
+
+@register_flop_formula([_OPS.backward_group, _OPS.lora_linear_group_backward])
+def backward_group(x, dys, weights, lora_as, lora_bs, *args, **kwargs) -> int:
+    need_x, *needs = args[-4:]
+    each = zip(dys, weights, lora_as, lora_bs, *needs, strict=True)
+    return sum(backward(dy, x, w, a, b, need_x, *need) for dy, w, a, b, *need in each)

@@ -167,9 +167,9 @@ class LoraLinear(torch.autograd.Function):
         )
 
 
-def _no_double_backward():
+def _no_double_backward(op="fused_lora_linear"):
     raise RuntimeError(
-        "fused_lora_linear: double backward (create_graph=True) is not supported by this backend; "
+        f"{op}: double backward (create_graph=True) is not supported by this backend; "
         "pass backend='reference', which is differentiable any number of times"
     )
 

@@ -9,6 +9,9 @@ C2  norms: |error| / |o| <= NORM[dtype, kind], for results of at least 4096 elem
 C3  16 bits, against eager PyTorch in the same dtype: RMS error <= eager's, largest <= 2x eager's
 C4  exactly representable problems: bitwise equal
 C5  C1 again with W = 0 (also with B of scale 1e-3), and with B = 0: each term on its own
+C7  200 steps of training beside eager PyTorch with the same masks: each step's loss within
+    TRAINING_LOSS and no further from eager's than other masks take eager from itself; what each
+    adapter has learnt at a cosine above 0.999; every gradient non-zero, and of eager's size
 """
 
 from __future__ import annotations
@@ -37,6 +40,12 @@ EAGER_NORM = 1.0  # an eager-like path rounds the frozen product and each interm
 NORM_MIN_ELEMENTS = 4096
 EAGER_RMS = 1.0
 EAGER_MAX = 2.0
+TRAINING_STEPS = 200
+TRAINING_SEEDS = 3  # of the masks
+# C7 names 16 bits only; in float32 rounding is 2^-16 of that, and training amplifies it a little.
+TRAINING_LOSS = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
+TRAINING_COSINE = 0.999
+TRAINING_GRADIENT = 0.02  # relative, in norm: AdamW's steps would not show a factor
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,7 @@ def oracle(p: Problem) -> Oracle:
     m = torch.ones_like(x)
     if p.dropout_p > 0:
         mask = lk.dropout.reference_mask(p.seed, *x.shape, lk.dropout.drop_threshold(p.dropout_p))
-        m = mask / lk.keep_probability(p.dropout_p)
+        m = mask.double() / lk.keep_probability(p.dropout_p)  # bool / float would be float32
     xd = torch.where(m > 0, x * m, 0)
     h, dh = s * xd @ a.T, s * dy @ b
     base_y, base_dx, lora_dx = x @ w.T, dy @ w, torch.where(m > 0, (dh @ a) * m, 0)
@@ -104,7 +113,11 @@ def oracle(p: Problem) -> Oracle:
 
 def c1_usage(p: Problem, got: dict[str, Tensor], *, eager_like: bool = False) -> dict[str, float]:
     """Largest error / bound of each result; C1 holds where it is at most 1."""
-    o, u = oracle(p), UNIT[p.x.dtype]
+    return _c1_usage(p, oracle(p), got, eager_like)
+
+
+def _c1_usage(p: Problem, o: Oracle, got: dict[str, Tensor], eager_like: bool) -> dict[str, float]:
+    u = UNIT[p.x.dtype]
     usage = {}
     for name, value in got.items():
         exact = o.value[name]
@@ -125,6 +138,21 @@ def c1_usage(p: Problem, got: dict[str, Tensor], *, eager_like: bool = False) ->
 def assert_c1(p: Problem, got: dict[str, Tensor], *, eager_like: bool = False) -> None:
     for name, usage in c1_usage(p, got, eager_like=eager_like).items():
         assert usage <= 1.0, f"C1: {name} uses {usage:.3g} of its bound"
+
+
+def assert_c1_group(parts: list[Problem], dx: Tensor, *, eager_like: bool = False) -> None:
+    """C1 of the dx that projections of one x have in common: one sum, with one rounding."""
+    oracles = [oracle(p) for p in parts]
+    value, total, middle, partial = (
+        {"x": torch.stack([getattr(o, kind)["x"] for o in oracles]).sum(0)}
+        for kind in ("value", "total", "middle", "partial")
+    )
+    # An eager-like path rounds the sum of what it has after each of two products a projection.
+    partial["x"] = 2 * len(parts) * partial["x"]
+    length = {"x": sum(o.length["x"] + 1 for o in oracles)}
+    of_sum = Oracle(value, total, middle, length, partial)
+    for name, usage in _c1_usage(parts[0], of_sum, {"x": dx}, eager_like).items():
+        assert usage <= 1.0, f"C1: {name} of the group uses {usage:.3g} of its bound"
 
 
 def assert_c2(p: Problem, got: dict[str, Tensor], *, eager_like: bool = False) -> None:
@@ -157,3 +185,23 @@ def assert_c4(p: Problem, got: dict[str, Tensor]) -> None:
     o = oracle(p)
     for name, value in got.items():
         assert torch.equal(value.double(), o.value[name]), f"C4: {name} is not exact"
+
+
+def c7_violations(dtype: torch.dtype, found: dict) -> list[str]:
+    """What breaks C7 in the result of bench.training's `compare`; nothing if it holds.
+
+    Written so that a NaN breaks it.
+    """
+    broken = []
+    loss, spread = found["loss_difference"], found["eager_spread"]
+    if not loss <= TRAINING_LOSS[dtype]:
+        broken.append(f"a loss is {loss:.2e} off eager's, the limit is {TRAINING_LOSS[dtype]:.0e}")
+    if not loss <= spread:
+        broken.append(f"a loss is {loss:.2e} off eager's, other masks make {spread:.2e}")
+    if not found["cosine"] > TRAINING_COSINE:
+        broken.append(f"an adapter learnt otherwise: cosine {found['cosine']:.6f} to eager's")
+    if not found["gradient_difference"] <= TRAINING_GRADIENT:
+        broken.append(f"a gradient is {found['gradient_difference']:.1%} off eager's size")
+    if found["idle"]:
+        broken.append(f"without gradient or change: {', '.join(found['idle'])}")
+    return broken

@@ -9,10 +9,10 @@ inline void epilogue_strip(const FusedGemmTailArgs& a, int64_t row, int64_t rows
   if (a.bias.data != nullptr) read_tile(a.bias, 0, col, 1, cols, bias, kColUnit);
   with_type(a.y.dtype, [&](auto* type) {
     for (int64_t i = 0; i < rows; ++i) {
-      const float* product = static_cast<const float*>(a.product.data) +
-                             (row + i - a.product_row) * a.product.row_stride +
-                             (col - a.product_col);
-      auto* y = static_cast<decltype(type)>(a.y.data) + (row + i) * a.y.row_stride + col;
+      const int64_t r = row + i - a.first_row, c = col - a.first_col;
+      const float* product =
+          static_cast<const float*>(a.product.data) + r * a.product.row_stride + c;
+      auto* y = static_cast<decltype(type)>(a.y.data) + r * a.y.row_stride + c;
       for (int64_t j = 0; j < cols; ++j)
         from_float(product[j] + (a.scale * lora[i * ld + j] + bias[j]), y[j]);
     }

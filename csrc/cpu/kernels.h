@@ -12,12 +12,12 @@ constexpr int64_t kColUnit = 64;  // a cache line of 16-bit elements or more, an
 
 // What is left of FusedGemmArgs once the vendor has multiplied: y = product + the rest.
 struct FusedGemmTailArgs {
-  Matrix product;  // fp32, the part of the frozen product that starts at (product_row, product_col)
-  int64_t product_row, product_col;
+  Matrix product;  // fp32, the part of the frozen product that starts at (first_row, first_col)
+  int64_t first_row, first_col;
   Matrix h;     // [M, r]
   Matrix up;    // [N, r]
   Matrix bias;  // [1, N], data may be null
-  Matrix y;     // [M, N]
+  Matrix y;     // the same part of y [M, N]; it may be the product itself
   int64_t M, N, r;
   float scale;
   Dropout dropout;

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../cpu/kernels.h"
@@ -21,6 +22,8 @@ constexpr int64_t kTaskFlops = 1 << 17;  // below this a second thread costs mor
 constexpr int64_t kSmallFlops =
     1 << 18;  // below this the vendor's call overhead outweighs its GEMM
 constexpr int64_t kPanelElements = 1 << 22;  // of an fp32 copy of a 16-bit operand: 16 MiB
+// What a group takes of x at a time: blocks of the kernels' own size, so they pack as often.
+constexpr int64_t kRowBlock = 2 * kRowUnit, kColBlock = 4 * kColUnit;
 
 // f(begin, end) over 0..extent in ranges that start at multiples of unit.
 template <class F>
@@ -45,20 +48,37 @@ bool few_rows(const Operand& x, int64_t r, const Dropout& dropout) {
          2 * x.rows * x.cols * r >= kTaskFlops;
 }
 
-void run_down_proj(const DownProjArgs& args) {
-  parallel(args.M, kRowUnit, 2 * kRowUnit * args.K * std::max<int64_t>(args.r, 4),
-           [&](int64_t begin, int64_t end) { kernels().down_proj(args, begin, end); });
+// One pass over x, which the group shares: rows meet every projection while a cache holds them.
+void run_down_proj(const std::vector<DownProjArgs>& group) {
+  if (group.empty()) return;
+  int64_t ranks = 0;
+  for (const DownProjArgs& args : group) ranks += std::max<int64_t>(args.r, 4);
+  parallel(group[0].M, kRowUnit, 2 * kRowUnit * group[0].K * ranks,
+           [&](int64_t begin, int64_t end) {
+             for (int64_t row = begin; row < end; row += kRowBlock)
+               for (const DownProjArgs& args : group)
+                 kernels().down_proj(args, row, std::min(row + kRowBlock, end));
+           });
 }
 
-Operand down_proj(const Operand& x, const Operand& down, const Dropout& dropout, double scale) {
+// h, which the vendor fills now, or `run_down_proj` of the group that it joins.
+Operand join_down_proj(std::vector<DownProjArgs>& group, const Operand& x, const Operand& down,
+                       const Dropout& dropout, double scale) {
   check_size(down.cols, x.cols, "down_proj", "down.size(1)");
   Operand h = operand(empty_cpu({x.rows, down.rows}, x.tensor.scalar_type()), "down_proj", "h");
   if (few_rows(x, down.rows, dropout) && down.matrix.dtype == Dtype::f32) {
     addmm_out(h.tensor, h.tensor, as_tensor(x), as_tensor(transposed(down)), 0.0, scale);
     return h;
   }
-  run_down_proj({x.matrix, down.matrix, h.matrix, x.rows, x.cols, down.rows,
-                 static_cast<float>(scale * inverse_keep(dropout)), dropout});
+  group.push_back({x.matrix, down.matrix, h.matrix, x.rows, x.cols, down.rows,
+                   static_cast<float>(scale * inverse_keep(dropout)), dropout});
+  return h;
+}
+
+Operand down_proj(const Operand& x, const Operand& down, const Dropout& dropout, double scale) {
+  std::vector<DownProjArgs> alone;
+  Operand h = join_down_proj(alone, x, down, dropout, scale);
+  run_down_proj(alone);
   return h;
 }
 
@@ -108,6 +128,13 @@ void fused_gemm_f32(FusedGemmTailArgs& args, const Operand& x, const Operand& we
   if (args.r > 0) addmm_out(y, y, as_tensor(h), as_tensor(transposed(up)), 1.0, args.scale);
 }
 
+// The part of m that starts at (row, col).
+Matrix part(const Matrix& m, int64_t row, int64_t col) {
+  const int64_t size = m.dtype == Dtype::f32 ? 4 : 2;
+  char* data = static_cast<char*>(m.data) + (row * m.row_stride + col * m.col_stride) * size;
+  return {data, m.row_stride, m.col_stride, m.dtype};
+}
+
 // rows [begin, begin + count) of a 16-bit operand, in fp32.
 Tensor fp32_rows(const Operand& a, int64_t begin, int64_t count) {
   const Matrix& m = a.matrix;
@@ -116,14 +143,20 @@ Tensor fp32_rows(const Operand& a, int64_t begin, int64_t count) {
   return torch::stable::to(rows, ScalarType::Float);
 }
 
+// (rows, columns) of y for which fp32 copies of operands of this depth are made at a time.
+std::pair<int64_t, int64_t> panel_of(int64_t depth) {
+  depth = std::max<int64_t>(depth, 1);
+  const int64_t rows = std::clamp<int64_t>(kPanelElements / depth, 128, 4096);
+  const int64_t units = kPanelElements / std::max(depth, rows) / kColUnit;
+  return {rows, std::clamp<int64_t>(units, 1, 64) * kColUnit};
+}
+
 // 16 bits: panels of both operands go to fp32 and through the vendor's fp32 GEMM, so the rank-r
 // term meets an unrounded product. Processors with 16-bit GEMM instructions take `composed`
 // instead.
 void fused_gemm_16bit(FusedGemmTailArgs& args, const Operand& x, const Operand& weight) {
-  const int64_t K = std::max<int64_t>(x.cols, 1);
-  const int64_t row_panel = std::clamp<int64_t>(kPanelElements / K, 128, 4096);
-  const int64_t col_panel =
-      std::clamp<int64_t>(kPanelElements / std::max(K, row_panel) / kColUnit, 1, 64) * kColUnit;
+  const auto [row_panel, col_panel] = panel_of(x.cols);
+  const Matrix y = args.y;
   for (int64_t row = 0; row < args.M; row += row_panel) {
     const int64_t rows = std::min(row_panel, args.M - row);
     const Tensor x_panel = fp32_rows(x, row, rows);
@@ -133,8 +166,8 @@ void fused_gemm_16bit(FusedGemmTailArgs& args, const Operand& x, const Operand& 
       const Operand product =
           operand(empty_cpu({rows, cols}, ScalarType::Float), "fused_gemm", "product");
       mm_out(product.tensor, x_panel, torch::stable::transpose(w_panel, 0, 1));
-      args.product = product.matrix;
-      args.product_row = row, args.product_col = col;
+      args.product = product.matrix, args.y = part(y, row, col);
+      args.first_row = row, args.first_col = col;
       epilogue(args, row, rows, col, cols);
     }
   }
@@ -176,13 +209,22 @@ Tensor fused_gemm(const Tensor& x_shape, const Operand& x, const Operand& weight
 
 // ---- weight_grad --------------------------------------------------------------------------------
 
-void run_weight_grad(const WeightGradArgs& args) {
-  parallel(args.K, kColUnit, 2 * kColUnit * args.M * std::max<int64_t>(args.r, 4),
-           [&](int64_t begin, int64_t end) { kernels().weight_grad(args, begin, end); });
+// One pass over x, which the group shares: columns meet every h while a cache holds them.
+void run_weight_grad(const std::vector<WeightGradArgs>& group) {
+  if (group.empty()) return;
+  int64_t ranks = 0;
+  for (const WeightGradArgs& args : group) ranks += std::max<int64_t>(args.r, 4);
+  parallel(group[0].K, kColUnit, 2 * kColUnit * group[0].M * ranks,
+           [&](int64_t begin, int64_t end) {
+             for (int64_t col = begin; col < end; col += kColBlock)
+               for (const WeightGradArgs& args : group)
+                 kernels().weight_grad(args, col, std::min(col + kColBlock, end));
+           });
 }
 
-Tensor weight_grad(const Operand& h, const Operand& x, const Dropout& dropout, double scale,
-                   bool wide, bool transpose) {
+// The gradient, which the vendor fills now, or `run_weight_grad` of the group that it joins.
+Tensor join_weight_grad(std::vector<WeightGradArgs>& group, const Operand& h, const Operand& x,
+                        const Dropout& dropout, double scale, bool wide, bool transpose) {
   check_size(h.rows, x.rows, "weight_grad", "h.size(0)");
   const int64_t r = h.cols, K = x.cols;
   const ScalarType dtype = wide ? ScalarType::Float : x.tensor.scalar_type();
@@ -193,9 +235,17 @@ Tensor weight_grad(const Operand& h, const Operand& x, const Dropout& dropout, d
     addmm_out(grad.tensor, grad.tensor, as_tensor(transposed(left)), as_tensor(right), 0.0, scale);
     return grad.tensor;
   }
-  run_weight_grad({h.matrix, x.matrix, transpose ? transposed(grad).matrix : grad.matrix, x.rows, K,
+  group.push_back({h.matrix, x.matrix, transpose ? transposed(grad).matrix : grad.matrix, x.rows, K,
                    r, static_cast<float>(scale * inverse_keep(dropout)), dropout});
   return grad.tensor;
+}
+
+Tensor weight_grad(const Operand& h, const Operand& x, const Dropout& dropout, double scale,
+                   bool wide, bool transpose) {
+  std::vector<WeightGradArgs> alone;
+  Tensor grad = join_weight_grad(alone, h, x, dropout, scale, wide, transpose);
+  run_weight_grad(alone);
+  return grad;
 }
 
 // dbias [N] = column sums of dy: a weight gradient whose h is a column of ones.
@@ -203,8 +253,126 @@ Tensor column_sums(const Operand& dy) {
   static float one = 1.0f;
   Tensor sums = empty_cpu({dy.cols}, dy.tensor.scalar_type());
   const Matrix row{sums.mutable_data_ptr(), dy.cols, 1, dy.matrix.dtype};
-  run_weight_grad({{&one, 0, 0, Dtype::f32}, dy.matrix, row, dy.rows, dy.cols, 1, 1.0f, {}});
+  run_weight_grad({{{&one, 0, 0, Dtype::f32}, dy.matrix, row, dy.rows, dy.cols, 1, 1.0f, {}}});
   return sums;
+}
+
+// ---- dx of a group ------------------------------------------------------------------------------
+
+// What one projection adds to dx [M, K]: dy * weight^T + select(mask, scale * dh * up^T, 0).
+struct Share {
+  Operand dy, weight, dh, up;  // [M, N], [K, N], [M, r], [K, r]
+  Dropout dropout;
+  double scale;
+};
+
+// Its rank-r term, to be added to an fp32 product in place.
+FusedGemmTailArgs tail_of(const Share& s, const Matrix& product) {
+  return {product,
+          0,
+          0,
+          s.dh.matrix,
+          s.up.matrix,
+          {nullptr, 0, 0, Dtype::f32},
+          product,
+          s.dy.rows,
+          s.weight.rows,
+          s.dh.cols,
+          static_cast<float>(s.scale * inverse_keep(s.dropout)),
+          s.dropout};
+}
+
+// Adds all of them to `sum`, the fp32 part of dx that starts at (row, col), and rounds it into dx.
+void add_tails(const std::vector<Share>& shares, const Operand& sum, const Operand& dx, int64_t row,
+               int64_t col) {
+  for (const Share& s : shares) {
+    FusedGemmTailArgs args = tail_of(s, sum.matrix);
+    args.first_row = row, args.first_col = col;
+    if (&s == &shares.back()) args.y = part(dx.matrix, row, col);
+    epilogue(args, row, sum.rows, col, sum.cols);
+  }
+}
+
+// Small: the microkernel multiplies too, as in `fused_gemm_small`.
+void group_dx_small(const std::vector<Share>& shares, const Operand& dx) {
+  std::vector<float> sums(dx.rows * dx.cols), product(sums.size());
+  for (const Share& s : shares) {
+    const Matrix out{product.data(), dx.cols, 1, Dtype::f32};
+    kernels().down_proj({s.dy.matrix, s.weight.matrix, out, dx.rows, s.dy.cols, dx.cols, 1.0f, {}},
+                        0, dx.rows);
+    for (size_t i = 0; i < sums.size(); ++i) sums[i] += product[i];
+  }
+  const Matrix sum{sums.data(), dx.cols, 1, Dtype::f32};
+  add_tails(shares, {dx.tensor, sum, dx.rows, dx.cols}, dx, 0, 0);
+}
+
+// fp32: the vendor adds up the frozen products in dx, and the rank-r terms that have no mask.
+void group_dx_f32(const std::vector<Share>& shares, const Operand& dx) {
+  const Tensor& out = dx.tensor;
+  double beta = 0.0;
+  for (const Share& s : shares) {
+    addmm_out(out, out, as_tensor(s.dy), as_tensor(transposed(s.weight)), beta, 1.0);
+    beta = 1.0;
+  }
+  for (const Share& s : shares) {
+    if (s.dropout.seed != nullptr)
+      epilogue(tail_of(s, dx.matrix), 0, dx.rows, 0, dx.cols);
+    else if (s.dh.cols > 0)
+      addmm_out(out, out, as_tensor(s.dh), as_tensor(transposed(s.up)), 1.0, s.scale);
+  }
+}
+
+// 16 bits: a panel of dx stays in fp32 until the last rank-r term is added, and is rounded once.
+void group_dx_16bit(const std::vector<Share>& shares, const Operand& dx) {
+  int64_t depth = 0;
+  for (const Share& s : shares) depth = std::max(depth, s.dy.cols);
+  const auto [row_panel, col_panel] = panel_of(depth);
+  for (int64_t row = 0; row < dx.rows; row += row_panel) {
+    const int64_t rows = std::min(row_panel, dx.rows - row);
+    std::vector<Tensor> dy_panels;
+    for (const Share& s : shares) dy_panels.push_back(fp32_rows(s.dy, row, rows));
+    for (int64_t col = 0; col < dx.cols; col += col_panel) {
+      const int64_t cols = std::min(col_panel, dx.cols - col);
+      const Operand sum = operand(empty_cpu({rows, cols}, ScalarType::Float), "backward_group", "");
+      for (size_t i = 0; i < shares.size(); ++i) {
+        const Tensor w_panel = fp32_rows(shares[i].weight, col, cols);
+        addmm_out(sum.tensor, sum.tensor, dy_panels[i], torch::stable::transpose(w_panel, 0, 1),
+                  i == 0 ? 0.0 : 1.0, 1.0);
+      }
+      add_tails(shares, sum, dx, row, col);
+    }
+  }
+}
+
+// dx [..., K], where dy gives the leading dimensions.
+Tensor group_dx(const Tensor& dy, const std::vector<Share>& shares) {
+  const char* op = "backward_group";
+  const Share& first = shares[0];
+  const int64_t M = first.dy.rows, K = first.weight.rows;
+  const Dtype dtype = first.dy.matrix.dtype;
+  bool small = true;
+  for (const Share& s : shares) {
+    check_gemm(s.dy, s.weight, s.dh, s.up, op);
+    check_size(s.dy.rows, M, op, "the number of rows of dy");
+    check_size(s.weight.rows, K, op, "weight.size(1)");
+    STD_TORCH_CHECK(s.dy.matrix.dtype == dtype, op, ": dys must have one dtype, but have ",
+                    name_of(dtype), " and ", name_of(s.dy.matrix.dtype));
+    small = small && 2 * M * K * s.dy.cols <= kSmallFlops;
+  }
+  if (shares.size() == 1)
+    return fused_gemm(dy, first.dy, first.weight, first.dh, first.up, std::nullopt, first.dropout,
+                      first.scale);
+  const std::vector<int64_t> sizes = sizes_of_y(dy, K);
+  Tensor dx = empty_cpu(sizes.data(), dy.dim(), dy.scalar_type());
+  if (M == 0 || K == 0) return dx;
+  const Operand rows = operand(view_2d(dx, M, K, K, 1), op, "dx");
+  if (small)
+    group_dx_small(shares, rows);
+  else if (dtype == Dtype::f32)
+    group_dx_f32(shares, rows);
+  else
+    group_dx_16bit(shares, rows);
+  return dx;
 }
 
 // ---- the operators ------------------------------------------------------------------------------
@@ -281,6 +449,85 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_op(
   return {dx, da, db, dbias};
 }
 
+// The number of projections: every list has one entry for each.
+template <class... Lists>
+size_t group_size(const char* op, const Lists&... lists) {
+  const size_t sizes[] = {lists.size()...};
+  for (size_t size : sizes)
+    STD_TORCH_CHECK(size == sizes[0] && size > 0, op,
+                    ": every list must have one entry a projection, but they have ", sizes[0],
+                    " and ", size);
+  return sizes[0];
+}
+
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> forward_group_op(
+    const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& lora_as,
+    const std::vector<Tensor>& lora_bs, const std::vector<OptionalTensor>& biases,
+    const std::vector<OptionalTensor>& seeds, int64_t threshold,
+    const std::vector<double>& h_scales, const std::vector<double>& up_scales) {
+  NoGrad no_grad;
+  const char* op = "forward_group";
+  const size_t count =
+      group_size(op, weights, lora_as, lora_bs, biases, seeds, h_scales, up_scales);
+  const Operand x_rows = flatten_rows(x, op, "x");
+  std::vector<DownProjArgs> pass;
+  std::vector<Operand> h;
+  for (size_t i = 0; i < count; ++i)
+    h.push_back(join_down_proj(pass, x_rows, operand(lora_as[i], op, "lora_a"),
+                               dropout_of(seeds[i], threshold, op), h_scales[i]));
+  run_down_proj(pass);
+
+  std::vector<Tensor> ys, hs;
+  for (size_t i = 0; i < count; ++i) {
+    ys.push_back(fused_gemm(x, x_rows, operand(weights[i], op, "weight"), h[i],
+                            operand(lora_bs[i], op, "lora_b"), biases[i], {}, up_scales[i]));
+    hs.push_back(h[i].tensor);
+  }
+  return {ys, hs};
+}
+
+std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>> backward_group_op(
+    const Tensor& x, const std::vector<Tensor>& dys, const std::vector<Tensor>& weights,
+    const std::vector<Tensor>& lora_as, const std::vector<Tensor>& lora_bs,
+    const std::vector<Tensor>& hs, const std::vector<OptionalTensor>& seeds, int64_t threshold,
+    const std::vector<double>& h_scales, const std::vector<double>& up_scales,
+    const std::vector<bool>& wide_a, const std::vector<bool>& wide_b, bool need_x,
+    const std::vector<bool>& need_a, const std::vector<bool>& need_b,
+    const std::vector<bool>& need_bias) {
+  NoGrad no_grad;
+  const char* op = "backward_group";
+  const size_t count = group_size(op, dys, weights, lora_as, lora_bs, hs, seeds, h_scales,
+                                  up_scales, wide_a, wide_b, need_a, need_b, need_bias);
+  // Every output is a tensor of its own: results of an op must not share memory.
+  auto none = [&] { return empty_cpu({0}, x.scalar_type()); };
+  const bool any_a = std::find(need_a.begin(), need_a.end(), true) != need_a.end();
+  const Operand x_rows = any_a ? flatten_rows(x, op, "x") : Operand{};
+
+  std::vector<Share> shares;
+  std::vector<WeightGradArgs> pass;
+  std::vector<Tensor> das, dbs, dbiases;
+  for (size_t i = 0; i < count; ++i) {
+    const Operand dy = flatten_rows(dys[i], op, "dy"), a = operand(lora_as[i], op, "lora_a");
+    const Operand b = operand(lora_bs[i], op, "lora_b");
+    const Dropout dropout = dropout_of(seeds[i], threshold, op);
+    Operand dh{};
+    if (need_x || need_a[i]) dh = down_proj(dy, transposed(b), {}, h_scales[i]);
+    // It owns dh, which the pass over x reads.
+    shares.push_back({dy, transposed(operand(weights[i], op, "weight")), dh, transposed(a), dropout,
+                      up_scales[i]});
+    das.push_back(need_a[i]
+                      ? join_weight_grad(pass, dh, x_rows, dropout, up_scales[i], wide_a[i], false)
+                      : none());
+    dbs.push_back(need_b[i]
+                      ? weight_grad(operand(hs[i], op, "h"), dy, {}, up_scales[i], wide_b[i], true)
+                      : none());
+    dbiases.push_back(need_bias[i] ? column_sums(dy) : none());
+  }
+  Tensor dx = need_x ? group_dx(dys[0], shares) : none();
+  run_weight_grad(pass);
+  return {dx, das, dbs, dbiases};
+}
+
 // Which copy of the CPU kernels this processor runs.
 std::string cpu_isa_op() { return kernels().isa; }
 
@@ -297,6 +544,8 @@ STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CPU, m) {
   m.impl("weight_grad", TORCH_BOX(&weight_grad_op));
   m.impl("forward", TORCH_BOX(&forward_op));
   m.impl("backward", TORCH_BOX(&backward_op));
+  m.impl("forward_group", TORCH_BOX(&forward_group_op));
+  m.impl("backward_group", TORCH_BOX(&backward_group_op));
 }
 
 }  // namespace lora_kernels
