@@ -26,7 +26,8 @@ export HF_HUB_OFFLINE := 1
 
 OUT ?= bench/out/gpu
 
-.PHONY: build test test-all lint bench bench-overhead bench-kernels bench-gemm gpu publish gates example clean
+.PHONY: build test test-all lint bench bench-overhead bench-memory bench-kernels bench-gemm \
+  bench-training gpu publish gates example clean
 
 build: $(STAMP)
 
@@ -62,11 +63,17 @@ bench: build
 bench-overhead: build
 	$(PY) -m bench.bench_overhead $(ARGS)
 
+bench-memory: build
+	$(PY) -m bench.bench_memory $(ARGS)
+
 bench-kernels: build
 	$(PY) -m bench.bench_kernels $(ARGS)
 
 bench-gemm: build
 	$(PY) -m bench.bench_gemm $(ARGS)
+
+bench-training: build
+	$(PY) -m bench.training $(ARGS)
 
 # Builds by itself and without a network: a machine with a GPU may have none.
 gpu:

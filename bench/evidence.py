@@ -170,6 +170,11 @@ def dram(finished: Finished, csv: Path) -> dict:
         if row["name"] == "kernel":
             by_kernel[row["kernel"]].append(row["over_operands"])
     parts = [f"{name} {_geometric_mean(v):.2f}x operands" for name, v in by_kernel.items()]
+    for row in rows:
+        if row["kernel"] == traffic.STEP:
+            gigabytes = (row["read_bytes"] + row["written_bytes"]) * 1e-9
+            over = f" {row['over_published']:.2f}x published" if "over_published" in row else ""
+            parts.append(f"step {row['k']} {row['name']} {gigabytes:.3f} GB{over}")
     return {"rows": rows, "headline": ", ".join(parts)}
 
 

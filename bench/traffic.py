@@ -1,8 +1,9 @@
 """`ncu ... python -m bench.traffic`: each CUDA kernel and its PyTorch counterpart once, cold.
 
-The calls are separated by torch's spin kernel, so that `rows` can tell which launches are whose: an
-op may launch several kernels. Run it by `ncu_command`. ncu empties the caches before each launch,
-so the bytes are those of operands that lie in memory.
+Then whole steps, forward and backward of a layer, by backend cuda and by eager PyTorch. The calls
+are separated by torch's spin kernel, so that `rows` can tell which launches are whose: an op may
+launch several kernels. Run it by `ncu_command`. ncu empties the caches before each launch, so the
+bytes are those of operands that lie in memory.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from .stages import Failed, NotRun, skip
@@ -21,6 +23,10 @@ PRESETS = ("llama-3.1-8b:q/o", "llama-3.1-8b:down")
 ROWS = 8192
 DROPOUTS = (0.0, 0.1)
 RANK = 16
+# K = N of a layer -> bytes of its step at 8192 rows, r = 16, dropout 0.1, bf16, on an H100, as
+# LoRAFusion (arXiv 2510.00206) publishes them for its fused kernels; read as 1e9 bytes to the GB.
+PUBLISHED = {4096: 1.258e9, 5120: 1.836e9, 8192: 4.044e9}
+STEP = "step"
 SEPARATOR = "spin_kernel"
 MARK = "CALLS "  # begins the line that lists the calls in order
 
@@ -90,6 +96,8 @@ def rows(output: str, text: str) -> list[dict]:
                 "launches": [launch["kernel"][:120] for launch in group],
             }
         )  # fmt: skip
+        if "published_bytes" in call:
+            found[-1]["over_published"] = sum(values) / call["published_bytes"]
     return found
 
 
@@ -99,6 +107,31 @@ def refusal(output: str) -> str | None:
         if sign in output:
             return f"ncu may not or cannot read the counters here ({sign})"
     return None
+
+
+def steps(
+    widths: Sequence[int] = tuple(PUBLISHED), rows: int = ROWS, backend: str = "cuda",
+    device: str = "cuda",
+) -> Iterator[tuple[dict, Callable]]:  # fmt: skip
+    """A step of each square layer by `backend` and by eager PyTorch: what it is, and the call."""
+    from . import contenders, shapes
+
+    dropout = DROPOUTS[-1]
+    for width in widths:
+        case = shapes.Case(shapes.Shape(f"{width}x{width}", rows, width, width), "bf16", RANK)
+        problem = contenders.make_problem(case, device)
+        found = contenders.make_contenders(problem, dropout, [backend], {"compiled"})
+        x, weight, a, b, dy = (t.numel() * t.element_size() for t in problem)
+        about = {
+            "kernel": STEP, "what": "fwd+bwd", **case.shape._asdict(), "rank": RANK,
+            "dtype": case.dtype, "dropout": dropout,
+            # x, A and B have gradients of their size, and dy an output.
+            "operand_bytes": 2 * (x + a + b + dy) + weight,
+        }  # fmt: skip
+        if width in PUBLISHED:
+            about["published_bytes"] = PUBLISHED[width]
+        for name, contender in ((backend, found[backend]), ("eager", found["peft"])):
+            yield about | {"name": name}, contender.call("fwd+bwd", problem.dy)
 
 
 def main() -> int:
@@ -132,6 +165,9 @@ def main() -> int:
                             **case.shape._asdict(), "rank": RANK, "dtype": case.dtype,
                             "dropout": p, "operand_bytes": job.bytes,
                         })  # fmt: skip
+    for about, call in steps():
+        _profile(call)
+        done.append(about)
     print(MARK + json.dumps(done))
     return 0
 

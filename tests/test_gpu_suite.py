@@ -174,32 +174,6 @@ def test_pytest_report(tmp_path):
         evidence.tests(finished(tmp_path, "", 2), report)
 
 
-def ncu_csv(*launches: tuple[str, float, float]) -> str:
-    lines = ["==PROF== Connected", '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"']
-    for i, (kernel, read, written) in enumerate(launches):
-        for name, value in ((traffic.READ, read), (traffic.WRITTEN, written)):
-            lines.append(f'"{i}","{kernel}","{name}","byte","{value:,}"')
-    return "\n".join(lines)
-
-
-def test_dram_bytes_belong_to_their_calls(tmp_path):
-    calls = [{"name": "kernel", "kernel": "down_proj", "operand_bytes": 1000}, {"name": "composed"}]
-    calls[1] |= calls[0] | {"name": "composed"}
-    output = f"{traffic.MARK}{json.dumps(calls)}\n"
-    spin = ("spin_kernel(long)", 0, 32)
-    path = tmp_path / "ncu.csv"
-    path.write_text(ncu_csv(spin, ("down_proj", 1000, 100), spin, ("gemm", 1500, 0), ("k", 0, 500)))
-    found = evidence.dram(finished(tmp_path, output), path)
-    assert [row["over_operands"] for row in found["rows"]] == [1.1, 2.0]
-    assert found["headline"] == "down_proj 1.10x operands"
-    path.write_text(ncu_csv(spin, ("down_proj", 1000, 100), spin))
-    with pytest.raises(Failed, match="2 groups"):
-        evidence.dram(finished(tmp_path, output), path)
-    path.write_text("==ERROR== ERR_NVGPUCTRPERM - The user does not have permission")
-    with pytest.raises(NotRun, match="ERR_NVGPUCTRPERM"):
-        evidence.dram(finished(tmp_path, output, 1), path)
-
-
 def test_kernels_json_is_what_the_judge_reads(tmp_path, monkeypatch, capsys):
     path = tmp_path / "kernels.json"
     arguments = ["--shape", "16,24,32", "--rank", "4", "--dtype", "fp32", "--rounds", "3"]
