@@ -92,7 +92,7 @@ def extension():
     if home:
         defines = [("LK_SM90A", "1")] if "9.0a" in ARCHS else []
         cuda = [*glob("csrc/cuda/*.cpp"), *glob("csrc/cuda/*.cu")]
-        sources += ["csrc/torch/cuda.cpp", *sorted(cuda)]
+        sources += sorted([*glob("csrc/torch/cuda*.cpp"), *cuda])
         options = dict(
             include_dirs=[f"{home}/include"],
             library_dirs=[f"{home}/lib64"],

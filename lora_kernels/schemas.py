@@ -12,6 +12,10 @@ Scales: h = h_scale · dropout(x)·Aᵀ is what is rounded and saved, and y = ..
 with h_scale · up_scale = scaling. `threshold` is T of the mask (`lora_kernels.dropout`). `wide`:
 the gradient is float32 although x has 16 bits.
 
+The same with `group` in their names: projections that share x, each with a seed of its own.
+Autograd looks for tensors only in lists that hold nothing else, so in `lora_linear_group` an absent
+bias is a tensor of no elements, and without dropout the list of seeds is empty.
+
 `forward_as` and `forward_plan`: `forward` in a form of the caller's choice, for tests and tuning.
 On CUDA `fused_gemm` has no mask on the LoRA term: the backend takes `composed`'s for that.
 """
@@ -23,7 +27,11 @@ import functools
 import torch
 
 KERNELS = ("down_proj", "fused_gemm", "weight_grad")
-SM90 = ("fused_gemm", "forward", "forward_as", "forward_plan")  # on CUDA, on no other device yet
+# On CUDA these have kernels for Hopper alone yet.
+SM90 = (
+    "fused_gemm", "weight_grad", "forward", "forward_as", "forward_plan",
+    "backward", "backward_as", "backward_plan",
+)  # fmt: skip
 SCHEMAS = (
     "cpu_isa() -> str",
     "has_sm90a() -> bool",
@@ -45,11 +53,31 @@ SCHEMAS = (
     "Tensor? seed, int threshold, float h_scale, float up_scale, bool wide_a, "
     "bool wide_b, bool need_x, bool need_a, bool need_b, bool need_bias) "
     "-> (Tensor dx, Tensor da, Tensor db, Tensor dbias)",
+    "backward_as(Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor h, "
+    "Tensor? seed, int threshold, float h_scale, float up_scale, bool wide_a, "
+    "bool wide_b, bool need_x, bool need_a, bool need_b, bool need_bias, str form, int tile_n, "
+    "int group) -> (Tensor dx, Tensor da, Tensor db, Tensor dbias)",
+    "backward_plan(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? seed, str form, "
+    "int tile_n, int group, float up_scale=1.0) -> str",
+    "forward_group(Tensor x, Tensor[] weights, Tensor[] lora_as, Tensor[] lora_bs, "
+    "Tensor?[] biases, Tensor?[] seeds, int threshold, float[] h_scales, float[] up_scales) "
+    "-> (Tensor[] ys, Tensor[] hs)",
+    "backward_group(Tensor x, Tensor[] dys, Tensor[] weights, Tensor[] lora_as, Tensor[] lora_bs, "
+    "Tensor[] hs, Tensor?[] seeds, int threshold, float[] h_scales, float[] up_scales, "
+    "bool[] wide_a, bool[] wide_b, bool need_x, bool[] need_a, bool[] need_b, bool[] need_bias) "
+    "-> (Tensor dx, Tensor[] das, Tensor[] dbs, Tensor[] dbiases)",
     "lora_linear(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, "
     "Tensor? seed, float scaling, float dropout_p, str backend) -> (Tensor y, Tensor h)",
     "lora_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, "
     "Tensor h, Tensor? seed, float scaling, float dropout_p, str backend, bool need_x, "
     "bool need_a, bool need_b, bool need_bias) -> (Tensor dx, Tensor da, Tensor db, Tensor dbias)",
+    "lora_linear_group(Tensor x, Tensor[] weights, Tensor[] lora_as, Tensor[] lora_bs, "
+    "Tensor[] biases, Tensor[] seeds, float[] scalings, float dropout_p, str backend) "
+    "-> (Tensor[] ys, Tensor[] hs)",
+    "lora_linear_group_backward(Tensor x, Tensor[] dys, Tensor[] weights, Tensor[] lora_as, "
+    "Tensor[] lora_bs, Tensor[] hs, Tensor[] seeds, float[] scalings, float dropout_p, "
+    "str backend, bool need_x, bool[] need_a, bool[] need_b, bool[] need_bias) "
+    "-> (Tensor dx, Tensor[] das, Tensor[] dbs, Tensor[] dbiases)",
 )
 LIBRARY = torch.library.Library("lora_kernels", "DEF")
 for schema in SCHEMAS:

@@ -1,5 +1,10 @@
 // Which launches make up a backward call: host code alone, so tests need no GPU.
 //
+//   passes    three kernels, each a baseline to read and to compare with
+//   one grid  all of it in dx's grid (backward_sm90.cuh), for all three gradients at r <= 64
+//
+// The passes:
+//
 //   dy pass   dh = h_scale dy B, dB = up_scale dy^T h, dbias: one read of dy (weight_grad_sm90.cuh)
 //   dx        dy W0 + select(mask, masked_scale dh A, 0)                     (fused_gemm_sm90.cuh)
 //   x pass    dA = masked_scale dh^T select(mask, x, 0): one read of x       (weight_grad_sm90.cuh)
@@ -10,6 +15,7 @@
 #pragma once
 #include <string>
 
+#include "backward_order.h"
 #include "forward_plan.h"
 #include "weight_grad_plan.h"
 
@@ -28,21 +34,54 @@ struct BackwardArgs {
   bool needs_dh() const { return r > 0 && (need_x || need_a); }
 };
 
+// Which tiles of dx have a kernel that does it all.
+constexpr bool has_backward_tile(int tile_n) { return tile_n == 256 || tile_n == 128; }
+
 // What each launch is told; `dh` [M, r].
 WeightGradPass dy_pass_of(const BackwardArgs& args, const Matrix& dh);
 WeightGradPass x_pass_of(const BackwardArgs& args, const Matrix& dh);
 FusedGemmArgs dx_args_of(const BackwardArgs& args, const Matrix& dh);
 DownProjArgs dh_args_of(const BackwardArgs& args, const Matrix& dy, const Matrix& dh);
 
+enum class BackwardForm { any, one_grid, passes };
+// By name, "" for any; false if there is none such.
+inline bool form_of(const std::string& name, BackwardForm* form) {
+  *form = name == "one_grid" ? BackwardForm::one_grid
+          : name.empty()     ? BackwardForm::any
+                             : BackwardForm::passes;
+  return name.empty() || name == "one_grid" || name == "passes";
+}
+
+struct BackwardRequest {
+  BackwardForm form = BackwardForm::any;
+  FusedGemmRequest gemm;
+};
+
+constexpr int kGridRank = 64;  // of the tiles of h, dh and B in one grid
+
+// Of one grid; partial results lie where those of the passes would.
+struct OneGridPlan {
+  BackwardOrder order;
+  unsigned clusters;
+  uint32_t blocks_of_slice;  // of 64 columns of x
+  uint32_t rows_of_sum;
+  int64_t sync_offset;  // ticket, flags and counts, which the launch ahead zeroes
+
+  int64_t flags() const { return 2 * int64_t{BackwardOrder::kChunkPairs} * order.chunks(); }
+  int64_t sync_words() const { return 2 + flags() + order.slices; }
+};
+
 struct BackwardPlan {
   bool served;
-  const char* reason;  // why not
+  const char* reason;      // why not, or why in this form
+  BackwardForm form;       // never `any` if served
   bool reads_dy, reads_x;  // whether there is such a pass
-    WeightGradPlan dy_pass, x_pass;
-  TmaOperand dy;       // as the dy pass and dx find it
+  WeightGradPlan dy_pass, x_pass;
+  TmaOperand dy;  // as the dy pass and dx find it
 
   DownProjPlan down;   // of dh, if the dy pass does not make it
   FusedGemmPlan gemm;  // of dx
+  OneGridPlan grid;
   int64_t workspace_bytes;
   int64_t dh_offset, dh_width;
   double overhead;  // over the frozen GEMM of dx, by the model: 0.01 is 1 %; 0 without dx
@@ -53,7 +92,7 @@ struct BackwardPlan {
 };
 
 BackwardPlan plan_backward(const BackwardArgs& args, const Target& target,
-                           const FusedGemmRequest& request = {});
+                           const BackwardRequest& request = {});
 std::string describe(const BackwardPlan& plan);
 
 // All copies ahead of the passes; each operand once.
@@ -79,9 +118,24 @@ int run_weight_grad(const WeightGradPass& pass, const WeightGradPlan& plan, void
 
 // Makes the launches of a plan, in order, through `launcher` (see run_forward and run_weight_grad),
 // until one does not return 0.
+//
+//   launcher.backward(args, plan, workspace)   all in one; starts early, and waits before it takes
+//                                              a ticket
 template <class Launcher>
-int run_backward(const BackwardArgs& args, const BackwardPlan& plan, void* workspace,
+int run_one_grid(const BackwardArgs& args, const BackwardPlan& plan, void* workspace,
                  Launcher& launcher) {
+  const PackJobs before = pack_jobs(plan, workspace);
+  auto* sync = static_cast<uint8_t*>(workspace) + plan.grid.sync_offset;
+  int error = before.count > 0 ? launcher.pack(before) : 0;
+  if (error == 0)
+    error = launcher.zero(reinterpret_cast<uint32_t*>(sync),
+                          static_cast<uint32_t>(plan.grid.sync_words()));
+  return error == 0 ? launcher.backward(args, plan, workspace) : error;
+}
+
+template <class Launcher>
+int run_passes(const BackwardArgs& args, const BackwardPlan& plan, void* workspace,
+               Launcher& launcher) {
   const Matrix dh = plan.dh(workspace, args.dy.dtype);
   const WeightGradPass dy_pass = dy_pass_of(args, dh), x_pass = x_pass_of(args, dh);
   const PackJobs before = pack_jobs(plan, workspace);
@@ -110,6 +164,13 @@ int run_backward(const BackwardArgs& args, const BackwardPlan& plan, void* works
   }
   if (error == 0 && last.count > 0) error = launcher.reduce(last);
   return error;
+}
+
+template <class Launcher>
+int run_backward(const BackwardArgs& args, const BackwardPlan& plan, void* workspace,
+                 Launcher& launcher) {
+  return plan.form == BackwardForm::one_grid ? run_one_grid(args, plan, workspace, launcher)
+                                             : run_passes(args, plan, workspace, launcher);
 }
 
 }  // namespace lora_kernels

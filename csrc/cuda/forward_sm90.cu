@@ -1,7 +1,7 @@
 // The launcher of forward_sm90.cuh.
 #include "encode_tensor_map.h"
 #include "forward.h"
-#include "fused_gemm_work.h"
+#include "forward_work.h"
 #include "launch.h"
 
 // The fat binary also holds sm_80, which has neither TMA nor wgmma.

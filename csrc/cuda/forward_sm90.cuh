@@ -11,73 +11,25 @@
 // pair before every tile that reads it. The kernel ahead zeroes ticket and flags: block 0 waits for
 // it before its first ticket, and nothing else needs it earlier.
 //
-// Progress. Items are claimed in order, each by a cluster that runs, and a cluster works in the
-// order of its claims. So let i be the smallest item that is claimed and not complete: the items
-// its cluster claimed before it are smaller, so they are complete; the one whose flag it waits for
-// is smaller, so it was claimed, and is complete. Nothing holds i up. No other cluster has to be
-// resident for it, nor any other grid.
-//
-// Determinism. Who claims an item and when has no part in its result: h and y of an item are sums
-// in one order, each element is written once, and what a tile reads of h is complete.
+// Progress and determinism: claims.cuh. h and y of an item are sums in one order, each element is
+// written once, and what a tile reads of h is complete.
 #pragma once
+#include "claims.cuh"
 #include "dropped_tile.cuh"
+#include "forward_work.h"
 #include "fused_gemm_sm90.cuh"
 #include "store_h.cuh"
 
 namespace lora_kernels {
 
-constexpr uint32_t kNoItem = ~0u;
-
-// Both producers of a cluster ask for the next item: rank 0 takes it, rank 1 hears of it.
-template <class Ring>
-struct Claims {
-  const Ring& ring;
-  const ForwardWork& work;
-  uint32_t turn = 0, ticket = 0;
-
-  __device__ uint32_t word() const { return ring.extra(); }        // in block 1: the item
-  __device__ uint32_t told() const { return ring.extra() + 8; }    // in block 1
-  __device__ uint32_t heard() const { return ring.extra() + 16; }  // in block 0
-
-  __device__ void initialise() const {
-    ptx::barrier_init(told(), 1);
-    ptx::barrier_init(heard(), 1);
-  }
-  __device__ void ask() { ticket = ptx::atomic_add(work.ticket, 1); }
-  __device__ uint32_t next(uint32_t rank) {
-    uint32_t item;
-    if (rank == 0) {
-      item = ticket < work.gemm.raster.items() ? ticket : kNoItem;
-      if (turn > 0) ptx::barrier_wait(heard(), (turn - 1) & 1);
-      ptx::store_async(word(), item, told(), 1);
-    } else {
-      ptx::barrier_arrive_expect(told(), 4);
-      ptx::barrier_wait_cluster(told(), turn & 1);
-      item = ptx::load_shared_word(word());
-      // The reply to block 0's next word takes longer than the load above, and is what orders them:
-      // an arrival of cluster scope would cost a GPU-wide fence.
-      ptx::barrier_arrive_remote(heard(), 0);
-    }
-    ++turn;
-    return item;
-  }
-};
-
-__device__ __forceinline__ void wait_for_flag(const uint32_t* flag) {
-  while (ptx::load_acquire(flag) == 0) {
-  }
-  ptx::fence_async_global();  // TMA is to see what the flag says is there
-}
-
 // Claims items and loads their stages. The first stage of an item carries its number; the last
 // stage of all says that there is none.
 template <class Tile, int kRank, class Ring>
-__device__ __forceinline__ void produce(Ring& ring, Claims<Ring>& claims,
+__device__ __forceinline__ void produce(Ring& ring, Claims<Ring>& claims, const ForwardWork& work,
                                         const ptx::TensorMap* x_map,
                                         const ptx::TensorMap* weight_map,
                                         const ptx::TensorMap* a_map, const ptx::TensorMap* h_map,
                                         const ptx::TensorMap* up_map) {
-  const ForwardWork& work = claims.work;
   const uint32_t rank = ptx::cluster_rank();
   if (rank == 0) {
     ptx::grid_wait_dependency();  // ticket and flags are zero
@@ -165,7 +117,7 @@ __global__ void __cluster_dims__(Tile::kCluster, 1, 1) __launch_bounds__(Tile::k
   static_assert(kRank <= Tile::kN, "A's tile takes the place of the weight's");
   using Ring = GemmRing<Tile>;
   Ring ring;
-  Claims<Ring> claims{ring, work};
+  Claims<Ring> claims{ring, work.ticket, work.gemm.raster.items()};
   const uint32_t thread = threadIdx.x, warp = ptx::warp_uniform(thread / 32);
 
   if (thread == 0) {
@@ -180,7 +132,7 @@ __global__ void __cluster_dims__(Tile::kCluster, 1, 1) __launch_bounds__(Tile::k
   if (warp < 4) {
     ptx::registers_decrease<40>();
     if (warp == 0 && ptx::elect_one())
-      produce<Tile, kRank>(ring, claims, &x_map, &weight_map, &a_map, &h_map, &up_map);
+      produce<Tile, kRank>(ring, claims, work, &x_map, &weight_map, &a_map, &h_map, &up_map);
     ptx::warp_sync();
   } else {
     ptx::registers_increase<232>();
@@ -198,8 +150,9 @@ __global__ void __cluster_dims__(Tile::kCluster, 1, 1) __launch_bounds__(Tile::k
           compute_h<T, kRank, kDropout>(ring, args, work, row_block + p * Tile::kCluster, group,
                                         thread % 128);
       } else {
-        compute_tile<T, false, false>(ring, &y_map, work.gemm, row_block * Tile::kM, at.column * Tile::kN,
-                               group, thread % 128);
+        float acc[Tile::kN / 2];
+        compute_tile<T, false, false>(acc, ring, &y_map, work.gemm, row_block * Tile::kM,
+                                      at.column * Tile::kN, group, thread % 128);
       }
     }
     if (thread % 128 == 0) ptx::tma_store_wait<0>();

@@ -11,7 +11,7 @@ constexpr int64_t kGroup = 8;
 // nullptr if the kernel serves the call, else why it does not.
 const char* not_served(const FusedGemmArgs& a, const Target& target) {
   if (const char* reason = no_sm90a(target)) return reason;
-  
+
   if (std::max({a.M, a.N, a.K, a.r}) >= kTmaLimit - kClusterRows)
     return "a dimension is past 2^31, which TMA cannot address";
   if (ceil_div(a.M, kClusterRows) * (ceil_div(a.N, 64) + 1) >= kTmaLimit)
@@ -87,9 +87,11 @@ FusedGemmPlan plan_fused_gemm(const FusedGemmArgs& args, const Target& target,
 
   const TmaOperand weight = tma_operand(args.weight, args.N, args.K);
   const TmaOperand mn_weight = tma_operand(transposed(args.weight), args.K, args.N);
-    plan.r = args.scale == 0 ? 0 : args.r;
+  plan.r = args.scale == 0 ? 0 : args.r;
   plan.masked = args.dropout.seed != nullptr && plan.r > 0;
-  plan.mn_major = plan.masked || (weight.packed && args.K > 0 && !mn_weight.packed);
+  // One that is copied either way keeps the order it has.
+  const bool in_columns = args.weight.row_stride == 1 && args.weight.col_stride != 1;
+  plan.mn_major = plan.masked || (weight.packed && args.K > 0 && (!mn_weight.packed || in_columns));
   plan.x = tma_operand(args.x, args.M, args.K);
   plan.h = tma_operand(args.h, args.M, args.r);
   plan.weight = plan.mn_major ? mn_weight : weight;
@@ -140,8 +142,8 @@ std::string describe(const FusedGemmPlan& p, const Raster& raster, unsigned clus
          number(2 * clusters) + " blocks in clusters of 2, " + number(tiles) +
          " tiles of 256 rows, " + number(tenths / 10) + "." + number(tenths % 10) + " waves" +
          (raster.chain > 0 ? ", " + number(raster.chains()) + " chains of h" : "") + ", " +
-                  (p.mn_major ? "MN" : "K") + "-major weight, " + (p.masked ? "masked LoRA term, " : "") + number(p.shared_bytes / 1024) +
-         " KB shared" + describe_packing(p);
+         (p.mn_major ? "MN" : "K") + "-major weight, " + (p.masked ? "masked LoRA term, " : "") +
+         number(p.shared_bytes / 1024) + " KB shared" + describe_packing(p);
 }
 
 std::string describe(const FusedGemmPlan& p) { return describe(p, p.raster, p.clusters); }

@@ -25,7 +25,7 @@ struct FusedGemmSm90Tile {
   static constexpr uint32_t kStageBytes = kABytes + kBBytes;
   static constexpr uint32_t kStagingBytes = kConsumers * kStaged * kPanelBytes;
   static constexpr uint32_t kBiasBytes = kConsumers * kN * 2;
-  static constexpr uint32_t kControlBytes = kStages * (8 + 8 + 4) + 32;  // barriers, item numbers
+  static constexpr uint32_t kControlBytes = kStages * (8 + 8 + 4) + 48;  // barriers, item numbers
   static constexpr int kSharedBytes =
       kStages * kStageBytes + kStagingBytes + kBiasBytes + kControlBytes + kSharedAlign;
   static_assert(kN % 64 == 0 && kN <= 256, "wgmma takes an N of up to 256, y goes in panels of 64");
@@ -48,8 +48,8 @@ struct FusedGemmPlan {
   bool empty;   // y has no elements
   const char* reason;
   int tile_n, stages, threads, shared_bytes;
-    bool mn_major;                // weight and up have N contiguous
-  bool masked;                  // dropout's mask on the LoRA term
+  bool mn_major;  // weight and up have N contiguous
+  bool masked;    // dropout's mask on the LoRA term
 
   bool y_vectors;               // TMA stores y; else ordinary stores do
   TmaOperand x, weight, h, up;  // weight and up transposed if mn_major; their offsets still 0

@@ -27,7 +27,7 @@ struct GemmRing {
   }
   __device__ uint32_t full(uint32_t s) const { return bias(Tile::kConsumers) + s * 8; }
   __device__ uint32_t empty(uint32_t s) const { return full(Tile::kStages) + s * 8; }
-  // Behind the barriers: what the work of a stage is, if the kernel says so, and 32 bytes for it.
+  // Behind the barriers: what the work of a stage is, if the kernel says so, and 44 bytes for it.
   __device__ uint32_t item() const { return empty(Tile::kStages) + stage * 4; }
   __device__ uint32_t extra() const { return (empty(Tile::kStages) + Tile::kStages * 4 + 7) & ~7u; }
 

@@ -20,7 +20,7 @@ __global__ void __cluster_dims__(Tile::kCluster, 1, 1) __launch_bounds__(Tile::k
                            const __grid_constant__ ptx::TensorMap h_map,
                            const __grid_constant__ ptx::TensorMap up_map,
                            const __grid_constant__ ptx::TensorMap y_map, const FusedGemmWork work) {
-    static_assert(kMnMajor || !kMasked, "the masked form takes an MN-major weight only");
+  static_assert(kMnMajor || !kMasked, "the masked form takes an MN-major weight only");
   GemmRing<Tile> ring;
   const uint32_t thread = threadIdx.x, warp = ptx::warp_uniform(thread / 32);
   const uint32_t rank = ptx::cluster_rank();
@@ -57,8 +57,9 @@ __global__ void __cluster_dims__(Tile::kCluster, 1, 1) __launch_bounds__(Tile::k
     for (uint32_t item = ptx::cluster_index(); item < work.raster.items();
          item += ptx::cluster_count()) {
       const RasterPlace at = work.raster.place(item);
-      compute_tile<T, kMnMajor, kMasked>(ring, &y_map, work, row_of(at), at.column * Tile::kN, group,
-                                thread % 128);
+      float acc[Tile::kN / 2];
+      compute_tile<T, kMnMajor, kMasked>(acc, ring, &y_map, work, row_of(at), at.column * Tile::kN,
+                                         group, thread % 128);
     }
     if (thread % 128 == 0) ptx::tma_store_wait<0>();
     ptx::warp_sync();

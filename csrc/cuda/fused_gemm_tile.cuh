@@ -93,26 +93,26 @@ __device__ __forceinline__ void multiply_by(float (&acc)[kCount], float factor) 
 
 // A tile of y from its first stage to its stores. A scale of the LoRA term enters as
 // (frozen / scale + h up^T) * scale, in fp32: exact for powers of two, which are what fp16 asks
-// for; under a mask it multiplies the term.
+// for; under a mask it multiplies the term. acc need not be initialised.
+
 template <class T, bool kMnMajor, bool kMasked, class Ring>
-__device__ __forceinline__ void compute_tile(Ring& ring, const ptx::TensorMap* y_map,
-                                             const FusedGemmWork& work, uint32_t row,
-                                             uint32_t column, uint32_t group, uint32_t thread) {
+__device__ __forceinline__ void compute_tile(float (&acc)[Ring::Tile::kN / 2], Ring& ring,
+                                             const ptx::TensorMap* y_map, const FusedGemmWork& work,
+                                             uint32_t row, uint32_t column, uint32_t group,
+                                             uint32_t thread) {
   constexpr uint32_t kN = Ring::Tile::kN;
   const GemmOutput& out = work.out;
   const bool scaled = !kMasked && work.scale != 1.0f;
   const uint32_t lane = thread % 32;
   const bool biased = out.bias != nullptr && thread < kN / 2;
   const uint32_t bias = biased ? load_bias(out, column + thread * 2) : 0;
-  float acc[kN / 2];
   multiply_blocks<T, kMnMajor>(acc, ring, work.blocks_k, group, lane);
   if (scaled) {
     ptx::wgmma_wait<0>();
     ptx::wgmma_keep(acc);
     multiply_by(acc, work.inverse);
   }
-    if constexpr (!kMasked)
-    multiply_rank<T, kMnMajor>(acc, ring, work.rank_steps, group, lane);
+  if constexpr (!kMasked) multiply_rank<T, kMnMajor>(acc, ring, work.rank_steps, group, lane);
   if (biased) ptx::store_shared_word(ring.bias(group) + thread * 4, bias);
   finish_product(acc, ring, lane);
   if constexpr (kMasked)

@@ -1,6 +1,6 @@
 // What the kernels that compute y are told, from arguments and plan.
 #pragma once
-#include "forward_plan.h"
+#include "fused_gemm_plan.h"
 
 namespace lora_kernels {
 
@@ -18,15 +18,8 @@ struct FusedGemmWork {
   Raster raster;
   uint32_t blocks_k, blocks_r;  // stages of the frozen product, of the LoRA term
   uint32_t rank_steps;          // k16 steps of the LoRA term
-    float scale, inverse;         // of the LoRA term, and 1 / scale
+  float scale, inverse;         // of the LoRA term, and 1 / scale
   Dropout mask;                 // of the LoRA term
-
-};
-
-struct ForwardWork {
-  FusedGemmWork gemm;  // its raster has the chains of h too
-  uint32_t* ticket;    // zeroed by the launch ahead
-  uint32_t* flags;     // one for 128 rows, likewise
 };
 
 // TMA's view of the operands, in the order of the kernels' parameters.
@@ -49,7 +42,7 @@ inline FusedGemmWork work_of(const FusedGemmArgs& a, const FusedGemmPlan& plan,
           stages_of(plan.r),
           static_cast<uint32_t>(ceil_div(plan.r, kMmaDepth)),
           plan.r > 0 ? a.scale : 1.0f,
-                    plan.r > 0 ? 1.0f / a.scale : 1.0f,
+          plan.r > 0 ? 1.0f / a.scale : 1.0f,
           a.dropout};
 }
 
@@ -64,15 +57,6 @@ inline FusedGemmMaps maps_of(const FusedGemmArgs& a, const FusedGemmPlan& plan, 
   }
   if (plan.y_vectors) maps.y = tma_operand(a.y, a.M, a.N).map(nullptr, 64);
   return maps;
-}
-
-inline TensorMapSpec a_map_spec(const ForwardPlan& plan, void* workspace) {
-  return plan.lora_a.map(workspace, plan.rank / 2);
-}
-
-inline ForwardWork work_of(const ForwardArgs& a, const ForwardPlan& plan, void* workspace) {
-  auto* sync = reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(workspace) + plan.sync_offset);
-  return {work_of(a.gemm, plan.gemm, plan.raster, workspace), sync, sync + 1};
 }
 
 }  // namespace lora_kernels

@@ -95,10 +95,13 @@ LK_PTX uint16_t load_global(const uint16_t* address) {
   asm volatile("ld.global.b16 %0, [%1];" : "=h"(v) : "l"(address) : "memory");
   return v;
 }
-LK_PTX float load_global(const float* address) {
-  float v;
-  asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(address) : "memory");
-  return v;
+
+// Four at once, on a 16-byte boundary.
+LK_PTX void load_global_x4(float (&v)[4], const float* address) {
+  asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
+               : "l"(address)
+               : "memory");
 }
 LK_PTX void store_global(uint16_t* address, uint16_t value) {
   asm volatile("st.global.b16 [%0], %1;" ::"l"(address), "h"(value) : "memory");
@@ -107,7 +110,7 @@ LK_PTX void store_global(uint32_t* address, uint32_t value) {
   asm volatile("st.global.b32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
 LK_PTX void store_global(float* address, float value) {
-    asm volatile("st.global.f32 [%0], %1;" ::"l"(address), "f"(value) : "memory");
+  asm volatile("st.global.f32 [%0], %1;" ::"l"(address), "f"(value) : "memory");
 }
 // Two at once, on an 8-byte boundary.
 LK_PTX void store_global_pair(float* address, float first, float second) {
@@ -133,6 +136,11 @@ LK_PTX uint32_t atomic_add(uint32_t* counter, uint32_t value) {
                : "l"(counter), "r"(value)
                : "memory");
   return v;
+}
+
+// Publishes what this thread wrote, or knows of, to whoever reads the counter by load_acquire.
+LK_PTX void add_release(uint32_t* counter, uint32_t value) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
 }
 
 // ---- fences -------------------------------------------------------------------------------------

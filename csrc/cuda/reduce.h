@@ -5,7 +5,7 @@
 namespace lora_kernels {
 
 // to [rows, columns] = scale * the sum over `count` matrices [rows, pitch] of fp32 that lie one
-// after another; rounded once.
+// after another, pitch a multiple of 4; rounded once.
 struct ReduceJob {
   const float* partials;
   int64_t count, rows, columns, pitch;
@@ -21,13 +21,16 @@ struct ReduceJobs {
   }
 };
 
+// The row length of a partial result: columns are added in fours.
+inline int64_t reduce_pitch(int64_t columns) { return (columns + 3) / 4 * 4; }
+
 constexpr unsigned kReduceThreads = 256;
 // Blocks along x; each job has as many.
 inline unsigned reduce_blocks(const ReduceJobs& jobs, int multiprocessors) {
   int64_t most = 1;
   for (int i = 0; i < jobs.count; ++i) {
     const int64_t blocks =
-        (jobs.jobs[i].rows * jobs.jobs[i].columns + kReduceThreads - 1) / kReduceThreads;
+        (jobs.jobs[i].rows * jobs.jobs[i].pitch / 4 + kReduceThreads - 1) / kReduceThreads;
     most = blocks > most ? blocks : most;
   }
   const int64_t room = 8 * int64_t{multiprocessors};  // as many as are resident

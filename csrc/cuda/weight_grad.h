@@ -5,14 +5,12 @@
 
 namespace lora_kernels {
 
-// All pointers in the pass, the seed included, are device pointers, and so is the workspace, on a
-// 128-byte boundary.
 cudaError_t launch_weight_grad_sm90(const WeightGradPass& pass, const WeightGradPlan& plan,
                                     void* workspace, cudaStream_t stream);
 cudaError_t launch_reduce(const ReduceJobs& jobs, int multiprocessors, cudaStream_t stream);
 
 inline dim3 grid_of(const WeightGradPlan& plan) {
-    return dim3(static_cast<unsigned>(plan.chunks),
+  return dim3(static_cast<unsigned>(plan.chunks),
               static_cast<unsigned>(plan.splits * plan.rank_blocks));
 }
 

@@ -10,8 +10,8 @@ namespace {
 struct TileFacts {
   int rank, subs, rows, threads, shared_bytes;
 };
-#define LK_FACTS(...)                                                               \
-  {WeightGradSm90Tile<__VA_ARGS__>::kRank, WeightGradSm90Tile<__VA_ARGS__>::kSubs,  \
+#define LK_FACTS(...)                                                                 \
+  {WeightGradSm90Tile<__VA_ARGS__>::kRank, WeightGradSm90Tile<__VA_ARGS__>::kSubs,    \
    WeightGradSm90Tile<__VA_ARGS__>::kRows, WeightGradSm90Tile<__VA_ARGS__>::kThreads, \
    WeightGradSm90Tile<__VA_ARGS__>::kSharedBytes},
 constexpr TileFacts kTiles[] = {LK_WEIGHT_GRAD_SM90_TILES(LK_FACTS)};
@@ -52,8 +52,8 @@ void choose_splits(const WeightGradPass& pass, const TileFacts& t, const Target&
   constexpr int64_t kMost = 64;
   const int64_t tiles = ceil_div(pass.grad.K, kRowElements);
   for (int64_t splits = 1; splits <= std::min(tiles, kMost); ++splits) {
-    const double cycles = pass_cycles(pass, t, plan.chunks, tiles, plan.rank_blocks, splits,
-                                      target.multiprocessors);
+    const double cycles =
+        pass_cycles(pass, t, plan.chunks, tiles, plan.rank_blocks, splits, target.multiprocessors);
     if (splits > 1 && cycles >= plan.cycles) continue;
     plan.cycles = cycles;
     plan.tiles = ceil_div(tiles, splits);
@@ -69,7 +69,7 @@ WeightGradPlan plan_weight_grad(const WeightGradPass& pass, const Target& target
   plan.reason = not_served(a, target);
   plan.served = plan.reason == nullptr;
   plan.empty = a.M == 0 || a.K == 0;
-  plan.pitch = a.r + a.r % 2;  // partial results go in pairs
+  plan.pitch = reduce_pitch(a.r);
   if (!plan.served || plan.empty) return plan;
   plan.reason = "TMA and wgmma";
   const TileFacts& t = tile_of(a.r);
@@ -79,7 +79,7 @@ WeightGradPlan plan_weight_grad(const WeightGradPass& pass, const Target& target
   plan.shared_bytes = t.shared_bytes;
   plan.chunks = ceil_div(a.M, t.rows);
   plan.rank_blocks = std::max<int64_t>(1, ceil_div(a.r, t.rank));
-    choose_splits(pass, t, target, plan);
+  choose_splits(pass, t, target, plan);
 
   plan.x = tma_operand(a.x, a.M, a.K);
   if (pass.with_grad) plan.h = tma_operand(a.h, a.M, a.r);
@@ -95,7 +95,7 @@ int64_t place_partials(const WeightGradPass& pass, WeightGradPlan& plan, int64_t
   };
   const WeightGradArgs& a = pass.grad;
   plan.grad_offset = reserve(pass.with_grad, plan.chunks * a.K * plan.pitch);
-  plan.sums_offset = reserve(pass.with_sums, plan.chunks * a.K);
+  plan.sums_offset = reserve(pass.with_sums, plan.chunks * a.K * kSumsPitch);
   plan.down_offset = reserve(pass.with_down, plan.splits * a.M * plan.pitch);
   return offset;
 }
@@ -115,13 +115,23 @@ float* floats_at(void* workspace, int64_t offset) {
 
 ReduceJob grad_job(const WeightGradPass& pass, const WeightGradPlan& plan, void* workspace) {
   const WeightGradArgs& a = pass.grad;
-  return {floats_at(workspace, plan.grad_offset), plan.chunks, a.K, a.r, plan.pitch,
-          transposed(a.grad), a.scale};
+  return {floats_at(workspace, plan.grad_offset),
+          plan.chunks,
+          a.K,
+          a.r,
+          plan.pitch,
+          transposed(a.grad),
+          a.scale};
 }
 
 ReduceJob sums_job(const WeightGradPass& pass, const WeightGradPlan& plan, void* workspace) {
-  return {floats_at(workspace, plan.sums_offset), plan.chunks, pass.grad.K, 1, 1,
-          transposed(pass.sums), 1.0f};
+  return {floats_at(workspace, plan.sums_offset),
+          plan.chunks,
+          pass.grad.K,
+          1,
+          kSumsPitch,
+          transposed(pass.sums),
+          1.0f};
 }
 
 ReduceJob down_job(const WeightGradPass& pass, const WeightGradPlan& plan, void* workspace) {
@@ -142,7 +152,7 @@ WeightGradWork work_of(const WeightGradPass& pass, const WeightGradPlan& plan, v
           static_cast<uint32_t>(a.r),
           static_cast<uint32_t>(plan.pitch),
           static_cast<uint32_t>(ceil_div(a.K, kRowElements)),
-                    static_cast<uint32_t>(plan.tiles),
+          static_cast<uint32_t>(plan.tiles),
           static_cast<uint32_t>(plan.splits),
           a.dropout};
 }

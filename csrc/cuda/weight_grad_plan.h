@@ -29,7 +29,7 @@ struct WeightGradSm90Tile {
   static constexpr int kStageRows = 128, kRows = kSubs * kStageRows, kConsumers = 2;
   static constexpr int kThreads = 128 * (kConsumers + 1);
   static constexpr uint32_t kXBytes = kStageRows * kRowBytes;
-  static constexpr uint32_t kPanelBytes = kRowElements * kRowBytes;    // of down: 64 columns of x
+  static constexpr uint32_t kPanelBytes = kRowElements * kRowBytes;  // of down: 64 columns of x
   static constexpr uint32_t kDownBytes = kRank / 64 * kPanelBytes;
   static constexpr uint32_t kStageBytes = kXBytes + kDownBytes;
   static constexpr uint32_t kHPanelBytes = kRows * kRowBytes;
@@ -45,17 +45,19 @@ struct WeightGradSm90Tile {
 //                            ranks, stages of a chunk, in the ring
 #define LK_WEIGHT_GRAD_SM90_TILES(X) X(64, 4, 6) X(128, 2, 4) X(256, 1, 3)
 
+constexpr int64_t kSumsPitch = 4;  // the sum of a column, four times
+
 struct WeightGradPlan {
-  bool served;         // else `reason` says why not
+  bool served;  // else `reason` says why not
   const char* reason;
-  bool empty;          // there is nothing to read: results are zeros
+  bool empty;  // there is nothing to read: results are zeros
   int rank, rows, threads, shared_bytes;
   int64_t chunks, splits, tiles;  // of M, of K; blocks of 64 columns of a split
   int64_t rank_blocks;
-    int64_t pitch;                 // ranks of a row of a partial result
-  double cycles;                 // by the model
+  int64_t pitch;  // ranks of a row of a partial result
+  double cycles;  // by the model
 
-  TmaOperand x, h, down;         // down as [K, r]; their offsets still 0
+  TmaOperand x, h, down;                          // down as [K, r]; their offsets still 0
   int64_t grad_offset, sums_offset, down_offset;  // partial results in the workspace
 };
 
@@ -77,7 +79,7 @@ struct WeightGradWork {
   float *grad, *sums, *down;  // partial results; nullptr: not asked for
   int64_t M, K;
   uint32_t r, pitch;
-    uint32_t tiles, tiles_of_split;  // of 64 columns
+  uint32_t tiles, tiles_of_split;  // of 64 columns
   uint32_t splits;
   Dropout dropout;
 };

@@ -2,9 +2,9 @@
 // sums of columns, all as partial results in fp32 (reduce.cuh adds them) by TMA and wgmma.
 //
 // A block keeps a chunk of rows of h in shared memory and goes over a split of x's columns. One
-// thread loads stages of 128 rows by 64 columns of x, and beside them the rows of `down`. The gradient of
-// 64 columns, over the rows of the chunk, is complete after its stages and is written; sums of the
-// down projection stay in registers to the end. With dropout x is masked where it lies.
+// thread loads stages of 128 rows by 64 columns of x, and beside them the rows of `down`. The
+// gradient of 64 columns, over the rows of the chunk, is complete after its stages and is written;
+// sums of the down projection stay in registers to the end. With dropout x is masked where it lies.
 #pragma once
 #include "weight_grad_plan.h"
 #include "weight_grad_tile.cuh"
@@ -16,8 +16,8 @@ struct WeightGradRing {
   using Tile = Tile_;
   uint32_t base = ptx::shared_base(), stage = 0, phase = 0;
 
-  __device__ uint32_t x() const { return base + stage * Tile::kStageBytes; }
-  __device__ uint32_t down() const { return x() + Tile::kXBytes; }
+  __device__ uint32_t a() const { return base + stage * Tile::kStageBytes; }
+  __device__ uint32_t b() const { return a() + Tile::kXBytes; }
   __device__ uint32_t h() const { return base + Tile::kStages * Tile::kStageBytes; }
   __device__ uint32_t ones() const { return h() + Tile::kHBytes; }
   __device__ uint32_t full(uint32_t s) const { return ones() + Tile::kOnesBytes + s * 8; }
@@ -37,6 +37,12 @@ struct WeightGradRing {
     }
     ptx::barrier_init(h_full(), 1);
   }
+  __device__ void acquire() const { ptx::barrier_wait(empty(stage), phase ^ 1); }
+  __device__ void wait() const { ptx::barrier_wait(full(stage), phase); }
+  __device__ void release_previous(uint32_t lane) const {
+    const uint32_t previous = (stage == 0 ? Tile::kStages : stage) - 1;
+    if (lane == 0) ptx::barrier_arrive(empty(previous));
+  }
 };
 
 // A block's share of the work.
@@ -48,10 +54,10 @@ struct WeightGradPlace {
 
 template <class Tile>
 __device__ __forceinline__ WeightGradPlace place_of(const WeightGradWork& work) {
-    const uint32_t split = blockIdx.y % work.splits, rank = blockIdx.y / work.splits * Tile::kRank;
+  const uint32_t split = blockIdx.y % work.splits, rank = blockIdx.y / work.splits * Tile::kRank;
   const uint32_t first = split * work.tiles_of_split, left = work.tiles - first;
   return {int64_t{blockIdx.x} * Tile::kRows,
-                    blockIdx.x,
+          blockIdx.x,
           split,
           first,
           left < work.tiles_of_split ? left : work.tiles_of_split,
@@ -73,8 +79,8 @@ __device__ __forceinline__ void load_pass(Ring& ring, const ptx::TensorMap* x_ma
     for (int p = 0; p < Tile::kRank / 64; ++p) {
       LK_UNROLL
       for (int sub = 0; sub < Tile::kSubs; ++sub)
-        ptx::tma_load(ring.h() + p * Tile::kHPanelBytes + sub * Tile::kXBytes, h_map,
-                      ring.h_full(), rank + p * 64, row + sub * static_cast<int>(kRows));
+        ptx::tma_load(ring.h() + p * Tile::kHPanelBytes + sub * Tile::kXBytes, h_map, ring.h_full(),
+                      rank + p * 64, row + sub * static_cast<int>(kRows));
     }
   }
 #pragma unroll 1
@@ -83,93 +89,60 @@ __device__ __forceinline__ void load_pass(Ring& ring, const ptx::TensorMap* x_ma
 #pragma unroll 1
     for (int sub = 0; sub < Tile::kSubs; ++sub, ring.advance()) {
       const uint32_t full = ring.full(ring.stage);
-      ptx::barrier_wait(ring.empty(ring.stage), ring.phase ^ 1);
+      ring.acquire();
       ptx::barrier_arrive_expect(full, kDown ? Tile::kStageBytes : Tile::kXBytes);
-      ptx::tma_load(ring.x(), x_map, full, column, row + sub * static_cast<int>(kRows));
+      ptx::tma_load(ring.a(), x_map, full, column, row + sub * static_cast<int>(kRows));
       if constexpr (kDown) {
         LK_UNROLL
         for (int p = 0; p < Tile::kRank / 64; ++p)
-          ptx::tma_load(ring.down() + p * Tile::kPanelBytes, down_map, full, rank + p * 64,
-                        column);
+          ptx::tma_load(ring.b() + p * Tile::kPanelBytes, down_map, full, rank + p * 64, column);
       }
     }
   }
-}
-
-// The gradient of the 64 columns of the stages at hand, ranks from `rank` on within the block's.
-template <class T, int kCount, class Ring>
-__device__ __forceinline__ void multiply_chunk(float (&grad)[kCount], const Ring& ring, int sub,
-                                               uint32_t rank) {
-  using Tile = typename Ring::Tile;
-  multiply_columns<T>(grad, ring.x(),
-                      ring.h() + rank / 64 * Tile::kHPanelBytes + sub * Tile::kXBytes,
-                      Tile::kHPanelBytes, sub > 0);
 }
 
 template <class Tile, class T, bool kDown, bool kDropout>
-__device__ __forceinline__ void compute_pass(WeightGradRing<Tile>& ring,
-                                             const WeightGradWork& work, const WeightGradPlace& at,
-                                             uint32_t thread) {
-  constexpr int kSubs = Tile::kSubs, kRank = Tile::kRank;
-  // Beside 128 sums there is no room for as many of the gradient.
-  constexpr int kGradRank = kRank < 128 ? kRank : 128;
-  static_assert(kRank == kGradRank || kSubs == 1, "a second turn at a stage needs all its rows");
+__device__ __forceinline__ void compute_pass(WeightGradRing<Tile>& ring, const WeightGradWork& work,
+                                             const WeightGradPlace& at, uint32_t thread) {
+  using Form = PassForm<Tile::kRank, Tile::kSubs, Tile::kStageRows, kDown, kDropout>;
   const uint32_t group = thread / 128, warp = thread / 32 % 4, lane = thread % 32;
-  const uint32_t own = group * Tile::kPanelBytes;  // of a stage: this warpgroup's rows
+  const uint32_t columns = (at.ranks + 3) / 4 * 4;
   const int64_t row = at.row + group * 64 + warp * 16;
-  const bool with_grad = work.grad != nullptr;
-  const bool with_sums = work.sums != nullptr && at.rank == 0;  // once for all blocks of ranks
-  LaneDropout dropout{};
-  if constexpr (kDropout) dropout = load_dropout(work.dropout, row, lane);
-  float sum[kDown ? kSubs : 1][kDown ? kRank / 2 : 1];
-    const int64_t first_grad = at.chunk * work.K * work.pitch + at.rank;
+  PassPlace place{ring.h(),
+                  Tile::kHPanelBytes,
+                  ring.ones(),
+                  work.grad != nullptr,
+                  work.sums != nullptr && at.rank == 0,  // once for all blocks of ranks
+                  {},
+                  group,
+                  warp,
+                  lane};
+  if constexpr (kDropout) place.dropout = load_dropout(work.dropout, row, lane);
+  float sum[Form::kSums][Form::kSumCount];
+  float* const grads = work.grad + at.chunk * work.K * work.pitch + at.rank;
+  float* const sums = work.sums + at.chunk * work.K * kSumsPitch;
 
-
-  if (with_grad) ptx::barrier_wait(ring.h_full(), 0);
+  if (place.with_grad) ptx::barrier_wait(ring.h_full(), 0);
 #pragma unroll 1
   for (uint32_t i = 0; i < at.tiles; ++i) {
-    const bool mine = i % 2 == group;
     const uint32_t column = (at.first_tile + i) * kRowElements;
-    float grad[kGradRank / 2], ones[8];
-    LK_UNROLL
-    for (int sub = 0; sub < kSubs; ++sub) {
-      ptx::barrier_wait(ring.full(ring.stage), ring.phase);
-      if constexpr (kDropout) {
-        mask_rows(ring.x() + own, below(dropout, sub * Tile::kStageRows), column, warp, lane);
-        ptx::named_barrier_sync<1>(128 * Tile::kConsumers);
-      }
-      if constexpr (kDown) {
-        multiply_rows<T>(sum[sub], ring.x() + own, ring.down(), i > 0);
-        ptx::wgmma_wait<0>();
-        ptx::wgmma_keep(sum[sub]);
-      }
-      if (mine && with_sums) {
-        multiply_ones<T>(ones, ring.x(), ring.ones(), sub > 0);
-        ptx::wgmma_wait<0>();
-        ptx::wgmma_keep(ones);
-      }
-      if (mine && with_grad) {
-        LK_UNROLL
-        for (uint32_t rank = 0; rank < kRank; rank += kGradRank) {
-          multiply_chunk<T>(grad, ring, sub, rank);
-          ptx::wgmma_wait<0>();
-          ptx::wgmma_keep(grad);
-          if (sub + 1 == kSubs && rank < at.ranks)
-            store_partials(work.grad + first_grad + rank, work.pitch, column + warp * 16, work.K, at.ranks - rank,
+    pass_columns<T, Form>(
+        sum, ring, place, column, i % 2 == group, i > 0,
+        [&](const auto& grad, uint32_t rank) {
+          if (rank < columns)
+            store_partials(grads + rank, work.pitch, column + warp * 16, work.K, columns - rank,
                            grad, lane);
-        }
-      }
-      if (lane == 0) ptx::barrier_arrive(ring.empty(ring.stage));
-      ring.advance();
-    }
-        if (mine && with_sums)
-      store_column(work.sums + at.chunk * work.K, column + warp * 16, work.K, ones, lane);
+        },
+        [&](const float (&of_columns)[8]) {
+          store_partials(sums, kSumsPitch, column + warp * 16, work.K, kSumsPitch, of_columns,
+                         lane);
+        });
   }
   if constexpr (kDown) {
     LK_UNROLL
-    for (int sub = 0; sub < kSubs; ++sub)
+    for (int sub = 0; sub < Tile::kSubs; ++sub)
       store_partials(work.down + at.split * work.M * work.pitch + at.rank, work.pitch,
-                     row + sub * Tile::kStageRows, work.M, at.ranks, sum[sub], lane);
+                     row + sub * Tile::kStageRows, work.M, columns, sum[sub], lane);
   }
 }
 
@@ -180,7 +153,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
                             const __grid_constant__ ptx::TensorMap down_map,
                             const WeightGradWork work) {
   static_assert(!(kDown && kDropout), "dy, which has a down projection, is never masked");
-    const uint32_t thread = threadIdx.x, warp = ptx::warp_uniform(thread / 32);
+  const uint32_t thread = threadIdx.x, warp = ptx::warp_uniform(thread / 32);
   WeightGradRing<Tile> ring;
   const WeightGradPlace at = place_of<Tile>(work);
   if (thread == 0) {
@@ -190,10 +163,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   if (work.sums != nullptr) write_ones<T>(ring.ones(), thread, Tile::kThreads);
   ptx::block_sync();
 
-    if (warp < 4) {
+  if (warp < 4) {
     ptx::registers_decrease<40>();
-    if (warp == 0 && ptx::elect_one())
-      load_pass<kDown>(ring, &x_map, &h_map, &down_map, work, at);
+    if (warp == 0 && ptx::elect_one()) load_pass<kDown>(ring, &x_map, &h_map, &down_map, work, at);
   } else {
     ptx::registers_increase<232>();
     compute_pass<Tile, T, kDown, kDropout>(ring, work, at, thread - 128);

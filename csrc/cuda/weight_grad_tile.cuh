@@ -11,14 +11,16 @@ constexpr uint32_t kStepsOfRows = 128 / kMmaDepth;  // of a stage, when its rows
 // sum += 64 rows of x, a tile of 64 columns from `x` on, times `down`, panels of 64 of its columns.
 // Not complete on return.
 template <class T, int kCount>
-__device__ __forceinline__ void multiply_rows(float (&sum)[kCount], uint32_t x, uint32_t down, bool accumulate) {
+__device__ __forceinline__ void multiply_rows(float (&sum)[kCount], uint32_t x, uint32_t down,
+                                              bool accumulate) {
   constexpr uint32_t kPanel = kRowElements * kRowBytes;
   ptx::wgmma_keep(sum);
   ptx::wgmma_fence();
   LK_UNROLL
   for (uint32_t step = 0; step < kRowElements / kMmaDepth; ++step)
     ptx::wgmma<T, 0, 1>(sum, k_major_descriptor(x + step * kKMajorStep),
-                        mn_major_descriptor(down + step * kMnMajorStep, kPanel), accumulate || step > 0);
+                        mn_major_descriptor(down + step * kMnMajorStep, kPanel),
+                        accumulate || step > 0);
   ptx::wgmma_commit();
   ptx::wgmma_keep(sum);
 }
@@ -69,8 +71,8 @@ __device__ __forceinline__ void mask_rows(uint32_t x, const LaneDropout& dropout
                                           uint32_t warp, uint32_t lane) {
   LK_UNROLL
   for (uint32_t step = 0; step < kRowElements / kMmaDepth; ++step) {
-    const uint32_t at = x + swizzled((warp * 16 + lane % 16) * kRowBytes +
-                                     (step * 2 + lane / 16) * kChunkBytes);
+    const uint32_t at =
+        x + swizzled((warp * 16 + lane % 16) * kRowBytes + (step * 2 + lane / 16) * kChunkBytes);
     uint32_t a[4];
     ptx::load_matrix_x4(a, at);
     apply_dropout(a, dropout, column + step * kMmaDepth, lane);
@@ -79,8 +81,8 @@ __device__ __forceinline__ void mask_rows(uint32_t x, const LaneDropout& dropout
   ptx::fence_async_shared();
 }
 
-// 16 rows of partial results from `row` on, as wgmma leaves them: the first `columns` of each, in
-// pairs, where row < rows.
+// 16 rows of partial results from `row` on, as wgmma leaves them: the first `columns` of each, a
+// multiple of 4 with the padding, where row < rows.
 template <int kCount>
 __device__ __forceinline__ void store_partials(float* to, int64_t pitch, int64_t row, int64_t rows,
                                                uint32_t columns, const float (&sum)[kCount],
@@ -99,16 +101,69 @@ __device__ __forceinline__ void store_partials(float* to, int64_t pitch, int64_t
   }
 }
 
-// The first column of such results: one value a row.
-__device__ __forceinline__ void store_column(float* to, int64_t row, int64_t rows,
-                                             const float (&sum)[8], uint32_t lane) {
-  if (lane % 4 != 0) return;
+// What a kernel's pass over x is made of. kDown: with a down projection of kRank ranks.
+template <int kRank_, int kSubs_, int kSubRows_, bool kDown_, bool kDropout_>
+struct PassForm {
+  static constexpr int kRank = kRank_;
+  static constexpr int kSubs = kSubs_, kSubRows = kSubRows_;  // stages of a chunk, how far apart
+  static constexpr bool kDown = kDown_, kDropout = kDropout_;
+  // Beside 128 sums of the down projection there is no room for as many of the gradient.
+  static constexpr int kGradRank = kRank < 128 ? kRank : 128;
+  static constexpr int kSums = kDown ? kSubs : 1, kSumCount = kDown ? kRank / 2 : 1;
+  static_assert(kRank == kGradRank || kSubs == 1, "a second turn at a stage needs all its rows");
+  static_assert(!(kDown && kDropout), "dy, which has a down projection, is never masked");
+};
+
+// A warpgroup's view of it.
+struct PassPlace {
+  uint32_t h, h_panel, ones;  // in shared memory: a chunk of h, bytes from 64 ranks to the next
+  bool with_grad, with_sums;
+  LaneDropout dropout;  // of the lane's first row
+  uint32_t group, warp, lane;
+};
+
+// The stages of the 64 columns of x from `column` on, kSubs times 128 rows, by both warpgroups.
+// Sums of the down projection go on; the gradient is complete: the warpgroup whose columns these
+// are gives it away by store(grad, first rank), and sums of columns by store_sums(sums).
+template <class T, class Form, class Ring, class Store, class StoreSums>
+__device__ __forceinline__ void pass_columns(float (&sum)[Form::kSums][Form::kSumCount], Ring& ring,
+                                             const PassPlace& at, uint32_t column, bool mine,
+                                             bool accumulate, const Store& store,
+                                             const StoreSums& store_sums) {
+  constexpr uint32_t kRowsBytes = 64 * kRowBytes;
+  float grad[Form::kGradRank / 2], ones[8];
   LK_UNROLL
-  for (int half = 0; half < 2; ++half) {
-    const int64_t r = row + lane / 4 + half * 8;
-    if (r < rows) ptx::store_global(to + r, sum[2 * half]);
+  for (int sub = 0; sub < Form::kSubs; ++sub) {
+    const uint32_t own = ring.a() + at.group * kRowsBytes;
+    ring.wait();
+    if constexpr (Form::kDropout) {
+      mask_rows(own, below(at.dropout, sub * Form::kSubRows), column, at.warp, at.lane);
+      ptx::named_barrier_sync<4>(256);
+    }
+    if constexpr (Form::kDown) {
+      multiply_rows<T>(sum[sub], own, ring.b(), accumulate);
+      ptx::wgmma_wait<0>();
+      ptx::wgmma_keep(sum[sub]);
+    }
+    if (mine && at.with_sums) {
+      multiply_ones<T>(ones, ring.a(), at.ones, sub > 0);
+      ptx::wgmma_wait<0>();
+      ptx::wgmma_keep(ones);
+    }
+    if (mine && at.with_grad) {
+      LK_UNROLL
+      for (uint32_t rank = 0; rank < Form::kRank; rank += Form::kGradRank) {
+        multiply_columns<T>(grad, ring.a(), at.h + rank / 64 * at.h_panel + sub * 2 * kRowsBytes,
+                            at.h_panel, sub > 0);
+        ptx::wgmma_wait<0>();
+        ptx::wgmma_keep(grad);
+        if (sub + 1 == Form::kSubs) store(grad, rank);
+      }
+    }
+    ring.advance();
+    ring.release_previous(at.lane);
   }
+  if (mine && at.with_sums) store_sums(ones);
 }
 
 }  // namespace lora_kernels
-

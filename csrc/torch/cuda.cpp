@@ -1,6 +1,5 @@
-// The CUDA ops. A kernel is registered here once it exists; backend.py asks the dispatcher which
-// are.
-#include <torch/csrc/stable/accelerator.h>
+// The CUDA ops of the forward pass. A kernel is registered here once it exists; backend.py asks the
+// dispatcher which are.
 #include <torch/csrc/stable/library.h>
 
 #include <string>
@@ -11,65 +10,10 @@
 #include "../cuda/down_proj.h"
 #include "../cuda/dropout_mask.h"
 #include "../cuda/forward.h"
-#include "aten.h"
-#include "convert.h"
-#include "stream.h"
+#include "cuda_call.h"
 
 namespace lora_kernels {
 namespace {
-
-// Makes the tensor's device current, for torch and for the runtime that this library links itself.
-class OnDeviceOf {
- public:
-  explicit OnDeviceOf(const Tensor& t) : guard_(t.get_device_index()) {
-    const cudaError_t error = cudaSetDevice(t.get_device_index());
-    STD_TORCH_CHECK(error == cudaSuccess, "lora_kernels: device ", t.get_device_index(), ": ",
-                    cudaGetErrorString(error));
-  }
-
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
-};
-
-void check_launch(cudaError_t error, const char* kernel, int64_t rows, int64_t cols) {
-  if (error != cudaSuccess) cudaGetLastError();  // not to be found by the next launch
-  STD_TORCH_CHECK(error == cudaSuccess, kernel, " [", rows, ", ", cols,
-                  "]: ", cudaGetErrorString(error));
-}
-
-void check_cuda_operand(const Operand& o, const Tensor& like, Dtype dtype, const char* op,
-                        const char* name) {
-  STD_TORCH_CHECK(o.matrix.dtype != Dtype::f32, op, ": ", name,
-                  " must be bfloat16 or float16 on a CUDA device; for float32 take "
-                  "backend='composed'");
-  STD_TORCH_CHECK(o.matrix.dtype == dtype, op, ": ", name, " has dtype ", name_of(o.matrix.dtype),
-                  " but must have that of x, ", name_of(dtype));
-  STD_TORCH_CHECK(o.tensor.device() == like.device(), op, ": ", name, " is on device ",
-                  o.tensor.get_device_index(), " but must be on that of x, ",
-                  like.get_device_index());
-}
-
-// The device that a tensor's kernels run on, which is current.
-Target target_of(const Tensor& x) {
-  Target target;
-  const cudaError_t error = device_target(x.get_device_index(), &target);
-  STD_TORCH_CHECK(error == cudaSuccess, "lora_kernels: attributes of device ", x.get_device_index(),
-                  ": ", cudaGetErrorString(error));
-  return target;
-}
-
-// Memory for the length of a call; the stream's order keeps it from being used again too early.
-class Workspace {
- public:
-  Workspace(int64_t bytes, const Tensor& like) {
-    if (bytes > 0)
-      memory_ = torch::stable::empty({bytes}, ScalarType::Byte, std::nullopt, like.device());
-  }
-  void* data() const { return memory_.has_value() ? memory_->mutable_data_ptr() : nullptr; }
-
- private:
-  OptionalTensor memory_;
-};
 
 Tensor dropout_mask_cuda(const Tensor& seed, int64_t rows, int64_t cols, int64_t threshold) {
   STD_TORCH_CHECK(rows >= 0 && cols >= 0, "dropout_mask: rows and cols must not be negative");
@@ -108,7 +52,7 @@ Tensor down_proj_cuda(const Tensor& x, const Tensor& down, const OptionalTensor&
                 ranks = operand(down, "down_proj", "down");
   DownProjArgs args = down_proj_args(rows, ranks, seed, threshold, scale);
   OnDeviceOf device(x);
-  Tensor h = torch::stable::empty({args.M, args.r}, x.scalar_type(), std::nullopt, x.device());
+  Tensor h = empty_like(x, {args.M, args.r});
   args.h.data = h.mutable_data_ptr();
   const DownProjPlan plan = plan_down_proj(args, target_of(x));
   check_launch(launch_down_proj(args, plan, current_stream(x)), "down_proj", args.M, args.r);
@@ -160,11 +104,12 @@ Tensor fused_gemm_cuda(const Tensor& x, const Tensor& weight, const Tensor& h, c
   // Kept until the launch: flattening x may have made a copy.
   const Operand rows = flatten_rows(x, op, "x"), w = operand(weight, op, "weight"),
                 h_rows = operand(h, op, "h"), b = operand(up, op, "up");
-  FusedGemmArgs args = fused_gemm_args(rows, w, h_rows, b, bias, scale, op);
-  args.dropout = dropout_of(seed, threshold, op);
+  const Dropout dropout = dropout_of(seed, threshold, op);
+  FusedGemmArgs args = fused_gemm_args(rows, w, h_rows, b, bias, scale * inverse_keep(dropout), op);
+  args.dropout = dropout;
   OnDeviceOf device(x);
   const Target target = target_of(x);
-  Tensor y = torch::stable::empty(sizes_of_y(x, args.N), x.scalar_type(), std::nullopt, x.device());
+  Tensor y = empty_like(x, sizes_of_y(x, args.N));
   args.y.data = y.mutable_data_ptr();
   FusedGemmPlan plan = plan_fused_gemm(args, target);
   STD_TORCH_CHECK(plan.served, op, ": ", plan.reason, "; take lora_kernels.composed.fused_gemm");
@@ -207,14 +152,7 @@ ForwardRequest request_of(const std::string& form, int64_t tile_n, int64_t group
   ForwardRequest request;
   STD_TORCH_CHECK(form_of(form, &request.form), "forward_as: form is '", form,
                   "'; expected one_launch, two_launches or '' for the better one");
-  const bool has_tile =
-      tile_n == 0 ||
-      (tile_n > 0 && tile_n <= 256 && with_fused_gemm_tile(static_cast<int>(tile_n), [](auto) {}));
-  STD_TORCH_CHECK(has_tile, "forward_as: tile_n is ", tile_n,
-                  "; expected 128, 192, 256, or 0 for the best");
-  STD_TORCH_CHECK(group >= 0 && group < kTmaLimit, "forward_as: group is ", group,
-                  "; expected a number of pairs of row blocks, or 0 for the best");
-  request.gemm = {static_cast<int>(tile_n), static_cast<int>(group)};
+  request.gemm = gemm_request_of(tile_n, group, "forward_as");
   return request;
 }
 
@@ -227,10 +165,8 @@ std::tuple<Tensor, Tensor> forward_as_cuda(const Tensor& x, const Tensor& weight
   ForwardCall call(x, weight, lora_a, lora_b, bias, seed, threshold, h_scale, up_scale);
   OnDeviceOf device(x);
   const Target target = target_of(x);
-  const auto empty = [&](const std::vector<int64_t>& sizes) {
-    return torch::stable::empty(sizes, x.scalar_type(), std::nullopt, x.device());
-  };
-  Tensor y = empty(sizes_of_y(x, call.args.gemm.N)), h = empty({call.h.rows, call.h.cols});
+  Tensor y = empty_like(x, sizes_of_y(x, call.args.gemm.N));
+  Tensor h = empty_like(x, {call.h.rows, call.h.cols});
   call.args.gemm.y.data = y.mutable_data_ptr();
   call.args.down.h.data = call.args.gemm.h.data = h.mutable_data_ptr();
   const ForwardPlan plan = call.plan(target, request_of(form, tile_n, group));

@@ -69,7 +69,9 @@ struct Scalars {
   uint32_t threshold;
   std::vector<int64_t> seed;
   Target target;
-  ForwardRequest request;
+  std::string form;
+  FusedGemmRequest request;
+  uint32_t chain;
   emu::Options options;
 };
 
@@ -86,10 +88,9 @@ inline Scalars scalars_of(const py::dict& given) {
   s.threshold = get("threshold", 0u);
   s.seed = get("seed", std::vector<int64_t>{});
   s.target = {get("compute", 90), get("multiprocessors", 4), get("sm90a", true)};
-  if (!form_of(get("form", std::string()), &s.request.form))
-    throw py::value_error("form is one_launch, two_launches or empty");
-  s.request.gemm = {get("tile_n", 0), get("group", 0)};
-  s.request.chain = get("chain", 0u);
+  s.form = get("form", std::string());
+  s.request = {get("tile_n", 0), get("group", 0)};
+  s.chain = get("chain", 0u);
   s.options = options_of(get("schedule", uint64_t{0}), get("timing", std::string("random")),
                          get("resident_blocks", 1 << 20));
   return s;
@@ -102,7 +103,7 @@ inline Matrix row_of(const std::optional<Array>& bias, const Scalars& s) {
 }
 
 inline void add_inputs(const std::vector<std::pair<std::string, Array>>& inputs,
-                const std::optional<Array>& bias) {
+                       const std::optional<Array>& bias) {
   for (const auto& [name, array] : inputs) add_buffer(name, array, emu::Use::input);
   if (bias && bias->size() > 0)
     emu::global.add("bias", const_cast<uint16_t*>(bias->data()),
@@ -125,4 +126,3 @@ struct Workspace {
       emu::global.add("sync", begin + sync_offset, sync_bytes, emu::Use::workspace);
   }
 };
-

@@ -41,6 +41,7 @@ void fence_proxy(Space space);
 uint32_t acquire_flag(const uint32_t* flag, Place at);
 void release_flag(uint32_t* flag, uint32_t value, Place at);
 uint32_t add_to(uint32_t* counter, uint32_t value, Place at);
+void add_release(uint32_t* counter, uint32_t value, Place at);
 
 void change_registers(int registers, bool increase, Place at);
 void launch_dependents();

@@ -56,6 +56,13 @@ void release_flag(uint32_t* flag, uint32_t value, Place at) {
   ++machine->news;
 }
 
+// An addition leaves what others had released into the counter in place.
+void add_release(uint32_t* counter, uint32_t value, Place at) {
+  release(warp(), global.flag(counter, "red.release", at));
+  *counter += value;
+  ++machine->news;
+}
+
 uint32_t add_to(uint32_t* counter, uint32_t value, Place at) {
   global.flag(counter, "atom.add", at);
   const uint32_t before = *counter;

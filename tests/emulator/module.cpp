@@ -82,6 +82,15 @@ py::dict down_proj(const Array& x, const Array& down, Array h, bool is_bf16,
 
 // ---- fused_gemm and forward ---------------------------------------------------------------------
 
+ForwardRequest request_of(const Scalars& s) {
+  ForwardRequest request;
+  if (!form_of(s.form, &request.form))
+    throw py::value_error("form is one_launch, two_launches or empty");
+  request.gemm = s.request;
+  request.chain = s.chain;
+  return request;
+}
+
 FusedGemmArgs fused_gemm_args(const Array& x, const Array& weight, const Array& h, const Array& up,
                               const std::optional<Array>& bias, const Array& y, const Scalars& s) {
   if (x.shape(1) != weight.shape(1) || y.shape(0) != x.shape(0) || y.shape(1) != weight.shape(0) ||
@@ -125,7 +134,8 @@ py::dict forward_plan(const Array& x, const Array& weight, const Array& a, const
                       const std::optional<Array>& bias, const Array& y, const Array& h,
                       const py::dict& given) {
   const Scalars s = scalars_of(given);
-  return described(plan_forward(forward_args(x, weight, a, b, bias, y, h, s), s.target, s.request));
+  return described(
+      plan_forward(forward_args(x, weight, a, b, bias, y, h, s), s.target, request_of(s)));
 }
 
 // Several calls at once, each with a y and an h of its own.
@@ -142,7 +152,7 @@ py::dict forward(const Array& x, const Array& weight, const Array& a, const Arra
     add_buffer("y", y[i], emu::Use::output);
     add_buffer("h", h[i], emu::Use::output);
     const ForwardArgs args = forward_args(x, weight, a, b, bias, y[i], h[i], s);
-    plan = plan_forward(args, s.target, s.request);
+    plan = plan_forward(args, s.target, request_of(s));
     if (!plan.served) throw py::value_error(plan.reason);
     workspaces.push_back(
         std::make_unique<Workspace>(plan.workspace_bytes, plan.sync_offset, 4 * plan.sync_words));
@@ -159,7 +169,7 @@ std::vector<std::string> launches(const Array& x, const Array& weight, const Arr
                                   const Array& h, const py::dict& given) {
   const Scalars s = scalars_of(given);
   const ForwardArgs args = forward_args(x, weight, a, b, bias, y, h, s);
-  const ForwardPlan plan = plan_forward(args, s.target, s.request);
+  const ForwardPlan plan = plan_forward(args, s.target, request_of(s));
   const Workspace workspace(plan.workspace_bytes, plan.sync_offset, 4 * plan.sync_words);
   std::vector<emu::Launch> made;
   emu::add_forward(args, plan, s.target, workspace.begin, made, given["fails"].cast<int>());
@@ -175,7 +185,7 @@ py::dict fused_gemm(const Array& x, const Array& weight, const Array& h, const A
   add_inputs({{"x", x}, {"weight", weight}, {"h", h}, {"up", up}}, bias);
   add_buffer("y", y, emu::Use::output);
   const FusedGemmArgs args = fused_gemm_args(x, weight, h, up, bias, y, s);
-  FusedGemmPlan plan = plan_fused_gemm(args, s.target, s.request.gemm);
+  FusedGemmPlan plan = plan_fused_gemm(args, s.target, s.request);
   if (!plan.served) throw py::value_error(plan.reason);
   Workspace workspace(place_packed(plan), 0, 0);
   std::vector<emu::Launch> launches;

@@ -1,5 +1,6 @@
 // The backward pass, emulated on numpy arrays.
 #include <memory>
+#include <tuple>
 
 #include "arrays.h"
 #include "module.h"
@@ -52,14 +53,42 @@ BackwardArgs backward_args(const std::vector<Array>& operands, const Results& to
     throw py::value_error("dy, x, weight, A, B and h do not fit together");
   const auto m = [&](const Array& v) { return matrix_of(v, s.is_bf16); };
   const auto out = [&](const Result& v) { return result_of(v, s.is_bf16); };
-  return {m(dy),      m(x),        m(weight),   m(a),        m(b),         m(h),
-          out(to.dx), out(to.da),  out(to.db),  out(to.dbias), to.dx.has_value(),
-          to.da.has_value(), to.db.has_value(), to.dbias.has_value(), dy.shape(0), dy.shape(1),
-          x.shape(1), a.shape(0), s.h_scale, s.up_scale, s.up_scale, dropout_of(s)};
+  return {m(dy),
+          m(x),
+          m(weight),
+          m(a),
+          m(b),
+          m(h),
+          out(to.dx),
+          out(to.da),
+          out(to.db),
+          out(to.dbias),
+          to.dx.has_value(),
+          to.da.has_value(),
+          to.db.has_value(),
+          to.dbias.has_value(),
+          dy.shape(0),
+          dy.shape(1),
+          x.shape(1),
+          a.shape(0),
+          s.h_scale,
+          s.up_scale,
+          s.up_scale,
+          dropout_of(s)};
+}
+
+BackwardRequest request_of(const Scalars& s) {
+  BackwardRequest request;
+  if (!form_of(s.form, &request.form)) throw py::value_error("form is one_grid, passes or empty");
+  request.gemm = s.request;
+  return request;
 }
 
 py::dict described(const BackwardPlan& p) {
+  const bool one = p.form == BackwardForm::one_grid;
   py::dict found;
+  found["form"] = one ? "one_grid" : "passes";
+  found["clusters"] = one ? p.grid.clusters : p.gemm.clusters;
   found["served"] = p.served;
   found["reason"] = p.reason;
   found["text"] = describe(p);
@@ -77,7 +106,7 @@ py::dict backward_plan(const std::vector<Array>& operands, const py::dict& to,
                        const py::dict& given) {
   const Scalars s = scalars_of(given);
   return described(
-      plan_backward(backward_args(operands, results_of(to), s), s.target, s.request.gemm));
+      plan_backward(backward_args(operands, results_of(to), s), s.target, request_of(s)));
 }
 
 // operands: dy, x, weight, A, B, h. Several calls at once, each with results of its own; a call
@@ -87,8 +116,7 @@ py::dict backward(const std::vector<Array>& operands, const std::vector<py::dict
   const Scalars s = scalars_of(given);
   emu::global.clear();
   const char* names[] = {"dy", "x", "weight", "A", "B", "h"};
-  for (size_t i = 0; i < operands.size(); ++i)
-    add_buffer(names[i], operands[i], emu::Use::input);
+  for (size_t i = 0; i < operands.size(); ++i) add_buffer(names[i], operands[i], emu::Use::input);
   std::vector<emu::Launch> launches;
   std::vector<std::unique_ptr<Workspace>> workspaces;
   BackwardPlan plan{};
@@ -99,9 +127,11 @@ py::dict backward(const std::vector<Array>& operands, const std::vector<py::dict
     add_result("db", to.db);
     add_result("dbias", to.dbias);
     const BackwardArgs args = backward_args(operands, to, s);
-    plan = plan_backward(args, s.target, s.request.gemm);
+    plan = plan_backward(args, s.target, request_of(s));
     if (!plan.served) throw py::value_error(plan.reason);
-    workspaces.push_back(std::make_unique<Workspace>(plan.workspace_bytes, 0, 0));
+    workspaces.push_back(std::make_unique<Workspace>(
+        plan.workspace_bytes, plan.grid.sync_offset,
+        plan.form == BackwardForm::one_grid ? 4 * plan.grid.sync_words() : 0));
     emu::add_backward(args, plan, s.target, workspaces.back()->begin, launches,
                       given.contains("fails") ? given["fails"].cast<int>() : -1);
   }
@@ -118,8 +148,7 @@ py::dict backward(const std::vector<Array>& operands, const std::vector<py::dict
 }
 
 // grad [r, K] = scale h^T select(mask, x, 0).
-py::dict weight_grad(const Array& h, const Array& x, const py::array& grad,
-                     const py::dict& given) {
+py::dict weight_grad(const Array& h, const Array& x, const py::array& grad, const py::dict& given) {
   const Scalars s = scalars_of(given);
   emu::global.clear();
   add_buffer("h", h, emu::Use::input);
@@ -127,8 +156,14 @@ py::dict weight_grad(const Array& h, const Array& x, const py::array& grad,
   add_result("grad", grad);
   WeightGradPass pass{};
   pass.with_grad = h.shape(1) > 0;
-  pass.grad = {matrix_of(h, s.is_bf16), matrix_of(x, s.is_bf16), result_of(grad, s.is_bf16),
-               x.shape(0), x.shape(1), h.shape(1), s.up_scale, dropout_of(s)};
+  pass.grad = {matrix_of(h, s.is_bf16),
+               matrix_of(x, s.is_bf16),
+               result_of(grad, s.is_bf16),
+               x.shape(0),
+               x.shape(1),
+               h.shape(1),
+               s.up_scale,
+               dropout_of(s)};
   WeightGradPlan plan = plan_weight_grad(pass, s.target);
   if (!plan.served) throw py::value_error(plan.reason);
   Workspace workspace(place_weight_grad(pass, plan), 0, 0);
@@ -139,10 +174,25 @@ py::dict weight_grad(const Array& h, const Array& x, const py::array& grad,
   return found;
 }
 
+// (what, pair, column, slice, index) of each item.
+std::vector<std::tuple<int, uint32_t, uint32_t, uint32_t, uint32_t>> backward_order(
+    uint32_t pairs, uint32_t columns, uint32_t group, bool chains_first, uint32_t sums_b,
+    uint32_t slices, uint32_t sums_a) {
+  const Raster raster{pairs, columns, group, BackwardOrder::kChunkPairs, chains_first};
+  const BackwardOrder order{raster, sums_b, slices, sums_a};
+  std::vector<std::tuple<int, uint32_t, uint32_t, uint32_t, uint32_t>> places;
+  for (uint32_t item = 0; item < order.items(); ++item) {
+    const BackwardPlace at = order.place(item);
+    places.push_back({static_cast<int>(at.what), at.tile.pair, at.tile.column, at.slice, at.index});
+  }
+  return places;
+}
+
 }  // namespace
 
 void define_backward(py::module_& m) {
   m.def("backward_plan", &backward_plan);
   m.def("backward", &backward);
   m.def("weight_grad", &weight_grad);
+  m.def("backward_order", &backward_order);
 }

@@ -60,11 +60,10 @@ LK_PTX void store_shared_word(uint32_t address, uint32_t value, Place at = Place
 LK_PTX void store_shared_x4(uint32_t address, const uint32_t (&v)[4], Place at = Place::here()) {
   emu::block().shared->write(address, v, 16, emu::generic_access("st.shared.v4", at));
 }
-template <class T>
-LK_PTX T load_global(const T* address, Place at = Place::here()) {
-  T v;
-  emu::global.read(address, &v, sizeof(T), emu::generic_access("ld.global", at));
-  emu::machine->statistics.bytes_loaded += sizeof(T);
+LK_PTX uint16_t load_global(const uint16_t* address, Place at = Place::here()) {
+  uint16_t v;
+  emu::global.read(address, &v, 2, emu::generic_access("ld.global", at));
+  emu::machine->statistics.bytes_loaded += 2;
   return v;
 }
 template <class T>
@@ -72,8 +71,13 @@ LK_PTX void store_global(T* address, T value, Place at = Place::here()) {
   emu::global.write(address, &value, sizeof(T), emu::generic_access("st.global", at));
 }
 
-LK_PTX void store_global_pair(float* address, float first, float second,
-                              Place at = Place::here()) {
+LK_PTX void load_global_x4(float (&v)[4], const float* address, Place at = Place::here()) {
+  if (reinterpret_cast<uintptr_t>(address) % 16 != 0)
+    emu::machine->fail("ld.global.v4 off its 16-byte boundary", at);
+  emu::global.read(address, v, 16, emu::generic_access("ld.global.v4", at));
+  emu::machine->statistics.bytes_loaded += 16;
+}
+LK_PTX void store_global_pair(float* address, float first, float second, Place at = Place::here()) {
   const float both[2] = {first, second};
   if (reinterpret_cast<uintptr_t>(address) % 8 != 0)
     emu::machine->fail("st.global.v2 off its 8-byte boundary", at);
@@ -81,7 +85,6 @@ LK_PTX void store_global_pair(float* address, float first, float second,
 }
 
 // ---- flags and tickets in global memory
-
 
 LK_PTX uint32_t load_acquire(const uint32_t* flag, Place at = Place::here()) {
   return emu::acquire_flag(flag, at);
@@ -91,6 +94,10 @@ LK_PTX void store_release(uint32_t* flag, uint32_t value, Place at = Place::here
 }
 LK_PTX uint32_t atomic_add(uint32_t* counter, uint32_t value, Place at = Place::here()) {
   return emu::add_to(counter, value, at);
+}
+
+LK_PTX void add_release(uint32_t* counter, uint32_t value, Place at = Place::here()) {
+  emu::add_release(counter, value, at);
 }
 
 // ---- fences

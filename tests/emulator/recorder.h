@@ -63,6 +63,11 @@ struct Recorder {
     l.body = forward_body(args, plan, workspace);
     return add(std::move(l), true);
   }
+  int backward(const BackwardArgs& args, const BackwardPlan& plan, void* workspace) {
+    Launch l = clusters("backward_sm90", plan.gemm, plan.grid.clusters);
+    l.body = backward_body(args, plan, workspace);
+    return add(std::move(l), true);
+  }
   int weight_grad(const WeightGradPass& pass, const WeightGradPlan& plan, void* workspace) {
     Launch l;
     l.name = "weight_grad_sm90";

@@ -1,0 +1,22 @@
+// Which instance of backward_sm90_kernel serves a plan. Behind backward_sm90.cuh, or behind the
+// declaration that stands for it where sm_90a is not compiled.
+#pragma once
+#include "backward_plan.h"
+
+namespace lora_kernels {
+
+// Calls launch(kernel).
+template <class T, class Launch>
+void with_backward_sm90(const BackwardPlan& plan, const Launch& launch) {
+  with_fused_gemm_tile(plan.gemm.tile_n, [&](auto tile) {
+    using Tile = decltype(tile);
+    if constexpr (has_backward_tile(Tile::kN)) {
+      if (plan.gemm.masked)
+        launch(backward_sm90_kernel<Tile, T, true>);
+      else
+        launch(backward_sm90_kernel<Tile, T, false>);
+    }
+  });
+}
+
+}  // namespace lora_kernels
