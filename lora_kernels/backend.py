@@ -275,29 +275,23 @@ def _on_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _cuda_fused_gemm(x, weight, h, up, bias, seed, threshold, scale):
-    """Ours where it serves: on sm_90, without a mask on the LoRA term; else the vendor's."""
-    ours = on_hopper(x.device) and seed is None
-    kernel = torch.ops.lora_kernels.fused_gemm.default if ours else composed.fused_gemm
-    return kernel(x, weight, h, up, bias, seed, threshold, scale)
-
-
 def _cuda_flow() -> dict[str, Callable]:
-    """Forward in C++ where sm_90a runs; the rest op by op, by ours or the vendor's kernels."""
+    """In C++ where sm_90a runs; elsewhere op by op, by down_proj and the vendor's GEMMs."""
     ops = torch.ops.lora_kernels
-    by_op, backward = composed.data_flow(
-        ops.down_proj.default, _cuda_fused_gemm, ops.weight_grad.default
-    )
+    by_op = composed.data_flow(ops.down_proj.default, composed.fused_gemm, composed.weight_grad)
 
     def forward(x, *args):
-        return (ops.forward.default if on_hopper(x.device) else by_op)(x, *args)
+        return (ops.forward.default if on_hopper(x.device) else by_op[0])(x, *args)
+
+    def backward(dy, *args):
+        return (ops.backward.default if on_hopper(dy.device) else by_op[1])(dy, *args)
 
     return dict(forward=forward, backward=backward)
 
 
 _CUDA_SUMMARY = (
-    "C++/CUDA down_proj, and on sm_90 fused_gemm; weight_grad, and fused_gemm elsewhere or under "
-    "dropout, by the vendor's GEMMs"
+    "C++/CUDA down_proj, and on sm_90 fused_gemm and weight_grad; those elsewhere by the vendor's "
+    "GEMMs"
 )
 
 
@@ -305,9 +299,8 @@ def _cuda_plan(x, weight, lora_a, lora_b, seed, up_scale) -> str:
     ops = torch.ops.lora_kernels
     if not on_hopper(x.device):
         return f"{ops.down_proj_plan(x, lora_a, seed)}; all else by the vendor's GEMMs"
-    plan = ops.forward_plan(x, weight, lora_a, lora_b, seed, "", 0, 0, up_scale)
-    dx = "fused_gemm and down_proj" if seed is None else "down_proj, the vendor's GEMM"
-    return f"{plan}; backward: {dx} for dx, the vendor's GEMMs for dA and dB"
+    call = (x, weight, lora_a, lora_b, seed, "", 0, 0, up_scale)
+    return f"forward: {ops.forward_plan(*call)}; backward: {ops.backward_plan(*call)}"
 
 
 def _no_evidence(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -284,6 +284,16 @@ def _(dy, x, weight, lora_a, lora_b, h, seed, threshold, h_scale, up_scale, wide
     return _fake_grads(x, a, b, *needs)
 
 
+@_fake("backward_as")
+def _(
+    dy, x, weight, lora_a, lora_b, h, seed, threshold, h_scale, up_scale, wide_a, wide_b,
+    need_x, need_a, need_b, need_bias, form, tile_n, group,
+):  # fmt: skip
+    a = lora_a.float() if wide_a else lora_a
+    b = lora_b.float() if wide_b else lora_b
+    return _fake_grads(x, a, b, need_x, need_a, need_b, need_bias)
+
+
 @_fake("lora_linear_backward")
 def _(dy, x, weight, lora_a, lora_b, h, seed, scaling, dropout_p, backend, *needs):
     return _fake_grads(x, lora_a, lora_b, *needs)

@@ -32,8 +32,7 @@ DownProjArgs down_proj_args(const Operand& x, const Operand& down, const Optiona
   check_size(down.cols, x.cols, op, (std::string(name) + ".size(1)").c_str());
   check_cuda_operand(x, x.tensor, x.matrix.dtype, op, "x");
   check_cuda_operand(down, x.tensor, x.matrix.dtype, op, name);
-  if (seed.has_value())
-    STD_TORCH_CHECK(seed->device() == x.tensor.device(), op, ": seed must be on x's device");
+  check_seed_device(seed, x.tensor, op);
   const Dropout dropout = dropout_of(seed, threshold, op);
   const Matrix h{nullptr, down.rows, 1, x.matrix.dtype};
   return {x.matrix,
@@ -104,6 +103,7 @@ Tensor fused_gemm_cuda(const Tensor& x, const Tensor& weight, const Tensor& h, c
   // Kept until the launch: flattening x may have made a copy.
   const Operand rows = flatten_rows(x, op, "x"), w = operand(weight, op, "weight"),
                 h_rows = operand(h, op, "h"), b = operand(up, op, "up");
+  check_seed_device(seed, x, op);
   const Dropout dropout = dropout_of(seed, threshold, op);
   FusedGemmArgs args = fused_gemm_args(rows, w, h_rows, b, bias, scale * inverse_keep(dropout), op);
   args.dropout = dropout;

@@ -41,6 +41,12 @@ inline void check_cuda_operand(const Operand& o, const Tensor& like, Dtype dtype
                   like.get_device_index());
 }
 
+inline void check_seed_device(const OptionalTensor& seed, const Tensor& x, const char* op) {
+  if (!seed.has_value()) return;
+  STD_TORCH_CHECK(seed->device() == x.device(), op, ": seed is on device ",
+                  seed->get_device_index(), " but must be on that of x, ", x.get_device_index());
+}
+
 // The device that a tensor's kernels run on, which is current.
 inline Target target_of(const Tensor& x) {
   Target target;
