@@ -39,7 +39,7 @@ class Step:
         def normal(*size, scale=1.0):
             return (torch.randn(*size, generator=g) * scale).to(dtype)
 
-                self.shape, self.dtype, self.seed, self.wide = shape, dtype, seed, wide
+        self.shape, self.dtype, self.seed, self.wide = shape, dtype, seed, wide
         self.db_scale = UP
 
         self.dy, self.x = normal(m, n), normal(m, k)
