@@ -365,7 +365,7 @@ def on_device(step: Step, form: str, wanted=NAMES, tile_n=0, runs=2) -> dict[str
     """The gradients of `runs` runs, which give the same bits."""
     operands = (t.cuda() for t in (step.dy, step.x, step.weight, step.a, step.b, step.h))
     seed = None if step.seed is None else torch.tensor(step.seed, device="cuda")
-        keep = 1 if seed is None else (dropout.RANGE - THRESHOLD) / dropout.RANGE
+    keep = 1 if seed is None else (dropout.RANGE - THRESHOLD) / dropout.RANGE
     step.db_scale = UP * keep  # ops divide by q where there is a mask: not in dB
     call = functools.partial(
         torch.ops.lora_kernels.backward_as, *operands, seed, THRESHOLD, SCALE, UP * keep,
@@ -374,7 +374,7 @@ def on_device(step: Step, form: str, wanted=NAMES, tile_n=0, runs=2) -> dict[str
     first = call()
     for _ in range(runs - 1):
         assert all(torch.equal(a, b) for a, b in zip(first, call(), strict=True))
-        return {n: t for n, t in zip(NAMES, first, strict=True) if n in wanted}
+    return {n: t for n, t in zip(NAMES, first, strict=True) if n in wanted}
 
 
 @pytest.mark.gpu
