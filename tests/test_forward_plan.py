@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 from emulator import build
+from pages import table_of
 
 PAGE = build.ROOT / "docs/fused_gemm.md"
 
@@ -155,20 +156,11 @@ def test_the_plan_says_why(emulated):
         plan_of(emulated, *shape, form="three_launches")
 
 
-def table_of(heading: str) -> list[list[str]]:
-    """Rows of the page's first table behind these words, without its header."""
-    text = PAGE.read_text()
-    lines = text[text.index(heading) :].splitlines()
-    first = next(i for i, line in enumerate(lines) if line.startswith("|"))
-    rows = list(itertools.takewhile(lambda line: line.startswith("|"), lines[first:]))
-    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
-
-
 def test_the_page_quotes_the_model(emulated):
     def percent(plan: dict) -> str:
         return f"{100 * plan['overhead']:.1f}"
 
-    rows = table_of("## Predictions")
+    rows = table_of(PAGE, "## Predictions")
     assert len(rows) == 8
     for shape, *cells in rows:
         sizes = [int(number) for number in shape.split(",")]
@@ -180,7 +172,7 @@ def test_the_page_quotes_the_model(emulated):
 
 
 def test_the_page_quotes_the_tiles(emulated):
-    rows = table_of("## The GEMM")
+    rows = table_of(PAGE, "## The GEMM")
     assert [row[0] for row in rows] == ["128x256x64", "128x192x64", "128x128x64"]
     for tile, stages, _, shared, _ in rows:
         plan = plan_of(emulated, 512, 512, 512, 16, tile_n=int(tile.split("x")[1]))
