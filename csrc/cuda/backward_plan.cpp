@@ -42,9 +42,10 @@ DownProjArgs dh_args_of(const BackwardArgs& a, const Matrix& dy, const Matrix& d
 
 namespace {
 
-// Clocks of the mask and of the products by mma.sync of one tile, which no load hides.
+// Clocks of the masked term of one tile: products by mma.sync and what is added, which no load
+// hides. The mask is drawn in the main loop.
 double masked_cycles(const FusedGemmPlan& gemm) {
-  constexpr double kFragmentClocks = 120, kStepClocks = 16;  // of 16 columns; of each k16 step
+  constexpr double kFragmentClocks = 120, kStepClocks = 16;  // of 16 columns; more for a k16 step
   if (!gemm.masked) return 0;
   const auto steps = static_cast<double>(ceil_div(gemm.r, kMmaDepth));
   return gemm.tile_n / 16.0 * (kFragmentClocks + steps * kStepClocks);
@@ -89,11 +90,14 @@ struct ItemClocks {
 };
 ItemClocks item_clocks(const BackwardArgs& a, const OneGridPlan& grid) {
   constexpr double kStage = 128 * kRowBytes, kDown = 64 * kRowBytes;
-  constexpr double kProduct = 8 * 32, kLatency = 800;  // 8 wgmma m64n64k16; of a load from L2
+  constexpr double kProduct = 8 * 4096, kLatency = 800;  // bytes that 8 wgmma m64n64k16 read; of L2
+  constexpr double kPort = 128;                          // bytes a clock of shared memory
   const double chunk = 2 * kStage / kStreamBytes + kItemClocks;
-  const double dy = std::max((kStage + kDown) / kStreamBytes, 2 * kProduct);
+  const double dy =
+      std::max((kStage + kDown) / kStreamBytes, (2 * kProduct + kStage + kDown) / kPort);
+  // The products of a masked stage come after its mask: both warpgroups meet in between.
   const double mask = a.dropout.seed != nullptr ? kDropoutClocks : 0;
-  const double x = std::max({kStage / kStreamBytes, kProduct, mask});
+  const double x = std::max(kStage / kStreamBytes, (kProduct + kStage) / kPort) + mask;
   const auto stages = [](int64_t columns) {
     return static_cast<double>(BackwardOrder::kChunkPairs * ceil_div(columns, kRowElements));
   };
@@ -103,17 +107,22 @@ ItemClocks item_clocks(const BackwardArgs& a, const OneGridPlan& grid) {
           (order.sums_b + double(order.slices) * order.sums_a) * sum};
 }
 
-// Items beside the tiles are free as far as the last wave leaves turns idle.
+// Items beside the tiles are free as far as the last wave leaves turns idle, and as memory is.
 double one_grid_cost(const BackwardArgs& a, const BackwardPlan& plan, const FusedGemmPlan& gemm) {
   const OneGridPlan& grid = plan.grid;
   const ItemClocks item = item_clocks(a, grid);
   const double tile = tile_cycles(gemm.tile_n, ceil_div(a.N, kMmaDepth));
-  const double idle = waves_of(gemm) * grid.clusters - gemm.raster.items();
-  const double more = grid.order.chunks() * (item.dy + item.x) + item.sums - idle * tile;
-  // The end waits for the last item of x and for what adds its results.
+  const double idle = (waves_of(gemm) * grid.clusters - gemm.raster.items()) * tile;
+  const double more = grid.order.chunks() * (item.dy + item.x) + item.sums - idle;
+  const double partials =
+      2.0 * grid.order.chunks() * static_cast<double>((a.N + a.K) * plan.dy_pass.pitch * 4);
+  const double memory =
+      memory_clocks(static_cast<double>(a.M * a.K * 2) + 2 * partials) - idle / grid.clusters;
+  // The first tiles wait for dh, the end for the last item of x and for what adds its results.
+  const double head = std::max(0.0, item.dy - tile);
   const double tail = item.x / grid.order.slices + kItemClocks;
-  return std::max(0.0, more) / grid.clusters + tail + kFlagClocks + kZeroSeconds * kClock +
-         gemm_cycles(gemm, a.N) - gemm_cycles(plan.gemm, a.N);
+  return std::max({0.0, more / grid.clusters, memory}) + head + tail + kFlagClocks +
+         kZeroSeconds * kClock + gemm_cycles(gemm, a.N) - gemm_cycles(plan.gemm, a.N);
 }
 
 void plan_one_grid(const BackwardArgs& a, const Target& target, const FusedGemmPlan& gemm,
@@ -121,11 +130,13 @@ void plan_one_grid(const BackwardArgs& a, const Target& target, const FusedGemmP
   constexpr int64_t kSlices = 8, kLeastBlocks = 8;
   OneGridPlan& grid = plan.grid;
   BackwardOrder& order = grid.order;
-  order.raster = gemm.raster;
-  order.raster.group = std::min(order.raster.group + order.raster.group % 2, order.raster.pairs);
-  order.raster.chain = BackwardOrder::kChunkPairs;
+  const Raster& tiles = gemm.raster;
+  const uint32_t group = std::min(tiles.group + tiles.group % 2, tiles.pairs);
+  constexpr uint32_t kChain = BackwardOrder::kChunkPairs;
+  order.raster = Raster(tiles.pairs, tiles.columns, group, kChain);
   grid.clusters = clusters_of(target, order.raster.items());
-  order.raster.chains_first = order.chunks() <= (grid.clusters + 3) / 4;
+  if (order.chunks() <= (grid.clusters + 3) / 4)
+    order.raster = Raster(tiles.pairs, tiles.columns, group, kChain, true);
 
   const int64_t blocks = ceil_div(a.K, kRowElements);
   const int64_t of_slice = std::max(kLeastBlocks, ceil_div(blocks, kSlices));
@@ -261,9 +272,9 @@ std::string describe(const BackwardPlan& plan) {
   if (plan.form == BackwardForm::one_grid) {
     const BackwardOrder& order = plan.grid.order;
     text = "one grid (" + std::string(plan.reason) +
-           "): " + describe(plan.gemm, order.raster, plan.grid.clusters) + ", " +
-           std::to_string(order.chunks()) + " chunks of x in " + std::to_string(order.slices) +
-           " slices";
+           "): " + describe(plan.gemm, plan.gemm.raster, plan.grid.clusters) + ", " +
+           std::to_string(order.chunks()) + " chunks of dy and of x, these in " +
+           std::to_string(order.slices) + " slices";
   } else {
     if (plan.reads_dy) add("dy pass " + describe(plan.dy_pass));
     if (plan.down.kernel != DownProjKernel::none) add("dh " + describe(plan.down));

@@ -39,6 +39,9 @@ struct ChunkPanels {
     ptx::barrier_init(free(), Tile::kConsumers);
     ptx::barrier_init(full(), 1);
   }
+  // Behind which stage of an item the producer loads it: it waits there for the consumers to end
+  // the item before, so stages ahead of it are what is prefetched. Every item has as many.
+  static constexpr uint32_t kBehind = BackwardOrder::kChunkPairs - 1;
   // The producer's side; row blocks of a chunk are two apart, since each block has every other.
   __device__ void load(const ptx::TensorMap* map, uint32_t row) {
     ptx::barrier_wait(free(), turn & 1);
@@ -81,13 +84,14 @@ template <class Tile, class Ring>
 __device__ __forceinline__ void load_dy(Ring& ring, ChunkPanels<Ring>& chunk,
                                         const BackwardMaps& maps, uint32_t blocks, uint32_t pair) {
   const BackwardRows<Tile> rows;
+  const uint32_t stages = BackwardOrder::kChunkPairs * blocks;
 #pragma unroll 1
-  for (uint32_t i = 0; i < BackwardOrder::kChunkPairs * blocks; ++i, ring.advance()) {
+  for (uint32_t i = 0; i < stages; ++i, ring.advance()) {
     const uint32_t sub = i % BackwardOrder::kChunkPairs, block = i / BackwardOrder::kChunkPairs;
     ring.acquire();
     load_stage<kGridRank, true>(ring, maps.dy, maps.down, rows.of_chunk(pair, sub), 0,
                                 block * kRowElements);
-    if (i == 0) chunk.load(maps.h, rows.of_chunk(pair, 0));
+    if (i == chunk.kBehind) chunk.load(maps.h, rows.of_chunk(pair, 0));
   }
 }
 
@@ -97,16 +101,17 @@ __device__ __forceinline__ void load_x(Ring& ring, ChunkPanels<Ring>& chunk,
                                        const BackwardMaps& maps, const BackwardWork& work,
                                        uint32_t pair, uint32_t slice) {
   const BackwardRows<Tile> rows;
-  const uint32_t first = slice * work.blocks_of_slice, last = work.end_of_slice(slice);
+  const uint32_t first = slice * work.blocks_of_slice;
+  const uint32_t stages = BackwardOrder::kChunkPairs * (work.end_of_slice(slice) - first);
 #pragma unroll 1
-  for (uint32_t i = BackwardOrder::kChunkPairs * first; i < BackwardOrder::kChunkPairs * last;
-       ++i, ring.advance()) {
-    const uint32_t sub = i % BackwardOrder::kChunkPairs, block = i / BackwardOrder::kChunkPairs;
+  for (uint32_t i = 0; i < stages; ++i, ring.advance()) {
+    const uint32_t sub = i % BackwardOrder::kChunkPairs;
+    const uint32_t block = first + i / BackwardOrder::kChunkPairs;
     ring.acquire();
     ring.expect(Tile::kABytes);
     ptx::tma_load(ring.a(), maps.x, ring.full(ring.stage), static_cast<int>(block * kRowElements),
                   static_cast<int>(rows.of_chunk(pair, sub)));
-    if (i > BackwardOrder::kChunkPairs * first) continue;
+    if (i != chunk.kBehind) continue;
     for (uint32_t s = 0; s < BackwardOrder::kChunkPairs; ++s)
       wait_for_flag(work.flags + rows.block(pair + s));
     chunk.load(maps.dh, rows.of_chunk(pair, 0));

@@ -39,6 +39,11 @@ LK_SHARED_FUNCTION uint64_t k_major_descriptor(uint32_t address) {
 LK_SHARED_FUNCTION uint64_t mn_major_descriptor(uint32_t address, uint32_t panel_bytes) {
   return matrix_descriptor(address, panel_bytes, kAtomBytes);
 }
+// The operand so many bytes further on: an addition to its low word, since addresses end below the
+// field's end. The high word stays a constant that the compiler knows.
+LK_SHARED_FUNCTION uint64_t advanced(uint64_t descriptor, uint32_t bytes) {
+  return (descriptor & ~uint64_t{0xffffffff}) | (static_cast<uint32_t>(descriptor) + (bytes >> 4));
+}
 // Bytes from one k16 step of a tile to the next.
 constexpr uint32_t kKMajorStep = kMmaDepth * 2;
 constexpr uint32_t kMnMajorStep = kMmaDepth * kRowBytes;

@@ -132,7 +132,7 @@ __device__ __forceinline__ void multiply_stage(float (&sum)[Tile::kRank / 8][4],
     uint32_t a[4], b[4];
     ptx::load_matrix_x4(a,
                         stage + chunk_offset<Tile>(warp_m * 16 + lane % 16, step * 2 + lane / 16));
-        if (dropout.on) apply_dropout(a, dropout, k + step * kMmaDepth, lane);
+    if (dropout.on) apply_dropout(a, dropout, k + step * kMmaDepth, lane);
     LK_UNROLL
     for (uint32_t n = 0; n < Tile::kRank / 16; ++n) {
       load_down_fragment<Tile>(b, stage + Tile::kXBytes, mn_major, n, step, lane);

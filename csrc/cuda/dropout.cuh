@@ -51,7 +51,7 @@ __device__ __forceinline__ uint32_t draw_any_dropout(const LaneDropout& d, uint3
     const bool right = c / 8 % 2 != 0, low = r / 8 % 2 != 0;
     const uint32_t word = right ? (low ? w.v[3] : w.v[2]) : (low ? w.v[1] : w.v[0]);
     const uint32_t bits = word >> (16 * (c % 2)) & kMaskBits;
-        kept |= static_cast<uint32_t>(bits >= (d.threshold & 0xffff)) << e;
+    kept |= static_cast<uint32_t>(bits >= (d.threshold & 0xffff)) << e;
   }
   return kept;
 }

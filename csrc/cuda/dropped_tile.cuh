@@ -21,7 +21,7 @@ __device__ __forceinline__ void multiply_dropped_tile(float (&sum)[kCount], uint
       const uint32_t offset =
           (warp % 4 * 16 + lane % 16) * kRowBytes + (step * 2 + lane / 16) * kChunkBytes;
       ptx::load_matrix_x4(a[j], x + swizzled(offset));
-            apply_dropout(a[j], dropout, column + step * kMmaDepth, lane);
+      apply_dropout(a[j], dropout, column + step * kMmaDepth, lane);
     }
     LK_UNROLL
     for (uint32_t j = 0; j < kGroup; ++j) ptx::wgmma_keep(a[j]);

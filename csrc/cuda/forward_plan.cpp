@@ -5,7 +5,6 @@
 
 #include "model.h"
 
-
 namespace lora_kernels {
 namespace {
 
@@ -23,7 +22,7 @@ double h_cycles(const ForwardArgs& a, int rank) {
 // What the LoRA term adds to the frozen GEMM: clocks.
 double two_launches_cost(const ForwardArgs& a) {
   const double bytes = static_cast<double>(a.down.M) * static_cast<double>(a.down.K) * 2;
-    return memory_clocks(bytes) + kLaunchSeconds * kClock;
+  return memory_clocks(bytes) + kLaunchSeconds * kClock;
 }
 
 // A chain takes a cluster a turn of its own. Turns that the last wave leaves idle are free; else
@@ -46,11 +45,12 @@ double choose_chains(const ForwardArgs& a, const Target& target, uint32_t wanted
   const uint32_t first = wanted > 0 ? wanted : 1, last = wanted > 0 ? wanted : kMaxChain;
   for (uint32_t chain = first; chain <= last; ++chain) {
     if (chain > first && (chain * h > tile || chain > plan.gemm.raster.group)) break;
-    Raster raster = plan.gemm.raster;
-    raster.chain = chain;
+    const Raster& tiles = plan.gemm.raster;
+    Raster raster(tiles.pairs, tiles.columns, tiles.group, chain);
     const unsigned clusters = clusters_of(target, raster.items());
     // A quarter of the clusters loads x about as fast as memory gives it.
-    raster.chains_first = raster.chains_of(raster.pairs) <= (clusters + 3) / 4;
+    if (ceil_div(tiles.pairs, chain) <= (clusters + 3) / 4)
+      raster = Raster(tiles.pairs, tiles.columns, tiles.group, chain, true);
     const double cost = one_launch_cost(plan.gemm, raster, clusters, tile, h);
     if (least >= 0 && cost >= least) continue;
     least = cost;

@@ -69,8 +69,7 @@ struct PackJobs {
   int count = 0;
   void add(const TmaOperand& o, void* workspace) {
     if (!o.packed) return;
-    jobs[count++] = {o.from,     o.rows,  o.columns, o.at(workspace).data,
-                     o.height(), o.width()};
+    jobs[count++] = {o.from, o.rows, o.columns, o.at(workspace).data, o.height(), o.width()};
   }
   void add(const FusedGemmPlan& plan, void* workspace) {
     for (const TmaOperand* o : {&plan.x, &plan.weight, &plan.h, &plan.up, &plan.bias})
@@ -116,8 +115,8 @@ int run_forward(ForwardArgs args, ForwardPlan plan, void* workspace, Launcher& l
   if (plan.h_padded) {
     const Matrix out = args.down.h;
     args.down.h = {bytes + plan.h_offset, plan.gemm.h.width(), 1, out.dtype};
-    after.jobs[after.count++] = {args.down.h, args.down.M, args.down.r, out.data,
-                                 args.down.M, args.down.r};
+    after.jobs[after.count++] = {args.down.h, args.down.M, args.down.r,
+                                 out.data,    args.down.M, args.down.r};
   }
   plan.gemm.h.from = args.gemm.h = args.down.h;
 

@@ -25,21 +25,27 @@ __device__ __forceinline__ void multiply_term(float (&term)[2][4], const uint32_
   }
 }
 
-// What the mask keeps of a lane's part of 16 rows by 64 columns: bit 4 n + v for the even column of
-// register v of fragment n, 16 bits higher for the odd one.
-__device__ __forceinline__ uint32_t draw_panel(const LaneDropout& dropout, uint32_t column,
-                                               uint32_t lane) {
-  uint32_t kept = 0;
-#pragma unroll 1
-  for (uint32_t n = 0; n < 4; ++n) {
+// What the mask keeps of a lane's part of 16 rows by 64 kPanels columns: in word p for columns
+// [64 p, 64 p + 64), bit 4 n + v for the even column of register v of fragment n, 16 bits higher
+// for the odd one.
+template <int kPanels>
+struct KeptBits {
+  static constexpr uint32_t kFragments = 4 * kPanels;
+  uint32_t words[kPanels] = {};
+
+  // Fragment n, whose first column is `column`. A draw is a long chain of dependent products: one
+  // for each stage of the main loop costs nothing there.
+  __device__ __forceinline__ void draw(const LaneDropout& dropout, uint32_t column, uint32_t n,
+                                       uint32_t lane) {
     uint32_t keep[4] = {~0u, ~0u, ~0u, ~0u}, bits = 0;
     apply_dropout(keep, dropout, column + n * 16, lane);
     LK_UNROLL
     for (uint32_t v = 0; v < 4; ++v) bits |= keep[v] & (0x10001u << v);
-    kept |= bits << (4 * n);
+    bits <<= 4 * (n % 4);
+    LK_UNROLL
+    for (uint32_t p = 0; p < kPanels; ++p) words[p] |= n / 4 == p ? bits : 0;
   }
-  return kept;
-}
+};
 
 // Two n8 blocks of sums += scale * term where the mask keeps it: selected, never multiplied by 0.
 __device__ __forceinline__ void add_kept(float* sums, const float (&term)[2][4], uint32_t kept,
@@ -49,19 +55,14 @@ __device__ __forceinline__ void add_kept(float* sums, const float (&term)[2][4],
     if (kept >> (4 * n + e / 2 + 16 * (e % 2)) & 1) sums[e] += scale * term[e / 4][e % 4];
 }
 
-
 // acc += select(mask, scale * h up^T, 0) for `ranks` k16 steps of ranks in stages of four; acc is
-// complete, and columns from `column` on are MN-major.
+// complete, and up is MN-major.
 template <class T, class Ring, int kCount>
 __device__ __forceinline__ void add_masked_rank(float (&acc)[kCount], Ring& ring, uint32_t ranks,
-                                                const Dropout& mask, float scale, uint32_t row,
-                                                uint32_t column, uint32_t group, uint32_t warp,
-                                                uint32_t lane) {
+                                                KeptBits<kCount / 32>& kept, float scale,
+                                                uint32_t group, uint32_t warp, uint32_t lane) {
   constexpr uint32_t kSteps = kRowElements / kMmaDepth, kPanel = Ring::Tile::kPanelBytes;
-    const LaneDropout dropout = load_dropout(mask, row + warp * 16, lane);
-  uint32_t kept[kCount / 32];
-  LK_UNROLL
-  for (uint32_t p = 0; p < kCount / 32; ++p) kept[p] = draw_panel(dropout, column + p * 64, lane);
+
 #pragma unroll 1
   for (uint32_t first = 0; first < ranks; first += kSteps) {
     ring.wait();
@@ -73,13 +74,13 @@ __device__ __forceinline__ void add_masked_rank(float (&acc)[kCount], Ring& ring
       ptx::load_matrix_x4(a[s], ring.a() + group * kPanel + swizzled(offset));
     }
     LK_UNROLL
-        for (uint32_t p = 0; p < kCount / 32; ++p) {
-      ptx::opaque(kept[p]);
+    for (uint32_t p = 0; p < kCount / 32; ++p) {
+      ptx::opaque(kept.words[p]);
       LK_UNROLL
       for (uint32_t n = 0; n < 4; ++n) {
-                float term[2][4] = {};
+        float term[2][4] = {};
         multiply_term<T>(term, a, ring.b() + p * kPanel, n * 2, ranks - first, lane);
-        add_kept(acc + p * 32 + n * 8, term, kept[p], n, scale);
+        add_kept(acc + p * 32 + n * 8, term, kept.words[p], n, scale);
       }
     }
     ring.advance();

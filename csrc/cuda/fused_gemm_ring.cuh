@@ -110,10 +110,12 @@ __device__ __forceinline__ void multiply_step(float (&acc)[kCount], const Ring& 
   ptx::wgmma<T, 0, kMnMajor>(acc, a, b, accumulate);
 }
 
-// acc = the product over `blocks` stages, at least one; the last stage is not released yet.
-template <class T, bool kMnMajor, class Ring, int kCount>
+// acc = the product over `blocks` stages, at least one; the last stage is not released yet. While
+// the tensor cores are busy with a stage, meanwhile(its number) may use the other units.
+template <class T, bool kMnMajor, class Ring, int kCount, class Meanwhile>
 __device__ __forceinline__ void multiply_blocks(float (&acc)[kCount], Ring& ring, uint32_t blocks,
-                                                uint32_t group, uint32_t lane) {
+                                                uint32_t group, uint32_t lane,
+                                                const Meanwhile& meanwhile) {
 #pragma unroll 1
   for (uint32_t block = 0; block < blocks; ++block) {
     ring.wait();
@@ -124,10 +126,17 @@ __device__ __forceinline__ void multiply_blocks(float (&acc)[kCount], Ring& ring
       multiply_step<T, kMnMajor>(acc, ring, group, step, block > 0 || step > 0);
     ptx::wgmma_commit();
     ptx::wgmma_keep(acc);
+    meanwhile(block);
     ptx::wgmma_wait<1>();  // the stage before was multiplied
     if (block > 0) ring.release_previous(lane);
     ring.advance();
   }
+}
+
+template <class T, bool kMnMajor, class Ring, int kCount>
+__device__ __forceinline__ void multiply_blocks(float (&acc)[kCount], Ring& ring, uint32_t blocks,
+                                                uint32_t group, uint32_t lane) {
+  multiply_blocks<T, kMnMajor>(acc, ring, blocks, group, lane, [](uint32_t) {});
 }
 
 // acc += h up^T, `steps` k16 steps in stages of four: their loop is one of its own, since ptxas

@@ -10,7 +10,7 @@ template <class T, class Launch>
 void with_fused_gemm_sm90(const FusedGemmPlan& plan, const Launch& launch) {
   with_fused_gemm_tile(plan.tile_n, [&](auto tile) {
     using Tile = decltype(tile);
-        if (plan.masked)
+    if (plan.masked)
       launch(fused_gemm_sm90_kernel<Tile, T, true, true>);
     else if (plan.mn_major)
       launch(fused_gemm_sm90_kernel<Tile, T, true, false>);

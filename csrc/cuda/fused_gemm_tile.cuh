@@ -106,7 +106,18 @@ __device__ __forceinline__ void compute_tile(float (&acc)[Ring::Tile::kN / 2], R
   const uint32_t lane = thread % 32;
   const bool biased = out.bias != nullptr && thread < kN / 2;
   const uint32_t bias = biased ? load_bias(out, column + thread * 2) : 0;
-  multiply_blocks<T, kMnMajor>(acc, ring, work.blocks_k, group, lane);
+  KeptBits<kN / 64> kept;
+  if constexpr (kMasked) {
+    const LaneDropout dropout = load_dropout(work.mask, row + group * 64 + thread / 32 * 16, lane);
+    const auto draw = [&](uint32_t n) {
+      if (n < kept.kFragments) kept.draw(dropout, column, n, lane);
+    };
+    multiply_blocks<T, kMnMajor>(acc, ring, work.blocks_k, group, lane, draw);
+#pragma unroll 1
+    for (uint32_t n = work.blocks_k; n < kept.kFragments; ++n) draw(n);
+  } else {
+    multiply_blocks<T, kMnMajor>(acc, ring, work.blocks_k, group, lane);
+  }
   if (scaled) {
     ptx::wgmma_wait<0>();
     ptx::wgmma_keep(acc);
@@ -116,8 +127,7 @@ __device__ __forceinline__ void compute_tile(float (&acc)[Ring::Tile::kN / 2], R
   if (biased) ptx::store_shared_word(ring.bias(group) + thread * 4, bias);
   finish_product(acc, ring, lane);
   if constexpr (kMasked)
-    add_masked_rank<T>(acc, ring, work.rank_steps, work.mask, work.scale, row + group * 64, column,
-                       group, thread / 32, lane);
+    add_masked_rank<T>(acc, ring, work.rank_steps, kept, work.scale, group, thread / 32, lane);
   if (scaled) multiply_by(acc, work.scale);
   store_tile<T>(acc, ring, y_map, out, row + group * 64, column, group, thread);
 }

@@ -6,8 +6,8 @@ namespace lora_kernels {
 
 constexpr double kClock = 1.6e9, kMemory = 3.0e12;  // 1/s, bytes/s
 constexpr double kLaunchSeconds = 1.5e-6;           // that overlapping leaves of a second launch
-constexpr double kZeroSeconds = 1e-6;  // that it leaves of the launch that zeroes flags
-constexpr double kStreamBytes = 51;    // a clock, into one multiprocessor
+constexpr double kZeroSeconds = 1e-6;   // that it leaves of the launch that zeroes flags
+constexpr double kStreamBytes = 51;     // a clock, into one multiprocessor
 constexpr double kDropoutClocks = 390;  // of the mask of 128x64 elements
 constexpr double kItemClocks = 2000, kFlagClocks = 1500;
 

@@ -16,8 +16,9 @@ __global__ void __launch_bounds__(kPackThreads) pack_kernel(const PackJobs all) 
 #pragma unroll 1
     for (int64_t column = threadIdx.x; column < job.width; column += kPackThreads) {
       const uint16_t* at = from + row * job.from.row_stride + column * job.from.col_stride;
-      ptx::store_global(to + row * job.width + column,
-                        row < job.rows && column < job.columns ? ptx::load_global(at) : uint16_t{0});
+      ptx::store_global(to + row * job.width + column, row < job.rows && column < job.columns
+                                                           ? ptx::load_global(at)
+                                                           : uint16_t{0});
     }
   }
 }

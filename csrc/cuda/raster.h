@@ -6,8 +6,9 @@
 //
 // A grid that also makes h has chains of work before those tiles: a chain is h of a few pairs,
 // about as long as a tile, so that the fewest clusters lose a turn to it. All chains come first if
-// few clusters make them; else those of a group come before its tiles, lest all clusters wait for
-// memory at once. Either way h of a pair has a smaller number than every tile that reads it.
+// few clusters make them; else those of a group come before the tiles of the group before, lest all
+// clusters wait for memory at once, and lest the first tiles of a group wait for its h. Either way
+// h of a pair has a smaller number than every tile that reads it.
 #pragma once
 #include <cstdint>
 
@@ -22,35 +23,66 @@ struct RasterPlace {
 };
 
 struct Raster {
-  uint32_t pairs, columns;
-  uint32_t group;      // pairs; the last group may have fewer
+  uint32_t pairs = 0, columns = 0;
+  uint32_t group = 0;  // pairs; the last group may have fewer
   uint32_t chain = 0;  // pairs of a chain; 0: no h here
   bool chains_first = false;
 
-  LK_SHARED_FUNCTION uint32_t chains_of(uint32_t rows) const {
-    return chain == 0 ? 0 : (rows + chain - 1) / chain;
-  }
-  LK_SHARED_FUNCTION uint32_t chains() const {
-    if (chains_first) return chains_of(pairs);
-    return pairs / group * chains_of(group) + chains_of(pairs % group);
-  }
-  LK_SHARED_FUNCTION uint32_t items() const { return pairs * columns + chains(); }
+  Raster() = default;
+  Raster(uint32_t pairs_, uint32_t columns_, uint32_t group_, uint32_t chain_ = 0,
+         bool chains_first_ = false)
+      : pairs(pairs_),
+        columns(columns_),
+        group(group_),
+        chain(chain_),
+        chains_first(chains_first_),
+        groups_((pairs + group - 1) / group),
+        chains_of_group_(chains_of(group)),
+        chains_of_last_(chains_of(pairs - (groups_ - 1) * group)),
+        leading_(chains_first  ? chains_of(pairs)
+                 : groups_ > 1 ? chains_of_group_
+                               : chains_of_last_),
+        items_(pairs * columns +
+               (chains_first ? leading_ : (groups_ - 1) * chains_of_group_ + chains_of_last_)) {}
+
+  LK_SHARED_FUNCTION uint32_t items() const { return items_; }
+  LK_SHARED_FUNCTION uint32_t chains() const { return items_ - pairs * columns; }
 
   LK_SHARED_FUNCTION RasterPlace place(uint32_t item) const {
-    const uint32_t leading = chains_first ? chains_of(pairs) : 0;
-    if (item < leading) return chain_at(0, pairs, item);
-    item -= leading;
-    const uint32_t ahead = chains_first ? 0 : chains_of(group);
-    const uint32_t before = item / (group * columns + ahead);
-    const uint32_t first = before * group;
-    const uint32_t rows = pairs - first < group ? pairs - first : group;
-    const uint32_t own = chains_first ? 0 : chains_of(rows);
-    const uint32_t i = item - before * (group * columns + ahead);
-    if (i < own) return chain_at(first, rows, i);
-    return {false, first + (i - own) % rows, (i - own) / rows, 1};
+    if (item < leading_) return chain_at(0, chains_first ? pairs : rows_of(0), item);
+    item -= leading_;
+    // From here on, for each group: chains of the next one, then its own tiles. All but the last
+    // two groups have as many of both.
+    const uint32_t before_last = groups_ > 1 ? groups_ - 2 : 0;
+    uint32_t at = item / (group * columns + (chains_first ? 0 : chains_of_group_));
+    at = at < before_last ? at : before_last;
+    item -= at * (group * columns + (chains_first ? 0 : chains_of_group_));
+    const uint32_t own = chains_ahead(at) + rows_of(at) * columns;
+    if (item >= own) {
+      item -= own;
+      ++at;
+    }
+    const uint32_t ahead = chains_ahead(at), rows = rows_of(at);
+    if (item < ahead) return chain_at((at + 1) * group, rows_of(at + 1), item);
+    item -= ahead;
+    return {false, at * group + item % rows, item / rows, 1};
   }
 
  private:
+  // What place() would else divide for.
+  uint32_t groups_ = 0, chains_of_group_ = 0, chains_of_last_ = 0;
+  uint32_t leading_ = 0;  // chains before all else
+  uint32_t items_ = 0;
+
+  uint32_t chains_of(uint32_t rows) const { return chain == 0 ? 0 : (rows + chain - 1) / chain; }
+  LK_SHARED_FUNCTION uint32_t rows_of(uint32_t number) const {
+    return number + 1 < groups_ ? group : pairs - number * group;
+  }
+  // Those of the next group.
+  LK_SHARED_FUNCTION uint32_t chains_ahead(uint32_t number) const {
+    if (chains_first || number + 1 >= groups_) return 0;
+    return number + 2 == groups_ ? chains_of_last_ : chains_of_group_;
+  }
   LK_SHARED_FUNCTION RasterPlace chain_at(uint32_t first, uint32_t rows, uint32_t i) const {
     const uint32_t left = rows - i * chain;
     return {true, first + i * chain, 0, left < chain ? left : chain};

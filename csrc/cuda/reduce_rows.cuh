@@ -19,10 +19,14 @@ __device__ __forceinline__ void store_rounded(const Matrix& to, int64_t row, int
 __device__ __forceinline__ void reduce_rows(const ReduceJob& job, int64_t first, int64_t last,
                                             uint32_t thread, uint32_t threads) {
   constexpr int kInFlight = 8;  // loads, to cover their latency
-  const int64_t fours = job.pitch / 4, apart = job.rows * job.pitch;
+  const int64_t apart = job.rows * job.pitch;
+  const auto fours = static_cast<uint32_t>(job.pitch / 4);
+  const auto count = static_cast<uint32_t>(last - first) * fours;  // the plan keeps it below 2^32
 #pragma unroll 1
-  for (int64_t i = first * fours + thread; i < last * fours; i += threads) {
-    const float* from = job.partials + 4 * i;
+  for (uint32_t i = thread; i < count; i += threads) {
+    const int64_t row = first + i / fours;
+    const uint32_t column = i % fours * 4;
+    const float* from = job.partials + row * job.pitch + column;
     float sum[4] = {};
 #pragma unroll 1
     for (int64_t p = 0; p < job.count; p += kInFlight, from += kInFlight * apart) {
@@ -36,7 +40,6 @@ __device__ __forceinline__ void reduce_rows(const ReduceJob& job, int64_t first,
         for (int e = 0; e < 4; ++e) sum[e] += v[j][e];
       }
     }
-    const int64_t row = i / fours, column = i % fours * 4;
     LK_UNROLL
     for (int e = 0; e < 4; ++e)
       if (column + e < job.columns) store_rounded(job.to, row, column + e, job.scale * sum[e]);

@@ -26,7 +26,7 @@ struct TmaOperand {
   bool packed = false;  // whether it is copied
   int64_t offset = 0;   // of the copy in the workspace, bytes
 
-    // Of the copy, which is zero past `rows` and `columns`. TMA has no empty matrix.
+  // Of the copy, which is zero past `rows` and `columns`. TMA has no empty matrix.
   int64_t width() const { return columns > 0 ? (columns + 7) / 8 * 8 : 8; }
   int64_t height() const { return rows > 0 ? rows : 1; }
   int64_t bytes() const { return packed ? (height() * width() * 2 + 127) / 128 * 128 : 0; }
@@ -38,14 +38,15 @@ struct TmaOperand {
   TensorMapSpec map(void* workspace, int box_rows) const {
     const Matrix m = at(workspace);
     // A single row's stride means nothing, but the driver checks it.
-    return {m.data, packed ? width() : columns, height(), rows > 1 ? m.row_stride : width(), box_rows,
-            m.dtype};
+    return {m.data,   packed ? width() : columns,
+            height(), rows > 1 ? m.row_stride : width(),
+            box_rows, m.dtype};
   }
 };
 
 inline TmaOperand tma_operand(const Matrix& m, int64_t rows, int64_t columns) {
-    const bool good = has_vectors(m, rows) && (rows == 1 || m.row_stride >= columns) && rows > 0 &&
-                    columns > 0;
+  const bool good =
+      has_vectors(m, rows) && (rows == 1 || m.row_stride >= columns) && rows > 0 && columns > 0;
   return {m, rows, columns, !good, 0};
 }
 

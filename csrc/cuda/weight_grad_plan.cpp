@@ -29,6 +29,9 @@ const char* not_served(const WeightGradArgs& a, const Target& target) {
   if (const char* reason = no_sm90a(target)) return reason;
   if (std::max({a.M, a.K, a.r}) >= kTmaLimit - kMargin)
     return "a dimension is past 2^31, which TMA cannot address";
+  // reduce.cuh counts them, in fours, by 32 bits and steps on by less than this many.
+  if (std::max(a.M, a.K) * reduce_pitch(a.r) / 4 >= (int64_t{1} << 32) - (1 << 24))
+    return "a gradient has more than 2^34 elements";
   return nullptr;
 }
 
@@ -38,7 +41,13 @@ double pass_cycles(const WeightGradPass& pass, const TileFacts& t, int64_t chunk
   const int64_t blocks = chunks * splits * rank_blocks;
   const auto busy = static_cast<double>(std::min<int64_t>(blocks, multiprocessors));
   const double bytes = 128 * kRowBytes, down = pass.with_down ? t.rank * kRowBytes : 0;
-  const double stage = std::max((bytes + down) / kStreamBytes, memory_clocks(bytes * busy));
+  // Bytes that wgmma reads of shared memory, 128 a clock, for dh and for the gradient; its clocks.
+  const int products = 1 + pass.with_down;
+  const double port = (products * 8 * (2048 + t.rank * 32.0) + bytes + down) / 128;
+  const double tensor = products * 8 * t.rank / 2.0;
+  const double mask = pass.grad.dropout.seed != nullptr ? kDropoutClocks : 0;
+  const double stage = std::max(
+      {(bytes + down) / kStreamBytes, memory_clocks(bytes * busy), std::max(port, tensor) + mask});
   const double h = t.rows * t.rank * 2 / kStreamBytes;
   const auto turns = static_cast<double>(ceil_div(tiles, splits) * t.subs);
   const double sums = static_cast<double>(splits * pass.grad.M * pass.grad.r) * 8;
@@ -72,13 +81,14 @@ WeightGradPlan plan_weight_grad(const WeightGradPass& pass, const Target& target
   plan.pitch = reduce_pitch(a.r);
   if (!plan.served || plan.empty) return plan;
   plan.reason = "TMA and wgmma";
-  const TileFacts& t = tile_of(a.r);
+  const int64_t r = pass.with_grad ? a.r : 0;  // sums alone need no ranks
+  const TileFacts& t = tile_of(r);
   plan.rank = t.rank;
   plan.rows = t.rows;
   plan.threads = t.threads;
   plan.shared_bytes = t.shared_bytes;
   plan.chunks = ceil_div(a.M, t.rows);
-  plan.rank_blocks = std::max<int64_t>(1, ceil_div(a.r, t.rank));
+  plan.rank_blocks = std::max<int64_t>(1, ceil_div(r, t.rank));
   choose_splits(pass, t, target, plan);
 
   plan.x = tma_operand(a.x, a.M, a.K);

@@ -44,9 +44,8 @@ cudaError_t launch_typed(const WeightGradPass& pass, const WeightGradPlan& plan,
 
 cudaError_t launch_weight_grad_sm90(const WeightGradPass& pass, const WeightGradPlan& plan,
                                     void* workspace, cudaStream_t stream) {
-  return pass.grad.x.dtype == Dtype::bf16
-             ? launch_typed<ptx::bf16>(pass, plan, workspace, stream)
-             : launch_typed<ptx::f16>(pass, plan, workspace, stream);
+  return pass.grad.x.dtype == Dtype::bf16 ? launch_typed<ptx::bf16>(pass, plan, workspace, stream)
+                                          : launch_typed<ptx::f16>(pass, plan, workspace, stream);
 }
 
 }  // namespace lora_kernels

@@ -13,13 +13,13 @@ constexpr uint32_t kStepsOfRows = 128 / kMmaDepth;  // of a stage, when its rows
 template <class T, int kCount>
 __device__ __forceinline__ void multiply_rows(float (&sum)[kCount], uint32_t x, uint32_t down,
                                               bool accumulate) {
-  constexpr uint32_t kPanel = kRowElements * kRowBytes;
+  const uint64_t a = k_major_descriptor(x);
+  const uint64_t b = mn_major_descriptor(down, kRowElements * kRowBytes);
   ptx::wgmma_keep(sum);
   ptx::wgmma_fence();
   LK_UNROLL
   for (uint32_t step = 0; step < kRowElements / kMmaDepth; ++step)
-    ptx::wgmma<T, 0, 1>(sum, k_major_descriptor(x + step * kKMajorStep),
-                        mn_major_descriptor(down + step * kMnMajorStep, kPanel),
+    ptx::wgmma<T, 0, 1>(sum, advanced(a, step * kKMajorStep), advanced(b, step * kMnMajorStep),
                         accumulate || step > 0);
   ptx::wgmma_commit();
   ptx::wgmma_keep(sum);
@@ -30,12 +30,12 @@ __device__ __forceinline__ void multiply_rows(float (&sum)[kCount], uint32_t x, 
 template <class T, int kCount>
 __device__ __forceinline__ void multiply_columns(float (&grad)[kCount], uint32_t x, uint32_t h,
                                                  uint32_t panel, bool accumulate) {
+  const uint64_t a = mn_major_descriptor(x, panel), b = mn_major_descriptor(h, panel);
   ptx::wgmma_keep(grad);
   ptx::wgmma_fence();
   LK_UNROLL
   for (uint32_t step = 0; step < kStepsOfRows; ++step)
-    ptx::wgmma<T, 1, 1>(grad, mn_major_descriptor(x + step * kMnMajorStep, panel),
-                        mn_major_descriptor(h + step * kMnMajorStep, panel),
+    ptx::wgmma<T, 1, 1>(grad, advanced(a, step * kMnMajorStep), advanced(b, step * kMnMajorStep),
                         accumulate || step > 0);
   ptx::wgmma_commit();
   ptx::wgmma_keep(grad);
@@ -45,12 +45,12 @@ __device__ __forceinline__ void multiply_columns(float (&grad)[kCount], uint32_t
 template <class T>
 __device__ __forceinline__ void multiply_ones(float (&sums)[8], uint32_t x, uint32_t ones,
                                               bool accumulate) {
+  const uint64_t a = mn_major_descriptor(x, kAtomBytes), b = k_major_descriptor(ones);
   ptx::wgmma_keep(sums);
   ptx::wgmma_fence();
   LK_UNROLL
   for (uint32_t step = 0; step < kStepsOfRows; ++step)
-    ptx::wgmma<T, 1, 0>(sums, mn_major_descriptor(x + step * kMnMajorStep, kAtomBytes),
-                        k_major_descriptor(ones), accumulate || step > 0);
+    ptx::wgmma<T, 1, 0>(sums, advanced(a, step * kMnMajorStep), b, accumulate || step > 0);
   ptx::wgmma_commit();
   ptx::wgmma_keep(sums);
 }
@@ -66,17 +66,31 @@ __device__ __forceinline__ void write_ones(uint32_t ones, uint32_t thread, uint3
 }
 
 // Selects 64 rows of x in place, 16 of them a warp; `column`: of x, where the tile starts. wgmma
-// may read them once the threads of both warpgroups have met.
+// may read them once the threads of both warpgroups have met. Aligned fragments are drawn together:
+// a draw alone is a chain of dependent products.
 __device__ __forceinline__ void mask_rows(uint32_t x, const LaneDropout& dropout, uint32_t column,
                                           uint32_t warp, uint32_t lane) {
-  LK_UNROLL
-  for (uint32_t step = 0; step < kRowElements / kMmaDepth; ++step) {
-    const uint32_t at =
-        x + swizzled((warp * 16 + lane % 16) * kRowBytes + (step * 2 + lane / 16) * kChunkBytes);
-    uint32_t a[4];
-    ptx::load_matrix_x4(a, at);
-    apply_dropout(a, dropout, column + step * kMmaDepth, lane);
-    ptx::store_matrix_x4(at, a);
+  constexpr uint32_t kSteps = kRowElements / kMmaDepth;
+  const auto at = [&](uint32_t step) {
+    return x + swizzled((warp * 16 + lane % 16) * kRowBytes + (step * 2 + lane / 16) * kChunkBytes);
+  };
+  if (dropout.aligned) {
+    uint32_t a[kSteps][4];
+    LK_UNROLL
+    for (uint32_t step = 0; step < kSteps; ++step) ptx::load_matrix_x4(a[step], at(step));
+    LK_UNROLL
+    for (uint32_t step = 0; step < kSteps; ++step)
+      apply_aligned_dropout(a[step], dropout, column + step * kMmaDepth);
+    LK_UNROLL
+    for (uint32_t step = 0; step < kSteps; ++step) ptx::store_matrix_x4(at(step), a[step]);
+  } else {
+#pragma unroll 1
+    for (uint32_t step = 0; step < kSteps; ++step) {
+      uint32_t a[4];
+      ptx::load_matrix_x4(a, at(step));
+      apply_dropout(a, dropout, column + step * kMmaDepth, lane);
+      ptx::store_matrix_x4(at(step), a);
+    }
   }
   ptx::fence_async_shared();
 }
@@ -109,6 +123,8 @@ struct PassForm {
   static constexpr bool kDown = kDown_, kDropout = kDropout_;
   // Beside 128 sums of the down projection there is no room for as many of the gradient.
   static constexpr int kGradRank = kRank < 128 ? kRank : 128;
+  // One turn at a stage leaves its gradient in registers when the stage is released.
+  static constexpr bool kStoresLate = kRank == kGradRank;
   static constexpr int kSums = kDown ? kSubs : 1, kSumCount = kDown ? kRank / 2 : 1;
   static_assert(kRank == kGradRank || kSubs == 1, "a second turn at a stage needs all its rows");
   static_assert(!(kDown && kDropout), "dy, which has a down projection, is never masked");
@@ -157,12 +173,14 @@ __device__ __forceinline__ void pass_columns(float (&sum)[Form::kSums][Form::kSu
                             at.h_panel, sub > 0);
         ptx::wgmma_wait<0>();
         ptx::wgmma_keep(grad);
-        if (sub + 1 == Form::kSubs) store(grad, rank);
+        if (!Form::kStoresLate && sub + 1 == Form::kSubs) store(grad, rank);
       }
     }
     ring.advance();
     ring.release_previous(at.lane);
   }
+  // The stages are free: what is stored now holds up no load.
+  if (Form::kStoresLate && mine && at.with_grad) store(grad, 0);
   if (mine && at.with_sums) store_sums(ones);
 }
 
