@@ -27,7 +27,7 @@ export HF_HUB_OFFLINE := 1
 OUT ?= bench/out/gpu
 
 .PHONY: build test test-all lint bench bench-overhead bench-memory bench-kernels bench-gemm \
-  bench-training gpu publish gates example clean
+  bench-backward bench-training gpu publish gates example clean
 
 build: $(STAMP)
 
@@ -71,6 +71,9 @@ bench-kernels: build
 
 bench-gemm: build
 	$(PY) -m bench.bench_gemm $(ARGS)
+
+bench-backward: build
+	$(PY) -m bench.bench_backward $(ARGS)
 
 bench-training: build
 	$(PY) -m bench.training $(ARGS)

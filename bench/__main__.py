@@ -33,7 +33,7 @@ COLUMNS = {
     "peak_extra_mib": ("peak MiB", report.digits),
     "samples": ("n", str),
 }
-SECONDS = {"cpu": 3.0, "cuda": 1.0}
+SECONDS = {"cpu": 3.0, "cuda": 0.75}
 
 
 def parse() -> argparse.Namespace:

@@ -9,10 +9,11 @@ Each table is one layer, rank and dropout, the forward pass alone; its contender
   addmm         lora_kernels.composed: the vendor's GEMMs, the up projection accumulated in place
   eager         PEFT's formula
 
-`over plain` and `over vendor` are time over theirs: 1.02x is two percent on top. FLOP/s counts the
-frozen GEMM alone, so that rows compare. Results of ours are compared with composed's before they
-are timed; a wrong one is an error and not timed. What cannot serve a call is left out, with the
-reason. On a CPU, and where our kernels are not built, vendor, addmm and eager remain.
+`over plain` is what is added to its time, `by the model` what the plan expects of that; `over
+vendor` is time over its. FLOP/s counts the frozen GEMM alone, so that rows compare. Results of ours
+are compared with composed's before they are timed; a wrong one is an error and not timed. What
+cannot serve a call is left out, with the reason. On a CPU, and where our kernels are not built,
+vendor, addmm and eager remain.
 --tile-n and --group time ours once for each pair, and `over plain` is over the plain of that pair.
 """
 
@@ -22,9 +23,10 @@ import argparse
 import dataclasses
 import functools
 import itertools
+import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -45,26 +47,32 @@ LAYERS = {
     8448: ((4096, 4096), (14336, 4096)),
     8192: ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (1024, 4096)),
 }
-SECONDS = {"cpu": 0.3, "cuda": 0.25}
+SECONDS = {"cpu": 0.3, "cuda": 0.2}
+RATIOS = ("over_plain", "predicted_over_plain", "over_vendor")  # of a row, where it has them
+_PREDICTED = re.compile(r"([\d.]+) % over the frozen GEMM")
 
 
 def ratio(value: float) -> str:
     return f"{value:.3f}x"
 
 
+def percent(value: float) -> str:
+    return f"{100 * (value - 1):+.1f} %"
+
+
 COLUMNS = {
     "median_ms": ("time ms", report.digits),
     "iqr_ms": ("IQR ms", report.digits),
     "tflops": ("FLOP/s", report.flop_rate),
-    "over_plain": ("over plain", ratio),
+    "over_plain": ("over plain", percent),
+    "predicted_over_plain": ("by the model", percent),
     "over_vendor": ("over vendor", ratio),
     "samples": ("n", str),
 }
 
 
-def built(device: str) -> bool:
-    """Whether this device has forward_as and forward_plan."""
-    ops = ("forward_as", "forward_plan")
+def built(device: str, ops: tuple[str, ...] = ("forward_as", "forward_plan")) -> bool:
+    """Whether this device has kernels for all of these."""
     return all(schemas.runs_here(op, device.upper()) for op in ops)
 
 
@@ -81,16 +89,19 @@ def default_cases(device: str, rank: int) -> list[Case]:
 
 
 class Ours(NamedTuple):
-    """One way to call forward_as."""
+    """One way to call an op of ours."""
 
     name: str
-    form: str  # of FORMS, "" without LoRA
-    arguments: tuple  # of forward_as
+    call: Callable[[], torch.Tensor | tuple[torch.Tensor, ...]]
+    plan: Callable[[], str]  # what it launches; raises RuntimeError where it cannot serve the call
+    exact: str  # which of `Layer.exact` it computes
+    part: bool = False  # of a call whose plan it has
 
-    def plan(self) -> str:
-        """What it launches; raises RuntimeError where this form or tile cannot serve the call."""
-        x, weight, a, b, _, seed, *_ = self.arguments
-        return OPS.forward_plan(x, weight, a, b, seed, *self.arguments[-3:])
+
+def suffix(tile_n: int, group: int) -> str:
+    """Of the name of what is called with these."""
+    given = {"tile_n": tile_n, "group": group}
+    return "".join(f" {key}={value}" for key, value in given.items() if value > 0)
 
 
 class Layer:
@@ -100,14 +111,22 @@ class Layer:
         self.x, self.weight, self.a, self.b, _ = (t.detach() for t in problem)
         self.p, self.threshold = p, dropout.drop_threshold(p)
         self.seed = dropout.draw_seed(self.x.device) if self.threshold > 0 else None
-        self.y = self.x.new_empty(self.x.shape[0], self.weight.shape[0])
+        self.out = self.x.new_empty(self.x.shape[0], self.weight.shape[0])
 
     def vendor(self) -> torch.Tensor:
-        return torch.mm(self.x, self.weight.t(), out=self.y)
+        return torch.mm(self.x, self.weight.t(), out=self.out)
 
     def _lora(self) -> tuple:
         drop = (self.seed, self.threshold)
         return (self.x, self.weight, self.a, self.b, None, *drop, contenders.SCALING, 1.0)
+
+    def others(self) -> dict[str, Callable]:
+        """What is neither ours nor the vendor's GEMM."""
+        return {"addmm": self.addmm, "eager": self.eager}
+
+    def exact(self) -> dict[str, tuple[torch.Tensor, ...]]:
+        """What ours are compared with."""
+        return {"frozen": (self.vendor(),), "lora": self.addmm()}
 
     def addmm(self) -> tuple[torch.Tensor, torch.Tensor]:
         return composed.forward(*self._lora())
@@ -116,22 +135,35 @@ class Layer:
         return contenders.peft_formula(self.x, self.weight, self.a, self.b, self.p)
 
     def ours(self, tile_n: int, group: int) -> Iterator[Ours]:
-        """`plain` and each of FORMS; 0 leaves tile_n or group to the kernel."""
-        given = {"tile_n": tile_n, "group": group}
-        suffix = "".join(f" {key}={value}" for key, value in given.items() if value > 0)
+        """`plain` and what it is compared with; 0 leaves tile_n or group to the kernel."""
         frozen = (self.x, self.weight, self.a[:0], self.b[:, :0], None, None, 0, 1.0, 1.0)
         for form in ("", *FORMS):
-            operands = self._lora() if form else frozen
-            yield Ours((form or "plain") + suffix, form, (*operands, form, tile_n, group))
+            x, w, a, b, _, seed, *_ = operands = self._lora() if form else frozen
+            how = (form, tile_n, group)
+            yield Ours(
+                (form or "plain") + suffix(tile_n, group),
+                functools.partial(OPS.forward_as, *operands, *how),
+                functools.partial(OPS.forward_plan, x, w, a, b, seed, *how),
+                "lora" if form else "frozen",
+            )
+
+
+def planned(plan: str) -> dict:
+    """What a row has of its plan."""
+    found = _PREDICTED.search(plan)
+    more = {"predicted_over_plain": 1 + float(found[1]) / 100} if found else {}
+    return {"plan": plan, **more}
 
 
 def verify(ours: Ours, exact: tuple[torch.Tensor, ...]) -> dict:
     """The relative_error of one call, and an `error` if it failed or is wrong."""
     try:
-        result = OPS.forward_as(*ours.arguments)
+        result = ours.call()
     except RuntimeError as error:  # its plan promised that it can
         return {"error": f"failed: {first_line(error)}"}
-    error = contenders.relative_error(result[: len(exact)], exact)
+    results = (result,) if isinstance(result, torch.Tensor) else result
+    made = tuple(t for t in results if t.numel())  # h has no elements without LoRA
+    error = contenders.relative_error(made, exact)
     bound = contenders.tolerance(exact[0].dtype)
     if not error <= bound:
         why = f"wrong: relative error {error:.1e}, expected <= {bound:.1e}"
@@ -146,20 +178,24 @@ def first_line(error: Exception) -> str:
 def measure(case: Case, layer: Layer, args: argparse.Namespace, timer) -> dict:
     """One table: what can serve this call, verified and timed."""
     rows: dict[str, dict] = {"vendor": {}}
-    calls, left_out = {"vendor": layer.vendor}, {}
-    frozen, lora = (layer.vendor(),), layer.addmm()
+    calls: dict[str, Callable] = {"vendor": layer.vendor}
+    left_out = {}
+    exact = layer.exact()
     for tile_n, group in args.configs:
         for ours in layer.ours(tile_n, group):
+            if ours.name in rows or ours.name in left_out:
+                continue  # a part, which has no tile of its own
             try:
                 plan = ours.plan()
             except RuntimeError as why:
                 left_out[ours.name] = first_line(why)
                 continue
-            rows[ours.name] = {"plan": plan, **verify(ours, lora if ours.form else frozen)}
+            rows[ours.name] = {} if ours.part else planned(plan)
+            rows[ours.name] |= verify(ours, exact[ours.exact])
             if "error" not in rows[ours.name]:
-                calls[ours.name] = functools.partial(OPS.forward_as, *ours.arguments)
-    del frozen, lora
-    calls |= {"addmm": layer.addmm, "eager": layer.eager}
+                calls[ours.name] = ours.call
+    del exact
+    calls |= layer.others()
     for call in calls.values():
         for _ in range(timing.WARM_UP_CALLS[args.device]):
             call()
@@ -183,7 +219,7 @@ def summarise(groups: list[dict]) -> list[dict]:
     found: dict[tuple, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for group in groups:
         for row in group["rows"]:
-            for key in ("over_plain", "over_vendor"):
+            for key in RATIOS:
                 if row.get(key) is not None:
                     found[row["name"], group["rank"], group["dropout"]][key].append(row[key])
     return [
@@ -207,10 +243,10 @@ def show(console: Console, case: Case, group: dict, said: set[tuple[str, str]]) 
             say(f"{name}: left out: {why}", style="yellow")
 
 
-def parse() -> argparse.Namespace:
+def parse(name: str, doc: str, ranks: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.bench_gemm",
-        description=__doc__.partition("\n\n")[2],
+        prog=f"python -m bench.bench_{name}",
+        description=doc.partition("\n\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for flag, example in (("--tile-n", "128,192,256"), ("--group", "4,8,16")):
@@ -218,18 +254,17 @@ def parse() -> argparse.Namespace:
             flag, type=shapes.listed(shapes.positive_int), default=[0], metavar="SIZE[,SIZE]",
             help=f"of our kernel, such as {example}; default: its own choice",
         )  # fmt: skip
-    parser.add_argument("--json", type=report.output_path, default=report.OUT / "gemm.json")
-    args = shapes.parse(parser, SECONDS, ranks=RANKS)
+    parser.add_argument("--json", type=report.output_path, default=report.OUT / f"{name}.json")
+    args = shapes.parse(parser, SECONDS, ranks=ranks)
     args.configs = list(itertools.product(args.tile_n, args.group))
     return args
 
 
-@torch.no_grad()
-def main() -> int:
-    args, console = parse(), Console()
-    machine = report.environment(args.device)
-    if not built(args.device):
-        console.print(f"{', '.join(OURS)}: no kernel for {args.device} here; left out")
+def run(name: str, args: argparse.Namespace, served: bool, layer: type[Layer]) -> int:
+    """Measures every case, each at every dropout; ours only if `served`. The exit code."""
+    console, machine = Console(), report.environment(args.device)
+    if not served:
+        console.print(f"our kernels are not built for {args.device} or do not run here; left out")
         args.configs = []
     timer, groups, said = timing.make_timer(args.device), [], set()
     settings = {
@@ -244,15 +279,14 @@ def main() -> int:
             bar.update(task, description=str(case))
             problem = contenders.make_problem(case, args.device)
             for p in args.dropout:
-                groups.append(measure(case, Layer(problem, p), args, timer))
+                groups.append(measure(case, layer(problem, p), args, timer))
                 show(console, case, groups[-1], said)
-            report.write(args.json, "gemm", machine, settings, {"groups": groups})
+            report.write(args.json, name, machine, settings, {"groups": groups})
             bar.advance(task)
     summary = summarise(groups)
-    columns = {"rank": ("rank", str), "dropout": ("dropout", "{:g}".format)}
-    columns |= {"tables": ("tables", str)}
-    columns |= {key: COLUMNS[key] for key in ("over_plain", "over_vendor")}
-    console.print(report.table("geometric mean over layers", summary, columns))
+    head = {"rank": ("rank", str), "dropout": ("dropout", "{:g}".format), "tables": ("tables", str)}
+    means = {key: column for key, column in COLUMNS.items() if key in RATIOS}
+    console.print(report.table("geometric mean over layers", summary, head | means))
     failures = [
         f"{row['name']}, {group['label']} M={group['m']} r={group['rank']} "
         f"p={group['dropout']:g}: {row['error']}"
@@ -261,10 +295,16 @@ def main() -> int:
         if "error" in row
     ]
     content = {"groups": groups, "summary": summary, "failures": failures}
-    report.finish(console, args.json, "gemm", machine, settings, content)
+    report.finish(console, args.json, name, machine, settings, content)
     for failure in failures:
         console.print(f"FAILED {failure}", style="bold red")
     return 1 if failures else 0
+
+
+@torch.no_grad()
+def main() -> int:
+    args = parse("gemm", __doc__, RANKS)
+    return run("gemm", args, built(args.device), Layer)
 
 
 if __name__ == "__main__":

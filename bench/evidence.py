@@ -119,7 +119,7 @@ def kernels(finished: Finished, path: Path) -> dict:
 
 
 def gemm(finished: Finished, path: Path) -> dict:
-    """Of bench_gemm: geometric means of our GEMM over the vendor's, and of each form over ours."""
+    """Of bench_gemm or bench_backward: means of our GEMM over the vendor's, of forms over ours."""
     exit_code(finished)
     result = json.loads(path.read_text())
     ratios: dict[str, list[float]] = defaultdict(list)

@@ -8,6 +8,7 @@ number must belong to committed code.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import shutil
@@ -19,7 +20,7 @@ from typing import NamedTuple
 from . import gpu_suite, report, shapes
 from .stages import FAILED, NOT_RUN, PASSED, TIMED_OUT
 
-PLOTTED = ("layers", "kernels", "gemm")  # stages that leave a JSON file each
+PLOTTED = ("layers", "kernels", "gemm", "backward")  # stages that leave a JSON file each
 ENTRY = ("suite.json", *(f"{name}.{kind}" for name in PLOTTED for kind in ("json", "png")))
 COLORS = {"kernel": "#1b7f5c", "torch": "#b8b8b8"}
 
@@ -93,7 +94,7 @@ def publish(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "suite.json").write_text(report._dump(suite) + "\n")
     passed = {stage["name"] for stage in suite["stages"] if stage["status"] == PASSED}
-    plots = (report.plot, plot_kernels, plot_gemm)
+    plots = (report.plot, plot_kernels, plot_gemm, plot_backward)
     for name, plot in zip(PLOTTED, plots, strict=True):
         if name in passed:
             shutil.copyfile(out / f"{name}.json", folder / f"{name}.json")
@@ -158,16 +159,27 @@ def _bars(axis, place: int, ms: dict[str, float]) -> None:
 
 
 def plot_gemm(path: Path, groups: list[dict], machine: dict) -> None:
+    _plot_added(path, groups, machine, "LoRA on our GEMM")
+
+
+def plot_backward(path: Path, groups: list[dict], machine: dict) -> None:
+    _plot_added(path, groups, machine, "Gradients of x, A and B on our GEMM of dx")
+
+
+def _plot_added(path: Path, groups: list[dict], machine: dict, title: str) -> None:
     """What LoRA adds to our GEMM, by rank: a panel per form and dropout, a line per layer.
 
-    A shape's entry in the legend has its GEMM's time over the vendor's, in the mean of its tables.
+    A dotted line is what the plan expects. A shape's entry in the legend has its GEMM's time over
+    the vendor's, in the mean of its tables.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    added: dict[tuple[str, float], dict[str, dict[int, float]]] = {}  # panel -> layer -> by rank
+    styles = {"over_plain": "o-", "predicted_over_plain": ":"}
+    # panel -> (layer, which of styles) -> by rank
+    added: dict[tuple[str, float], dict[tuple[str, str], dict[int, float]]] = {}
     plain: dict[str, list[float]] = {}  # layer -> over the vendor
     for group in groups:
         layer = f"{group['m']} x {group['n']} x {group['k']} {group['dtype']}"
@@ -176,7 +188,10 @@ def plot_gemm(path: Path, groups: list[dict], machine: dict) -> None:
                 plain.setdefault(layer, []).append(row["over_vendor"])
             elif "plan" in row and row.get("over_plain"):
                 panel = added.setdefault((row["name"], group["dropout"]), {})
-                panel.setdefault(layer, {})[group["rank"]] = 100 * (row["over_plain"] - 1)
+                for key in styles:
+                    if row.get(key):
+                        line = panel.setdefault((layer, key), {})
+                        line[group["rank"]] = 100 * (row[key] - 1)
     panels = sorted(added) or [("no form", 0.0)]
     ranks = sorted({group["rank"] for group in groups})
     figure, axes = plt.subplots(
@@ -184,18 +199,18 @@ def plot_gemm(path: Path, groups: list[dict], machine: dict) -> None:
         figsize=(8.0, 2.2 * len(panels) + 1.4),
     )  # fmt: skip
     for panel, (axis,) in zip(panels, axes, strict=True):
-        for i, layer in enumerate(plain):
-            percent = added.get(panel, {}).get(layer, {})
+        for (i, layer), (key, style) in itertools.product(enumerate(plain), styles.items()):
+            percent = added.get(panel, {}).get((layer, key), {})
             places = [ranks.index(rank) for rank in percent]
-            axis.plot(places, list(percent.values()), marker="o", markersize=3, color=f"C{i}")
+            axis.plot(places, list(percent.values()), style, markersize=3, color=f"C{i}")
         axis.axhline(0, color="black", linewidth=0.8, linestyle=":")
         axis.set_title(f"{panel[0]}, dropout {panel[1]:g}", loc="left", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8, length=0)
     axes[-1][0].set_xticks(range(len(ranks)), [f"r={rank}" for rank in ranks])
     figure.suptitle(
-        f"LoRA on our GEMM on {machine['device_name']}, torch {machine['torch']}", x=0.01,
-        ha="left", fontsize=9,
+        f"{title} on {machine['device_name']}, torch {machine['torch']}; dotted: by the model",
+        x=0.01, ha="left", fontsize=9,
     )  # fmt: skip
     figure.supylabel("time added to our GEMM without LoRA, % (lower is better)", fontsize=8)
     figure.legend(

@@ -3,9 +3,9 @@
 Only our kernels run on the GPU: operands are made on the CPU and results are compared there, so
 that no vendor's kernel is instrumented or blamed. Each call runs twice and must give the same bits.
 Masks must equal lora_kernels.dropout.reference_mask; every other result is within rounding of
-lora_kernels.composed in float64. forward_as is the forward pass in the form that it is told to
-take; calls that the plan of a form refuses are counted and named. Exits with 1 if a result is
-wrong.
+lora_kernels.composed in float64. forward_as and backward_as are the passes in the form that they
+are told to take; calls that the plan of a form refuses are counted and named. Exits with 1 if a
+result is wrong.
 """
 
 from __future__ import annotations
@@ -25,17 +25,24 @@ from .stages import skip
 
 OPS = (
     "dropout_mask", "down_proj", "fused_gemm", "weight_grad", "forward", "forward_as", "backward",
+    "backward_as",
 )  # fmt: skip
-CHAINED = ("forward", "forward_as", "backward")  # they round h and dh on the way
+CHAINED = ("forward", "forward_as", "backward", "backward_as")  # they round h and dh on the way
 FORMS = ("one_launch", "two_launches")
+BACKWARD_FORMS = ("one_grid", "passes")
 DTYPES = (torch.bfloat16, torch.float16)
 # M, N, K, r: one element, ragged everywhere, a multiple of every tile, and more than one tile.
 SHAPES = ((1, 8, 8, 1), (17, 40, 72, 3), (128, 128, 128, 16), (145, 264, 328, 24))
-MORE_SHAPES = ((40, 264, 136, 65), (130, 72, 200, 128))  # of forward_as: wide ranks
+MORE_SHAPES = {
+    "forward_as": ((40, 264, 136, 65), (130, 72, 200, 128)),  # wide ranks
+    "weight_grad": ((40, 264, 136, 65), (130, 72, 200, 300)),
+    # one for passes alone; two chunks of 512 rows and two slices of 512 columns in one grid
+    "backward_as": ((40, 264, 136, 65), (540, 72, 584, 40)),
+}
 WINDOWS = ((1, 1), (17, 33), (64, 128), (130, 70))
 SEEDS = ((1, 2), (7, 3, 5, 11))  # (seed, offset), and with (row0, col0)
 DROPOUTS = (0.0, 0.3)
-SCALE = 1.5
+SCALE, UP_SCALE = 1.5, 0.75
 
 
 class Call(NamedTuple):
@@ -68,12 +75,14 @@ def _products(op: str, dtype: torch.dtype, shape: tuple[int, ...], p: float) -> 
         yield Call(op, (dy, b.t(), None, 0, SCALE), n)
     elif op == "fused_gemm":
         yield Call(op, (x, weight, h, b, bias, None, 0, SCALE), k + r)
-        # on CUDA a mask on the LoRA term is composed's
-        yield Call(op, (dy, weight.t(), h, a.t(), None, None, 0, SCALE), n + r)
+        yield Call(op, (dy, weight.t(), h, a.t(), None, *drop, SCALE), n + r)
+        if p > 0:  # the kernel with a mask has one order of the weight, and copies the other
+            k_major = weight.t().contiguous()
+            yield Call(op, (_misaligned(dy), k_major, h, a.t(), None, *drop, SCALE), n + r)
     elif op == "weight_grad":
-        for wide in (False, True):
-            yield Call(op, (h, x, *drop, SCALE, wide, False), m)
-            yield Call(op, (h, dy, None, 0, SCALE, wide, True), m)
+        yield Call(op, (h, x, *drop, SCALE, False, False), m)
+        yield Call(op, (_misaligned(h), _misaligned(x), *drop, SCALE, True, False), m)
+        yield Call(op, (h, dy, None, 0, SCALE, p > 0, True), m)
     elif op == "forward":
         yield Call(op, (x, weight, a, b, bias, *drop, SCALE, 1.0), k + r)
     elif op == "backward":
@@ -109,18 +118,39 @@ def _forms(dtype: torch.dtype, shape: tuple[int, ...], p: float) -> Iterator[Cal
             yield Call("forward_as", (*operands, 1.0, 1.0, "", 0, 0), k)
 
 
+def _backward_forms(dtype: torch.dtype, shape: tuple[int, ...], p: float) -> Iterator[Call]:
+    """Calls of backward_as: both forms on each layout, and passes for some of the gradients."""
+    m, n, k, r = shape
+    normal = functools.partial(_normal, dtype=dtype)
+    dy, x, weight, a, b, h = (normal(*s) for s in ((m, n), (m, k), (n, k), (r, k), (n, r), (m, r)))
+    drop = (torch.tensor(SEEDS[1]), dropout.drop_threshold(p)) if p > 0 else (None, 0)
+    dense = (dy, x, weight, a, b, h)
+    ragged = tuple(map(_misaligned, dense))
+    k_major = (dy, x, weight.t().contiguous().t(), a, b, h)  # for dx
+    for form, operands, wide, needs, tile_n in (  # gradients of x, A, B and the bias
+        ("one_grid", dense, (False, False), (True, True, True, False), 128),
+        ("one_grid", ragged, (True, True), (True, True, True, False), 256),
+        ("passes", dense, (True, False), (True, True, True, True), 0),
+        ("passes", ragged, (False, True), (True, True, True, False), 192),
+        ("passes", k_major, (True, True), (True, True, False, False), 0),
+        ("passes", dense, (False, True), (False, False, True, True), 0),
+    ):
+        scales = (SCALE, UP_SCALE)
+        args = (*operands, *drop, *scales, *wide, *needs, form, tile_n, 0)
+        yield Call("backward_as", args, m + n + r)
+
+
 def calls(op: str) -> Iterator[Call]:
     torch.manual_seed(0)
     if op == "dropout_mask":
         yield from _masks()
         return
+    made = {"forward_as": _forms, "backward_as": _backward_forms}
+    of_layer = made.get(op, functools.partial(_products, op))
     for dtype in DTYPES:
-        for shape in SHAPES + (MORE_SHAPES if op == "forward_as" else ()):
+        for shape in SHAPES + MORE_SHAPES.get(op, ()):
             for p in DROPOUTS:
-                if op == "forward_as":
-                    yield from _forms(dtype, shape, p)
-                else:
-                    yield from _products(op, dtype, shape, p)
+                yield from of_layer(dtype, shape, p)
 
 
 def _map(args: tuple, change: Callable[[Tensor], Tensor]) -> tuple:
@@ -136,9 +166,11 @@ def _exact(call: Call, change: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]
     args = list(_map(call.args, lambda t: change(t.double()) if t.is_floating_point() else t))
     if call.op == "weight_grad":
         args[5] = False  # `wide` would round the operands to float32
-    if call.op == "forward_as":
-        return composed.forward(*args[:-3])
-    return _tuple(getattr(composed, call.op)(*args))
+    if call.op in ("backward", "backward_as"):
+        args[10:12] = False, False
+    if call.op.endswith("_as"):
+        args = args[:-3]
+    return _tuple(getattr(composed, call.op.removesuffix("_as"))(*args))
 
 
 def wrong(call: Call, got: tuple[Tensor, ...]) -> str | None:
@@ -151,6 +183,8 @@ def wrong(call: Call, got: tuple[Tensor, ...]) -> str | None:
     if call.op in CHAINED:
         step += 4 * torch.finfo(call.args[0].dtype).eps
     for i, (value, want, size) in enumerate(zip(got, exact, total, strict=True)):
+        if value.shape != want.shape:
+            return f"result {i} is {list(value.shape)}, expected {list(want.shape)}"
         limits = torch.finfo(value.dtype)
         bound = limits.eps * want.abs() + step * size + limits.smallest_normal * limits.eps
         off = ((value.double() - want).abs() / bound).nan_to_num(torch.inf)
@@ -178,11 +212,16 @@ def _moved(t: Tensor, device: str) -> Tensor:
 
 def refused(call: Call, device: str) -> str | None:
     """Why this form cannot serve the call, by its plan; None if it can, or takes no form."""
-    if call.op != "forward_as":
+    if not call.op.endswith("_as"):
         return None
-    x, weight, a, b, _, seed = (None if t is None else _moved(t, device) for t in call.args[:6])
+    if call.op == "forward_as":
+        x, weight, a, b, _, seed, *_ = call.args
+    else:
+        _, x, weight, a, b, _, seed, *_ = call.args
+    plan = getattr(torch.ops.lora_kernels, call.op.replace("_as", "_plan"))
+    operands = _map((x, weight, a, b, seed), lambda t: _moved(t, device))
     try:
-        torch.ops.lora_kernels.forward_plan(x, weight, a, b, seed, *call.args[-3:])
+        plan(*operands, *call.args[-3:])
     except RuntimeError as why:
         return str(why).strip().partition("\n")[0]
     return None

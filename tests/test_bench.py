@@ -17,7 +17,7 @@ from lora_kernels import composed
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import bench_gemm, contenders, gpu_suite  # noqa: E402
+from bench import bench_backward, bench_gemm, contenders, gpu_suite  # noqa: E402
 
 
 def run(*args: str) -> subprocess.CompletedProcess:
@@ -214,5 +214,167 @@ def test_gemm_shapes_fill_a_gpu_evenly_and_unevenly_within_the_suite_s_limit():
     waves = [case.shape.m / 128 * case.shape.n / 256 / 132 for case in cases]
     even = [wave == int(wave) for wave in waves]
     assert any(even) and not all(even) and max(waves) > 20 and min(waves) < 4
-    tables = len(cases) * len(bench_gemm.RANKS.split(",")) * 2  # dropouts
-    assert tables * bench_gemm.SECONDS["cuda"] < gpu_suite.LIMITS["gemm"] / 2
+    for stage, ranks in (("gemm", bench_gemm.RANKS), ("backward", bench_backward.RANKS)):
+        tables = len(cases) * len(ranks.split(",")) * 2  # dropouts
+        assert tables * bench_gemm.SECONDS["cuda"] < gpu_suite.LIMITS[stage] / 2
+
+
+def test_a_row_has_what_its_plan_expects():
+    said = "dx 128x256; 4.5 % over the frozen GEMM of dx by the model"
+    assert bench_gemm.planned(said) == {"plan": said, "predicted_over_plain": 1.045}
+    said = "h in turns; LoRA term 12.0 % over the frozen GEMM by the model"
+    assert bench_gemm.planned(said)["predicted_over_plain"] == pytest.approx(1.12)
+    assert bench_gemm.planned("dx 128x256") == {"plan": "dx 128x256"}
+
+
+# ---- bench_backward ------------------------------------------------------------------------------
+
+
+def right_backward(*args):
+    """backward_as by composed, whatever the form and the tile."""
+    return composed.backward(*args[:-3])
+
+
+def no_dropout_in_dx(*args):
+    return (right_backward(*args[:6], None, 0, *args[8:])[0], *right_backward(*args)[1:])
+
+
+def nan_in_db(*args):
+    dx, da, db, dbias = right_backward(*args)
+    return dx, da, db * torch.nan, dbias
+
+
+def backward_plan(x, weight, a, b, seed, form, tile_n, group):
+    """backward_plan of kernels that serve one_grid up to rank 4 and in tiles but for 192."""
+    if form == "one_grid" and (a.shape[0] > 4 or tile_n == 192):
+        raise RuntimeError("backward: not served: r is more than 4\nnor 192")
+    dx = f"dx r={a.shape[0]} tile=128x{tile_n or 256}"
+    return f"{form} ({dx}); 4.5 % over the frozen GEMM of dx" if form else dx
+
+
+class FakeBackwardTimer:
+    """A millisecond of vendor, and what each of ours takes by form, more for another tile."""
+
+    MS = {"": 2.0, "passes": 5.0, "one_grid": 3.0}  # noqa: RUF012
+
+    def __call__(self, call) -> float:
+        call()
+        if not isinstance(call, functools.partial):
+            return 1.0 if call.__name__ == "vendor" else 10.0
+        form, tile_n, _ = call.args[-3:]
+        return self.MS[form] + tile_n / 128 if isinstance(form, str) else 0.5
+
+
+@pytest.fixture
+def backward(monkeypatch, tmp_path):
+    """Runs bench_backward with a made-up kernel: (exit code, its JSON)."""
+    ops = torch.ops.lora_kernels
+
+    def run(backward_as, *arguments: str) -> tuple[int, dict]:
+        monkeypatch.setattr(ops, "backward_as", backward_as, raising=False)
+        monkeypatch.setattr(ops, "backward_plan", backward_plan, raising=False)
+        monkeypatch.setattr(bench_gemm.schemas, "runs_here", lambda op, device: True)
+        monkeypatch.setattr(bench_gemm.timing, "make_timer", lambda device: FakeBackwardTimer())
+        out = tmp_path / "backward.json"
+        common = ["--shape", "16,24,32", "--rounds", "3", "--device", "cpu", "--json", str(out)]
+        monkeypatch.setattr(sys, "argv", ["bench_backward", *common, *arguments])
+        return bench_backward.main(), json.loads(out.read_text())
+
+    return run
+
+
+def test_backward_says_what_gradients_add_and_what_is_not_served(backward, capsys):
+    code, result = backward(right_backward, "--rank", "4,8")
+    shown = capsys.readouterr().out
+    assert code == 0 and not result["failures"], shown
+    tables = {(g["rank"], g["dropout"]): rows_of(g) for g in result["groups"]}
+    assert set(tables) == {(4, 0.0), (4, 0.1), (8, 0.0), (8, 0.1)}
+    assert list(tables[4, 0.1]) == [
+        "vendor", "plain", "passes", "one_grid", *bench_backward.PARTS, "composed", "eager",
+    ]  # fmt: skip
+    for rows in tables.values():
+        for name, (over_plain, over_vendor) in {
+            "vendor": (0.5, 1), "plain": (1, 2), "passes": (2.5, 5), "dy_x_alone": (2.5, 5),
+            "x_alone": (0.25, 0.5), "dx_alone": (0.25, 0.5), "composed": (5, 10), "eager": (5, 10),
+        }.items():  # fmt: skip
+            row = rows[name]
+            assert (row["over_plain"], row["over_vendor"]) == (over_plain, over_vendor)
+            assert row["tflops"] == pytest.approx(2 * 16 * 24 * 32 / (over_vendor * 1e9))
+        assert rows["plain"]["plan"] == "dx r=0 tile=128x256"
+        assert {n for n, row in rows.items() if "plan" in row} <= set(bench_backward.OURS)
+        assert {n for n, row in rows.items() if "predicted_over_plain" in row} == {
+            n for n in bench_backward.FORMS if n in rows
+        }
+    assert tables[4, 0.0]["one_grid"]["over_plain"] == 1.5
+    left_out = [group["left_out"] for group in result["groups"] if group["rank"] == 8]
+    why = {"one_grid": "backward: not served: r is more than 4"}
+    assert left_out == [why, why]
+    assert shown.count("one_grid: left out: backward: not served") == 1
+    (mean,) = (
+        row for row in result["summary"]
+        if (row["name"], row["rank"], row["dropout"]) == ("one_grid", 4, 0.1)
+    )  # fmt: skip
+    assert (mean["over_plain"], mean["predicted_over_plain"]) == pytest.approx((1.5, 1.045))
+
+
+def test_backward_sweeps_tiles_and_times_its_parts_once(backward):
+    sweep = ("--tile-n", "128,192,256", "--rank", "4", "--dropout", "0.1")
+    code, result = backward(right_backward, *sweep)
+    assert code == 0
+    (group,) = result["groups"]
+    over = {row["name"]: row["over_plain"] for row in group["rows"] if "plan" in row}
+    assert over == {
+        "plain tile_n=128": 1, "passes tile_n=128": 2, "one_grid tile_n=128": 4 / 3,
+        "plain tile_n=192": 1, "passes tile_n=192": 6.5 / 3.5,
+        "plain tile_n=256": 1, "passes tile_n=256": 7 / 4, "one_grid tile_n=256": 5 / 4,
+    }  # fmt: skip
+    assert list(group["left_out"]) == ["one_grid tile_n=192"]
+    names = [row["name"] for row in group["rows"]]
+    assert len(names) == len(set(names)) and set(bench_backward.PARTS) <= set(names)
+
+
+WITH_LORA = ("passes", "one_grid", "dy_x_alone")
+
+
+@pytest.mark.parametrize(
+    ("backward_as", "bad", "why"),
+    [
+        (no_dropout_in_dx, {(form, 0.1) for form in bench_backward.FORMS}, "wrong"),
+        (nan_in_db, {(name, p) for name in WITH_LORA for p in (0.0, 0.1)}, "wrong"),
+        (fails, {(name, p) for name in ("plain", *WITH_LORA) for p in (0.0, 0.1)}, "too many"),
+    ],
+)
+def test_backward_times_nothing_that_is_wrong(backward, backward_as, bad, why):
+    code, result = backward(backward_as, "--rank", "4")
+    found = {
+        (row["name"], group["dropout"]): row
+        for group in result["groups"]
+        for row in group["rows"]
+        if "error" in row
+    }
+    assert code == 1 and set(found) == bad and len(result["failures"]) == len(bad)
+    assert all(why in row["error"] and "median_ms" not in row for row in found.values())
+
+
+def test_backward_without_our_kernels(tmp_path):
+    out = tmp_path / "backward.json"
+    done = run(
+        "bench.bench_backward", "--shape", "16,24,32", "--rank", "4", "--rounds", "3", "--device",
+        "cpu", "--json", str(out),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    for group in json.loads(out.read_text())["groups"]:
+        rows = rows_of(group)
+        assert set(rows) >= {"vendor", "composed", "eager"}
+        assert all(row["median_ms"] > 0 for row in rows.values())
+
+
+def test_backward_compares_what_computes_the_same():
+    shape = bench_gemm.shapes.Shape("s", 16, 24, 32)
+    case = bench_gemm.Case(shape, "fp32", 4)
+    with torch.no_grad():
+        layer = bench_backward.Layer(contenders.make_problem(case, "cpu"), 0.0)
+    dx, da, db, _ = layer.composed()
+    for got, want in zip(layer.eager(), (dx, da, db), strict=True):
+        torch.testing.assert_close(got, want)
+    torch.testing.assert_close(layer.vendor(), layer.dy @ layer.weight)

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench import (  # noqa: E402
+    bench_backward,
     bench_gemm,
     bench_kernels,
     evidence,
@@ -241,6 +242,28 @@ def test_gemm_json_is_what_the_judge_reads(tmp_path, monkeypatch):
     assert (tmp_path / "gemm.png").stat().st_size > 0
 
 
+def test_backward_json_is_what_the_judge_reads(tmp_path, monkeypatch):
+    path = tmp_path / "backward.json"
+    arguments = ["--shape", "16,24,32", "--rank", "4,8", "--rounds", "3", "--device", "cpu"]
+    ops = torch.ops.lora_kernels
+    monkeypatch.setattr(sys, "argv", ["bench_backward", *arguments, "--json", str(path)])
+    monkeypatch.setattr(bench_gemm, "built", lambda *_: False)
+    assert bench_backward.main() == 0
+    with pytest.raises(NotRun, match="no form"):
+        evidence.gemm(finished(tmp_path, ""), path)
+    monkeypatch.setattr(bench_gemm, "built", lambda *_: True)
+    monkeypatch.setattr(ops, "backward_as", lambda *a: composed.backward(*a[:-3]), raising=False)
+    plan = "passes; 4.5 % over the frozen GEMM of dx by the model"
+    monkeypatch.setattr(ops, "backward_plan", lambda *a: plan, raising=False)
+    assert bench_backward.main() == 0
+    found = evidence.gemm(finished(tmp_path, ""), path)
+    assert all(name in found["headline"] for name in bench_backward.OURS)
+    assert "alone" not in found["headline"]
+    result = json.loads(path.read_text())
+    publish.plot_backward(tmp_path / "b.png", result["groups"], result["environment"])
+    assert (tmp_path / "b.png").stat().st_size > 0
+
+
 def test_eager_counterparts_compute_what_the_kernels_do():
     x, w, h, a, b = (torch.randn(s) for s in ((6, 8), (5, 8), (6, 3), (3, 8), (5, 3)))
     for kernel, tensors, more in (
@@ -363,7 +386,10 @@ def out(tmp_path):
     }  # fmt: skip
     groups = [gemm_group(4, one_launch=1.01, two_launches=1.1), gemm_group(8, two_launches=1.2)]
     gemm = {"environment": machine, "groups": groups}
-    files = {"kernels": kernels, "layers": layers, "gemm": gemm, "suite": record}
+    groups = [gemm_group(16, passes=1.2, one_grid=1.05), gemm_group(128, passes=1.3)]
+    backward = {"environment": machine, "groups": groups}
+    files = {"kernels": kernels, "layers": layers, "gemm": gemm, "backward": backward}
+    files["suite"] = record
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     return folder

@@ -40,6 +40,32 @@ def test_forward_as_is_called_in_every_form_on_every_layout():
     assert plain and all(a[2].shape[0] == 0 and a[3].shape[1] == 0 for a in plain)
 
 
+def test_backward_as_is_called_in_both_forms_on_every_layout():
+    calls = [call.args for call in sanitize.calls("backward_as")]
+    assert {args[1].dtype for args in calls} == {torch.bfloat16, torch.float16}
+    needs = {form: {a[12:16] for a in calls if a[-3] == form} for form in sanitize.BACKWARD_FORMS}
+    assert needs["one_grid"] == {(True, True, True, False)}
+    assert all({n[i] for n in needs["passes"]} == {True, False} for i in range(4))
+    for form in sanitize.BACKWARD_FORMS:
+        mine = [args for args in calls if args[-3] == form]
+        for offset in (0, 1):
+            some = [a for a in mine if all(t.storage_offset() == offset for t in a[:6])]
+            assert {a[6] is None for a in some} == {True, False}, "with and without dropout"
+            assert {a[3].shape[0] for a in some} >= {1, 3, 16, 24, 40, 65}
+        assert {args[10] for args in mine} == {args[11] for args in mine} == {True, False}
+    assert any(not a[2].is_contiguous() and not a[2].storage_offset() for a in calls)
+    in_one = [args[1].shape for args in calls if args[-3] == "one_grid"]
+    assert any(m > 512 and k > 512 for m, k in in_one), "chunks and slices of more than one"
+
+
+def test_the_mask_on_the_lora_term_is_called_on_both_orders_of_the_weight():
+    masked = [call.args for call in sanitize.calls("fused_gemm") if call.args[5] is not None]
+    assert {args[1].is_contiguous() for args in masked if args[1].shape[0] > 8} == {True, False}
+    grads = [call.args for call in sanitize.calls("weight_grad")]
+    assert {(a[5], a[6]) for a in grads} == {(w, t) for w in (True, False) for t in (True, False)}
+    assert {a[2] is None for a in grads if not a[6]} == {True, False}
+
+
 def test_operands_reach_the_device_as_they_lie():
     x = sanitize._misaligned(torch.arange(24.0).view(4, 6))
     for t in (
@@ -56,11 +82,11 @@ def test_operands_reach_the_device_as_they_lie():
     assert moved.stride() == (7, 1) and moved.storage_offset() == 1
 
 
-def sanitized(monkeypatch, forward_as, forward_plan=lambda *args: "a plan") -> int:
+def sanitized(monkeypatch, kernel, plan=lambda *args: "a plan", op: str = "forward_as") -> int:
     ops = torch.ops.lora_kernels
-    monkeypatch.setattr(ops, "forward_as", forward_as, raising=False)
-    monkeypatch.setattr(ops, "forward_plan", forward_plan, raising=False)
-    monkeypatch.setattr(sanitize.schemas, "runs_here", lambda op, device: op == "forward_as")
+    monkeypatch.setattr(ops, op, kernel, raising=False)
+    monkeypatch.setattr(ops, op.replace("_as", "_plan"), plan, raising=False)
+    monkeypatch.setattr(sanitize.schemas, "runs_here", lambda name, device: name == op)
     monkeypatch.setattr(sys, "argv", ["sanitize", "--device", "cpu"])
     return sanitize.main()
 
@@ -101,3 +127,52 @@ def reads_a_dense_x(x, *more):
 def test_sanitized_forward_as_tells_wrong_results(monkeypatch, capsys, forward_as):
     assert sanitized(monkeypatch, forward_as) == 1
     assert "WRONG forward_as(" in capsys.readouterr().out
+
+
+def test_sanitized_backward_as_is_checked(monkeypatch, capsys, tmp_path):
+    def right(*args):
+        return composed.backward(*args[:-3])
+
+    def plan(x, weight, a, b, seed, form, tile_n, group):
+        if form == "one_grid" and a.shape[0] > 64:
+            raise RuntimeError("backward: not served: r is more than 64")
+        return "a plan"
+
+    assert sanitized(monkeypatch, right, plan, "backward_as") == 0
+    found = evidence.sanitizer(finished(tmp_path, capsys.readouterr().out + CLEAN), "memcheck")
+    calls = list(sanitize.calls("backward_as"))
+    refused = sum(c.args[-3] == "one_grid" and c.args[3].shape[0] > 64 for c in calls)
+    assert found["refused"] == refused > 0 and found["calls"] == len(calls) - refused
+
+
+def forgets_the_mask(*args):
+    return composed.backward(*args[:6], None, 0, *args[8:-3])
+
+
+def adds_no_bias(*args):
+    *grads, dbias = composed.backward(*args[:-3])
+    return *grads, dbias * 0
+
+
+def swaps_scales(*args):
+    return composed.backward(*args[:8], args[9], args[8], *args[10:-3])
+
+
+def loses_the_last_rows(dy, x, weight, a, b, h, *more):
+    dx = composed.backward(dy, x, weight, a, b, h, *more[:-3])[0]
+    first = slice(512)
+    return dx, *composed.backward(dy[first], x[first], weight, a, b, h[first], *more[:-3])[1:]
+
+
+def makes_unwanted(*args):
+    return composed.backward(*args[:12], True, *args[13:-3])
+
+
+@pytest.mark.parametrize(
+    "backward_as",
+    [forgets_the_mask, adds_no_bias, swaps_scales, loses_the_last_rows, makes_unwanted],
+)
+def test_sanitized_backward_as_tells_wrong_results(monkeypatch, capsys, backward_as):
+    monkeypatch.setattr(sanitize, "DTYPES", sanitize.DTYPES[:1])
+    assert sanitized(monkeypatch, backward_as, op="backward_as") == 1
+    assert "WRONG backward_as(" in capsys.readouterr().out
