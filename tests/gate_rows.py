@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 WATCHED = ("HGMMA", "UTMALDG", "UTMASTG", "HMMA", "LDGSTS", "LDSM", "STSM")
+# wgmma with a transposed operand; GPU-wide fences: a release to the device, and both arrivals of a
+# kernel at the barrier of its cluster
+FORMS = ("tnspA", "tnspB", "MEMBAR.GPU")
 
 
 @dataclass(frozen=True)
@@ -15,8 +18,8 @@ class Row:
     Args:
         pattern: regular expression, matched against the whole `Kernel.name`.
         arch: "80", "90a" or None for every architecture.
-        opcodes: count, or (least, most), of each WATCHED opcode; one that is left out must be
-            absent. None for most: no limit.
+        opcodes: count, or (least, most), of each WATCHED opcode and of FORMS; one that is left out
+            must be absent. None for most: no limit.
     """
 
     pattern: str
@@ -36,6 +39,11 @@ class Allowance:
     fences: int = 0  # GPU-wide ones in main loops, most
 
 
+def term(n: int) -> dict[str, int]:
+    """The masked LoRA term of a tile of n columns."""
+    return {"HMMA": n // 2, "LDSM": 4 + n // 4}
+
+
 EXPECTED: tuple[Row, ...] = (
     Row("dropout_mask_kernel"),
     # <tile, dtype, 16-byte copies>
@@ -46,40 +54,108 @@ EXPECTED: tuple[Row, ...] = (
     Row("down_proj_sm80_kernel<.*, false>", opcodes={"HMMA": (4, None), "LDSM": (5, None)}),
     # <tile, dtype, MN-major, dropout>: a stage is four k16 steps and two loads, more for panels
     Row("down_proj_sm90_kernel<.*, false, false>", "90a", {"HGMMA": 4, "UTMALDG": 2}),
-    Row("down_proj_sm90_kernel<.*, true, false>", "90a", {"HGMMA": 4, "UTMALDG": (2, 5)}),
+    Row(
+        "down_proj_sm90_kernel<.*, true, false>",
+        "90a",
+        {"HGMMA": 4, "tnspB": 4, "UTMALDG": (2, 5)},
+    ),
     Row("down_proj_sm90_kernel<.*, false, true>", "90a", {"HGMMA": 4, "UTMALDG": 2, "LDSM": 4}),
     Row("pack_kernel|zero_kernel"),
-    # <tile, dtype, MN-major>: four k16 steps, and a loop of one for the LoRA term; two loads a
-    # stage of either, or one and one a panel; N / 16 stmatrix and N / 64 stores a tile
+    # <tile, dtype, MN-major, masked>: four k16 steps, and a loop of one for the LoRA term; two
+    # loads a stage of either, or one and one a panel; N / 16 stmatrix and N / 64 stores a tile.
+    # Masked: the term by mma.sync, two and an ldmatrix a k16 step of 16 columns, beside four of h.
     *(
         row
         for n in (256, 192, 128)
         for row in (
             Row(
-                f"fused_gemm_sm90_kernel<FusedGemmSm90Tile<{n}, .*>, .*, {mn}>",
+                f"fused_gemm_sm90_kernel<FusedGemmSm90Tile<{n}, .*>, .*, {form}>",
                 "90a",
-                {"HGMMA": 5, "UTMALDG": loads, "STSM": n // 16, "UTMASTG": n // 64},
+                {"STSM": n // 16, "UTMASTG": n // 64, "MEMBAR.GPU": 2} | more,
             )
-            for mn, loads in (("false", 4), ("true", 2 + 2 * n // 64))
+            for form, more in (
+                ("false, false", {"HGMMA": 5, "UTMALDG": 4}),
+                ("true, false", {"HGMMA": 5, "tnspB": 5, "UTMALDG": 2 + n // 32}),
+                ("true, true", {"HGMMA": 4, "tnspB": 4, "UTMALDG": 2 + n // 32} | term(n)),
+            )
         )
     ),
-    # <tile, dtype, ranks, dropout>: four k16 steps and two loads a stage of h besides
+    # <tile, dtype, ranks>: four k16 steps and two loads a stage of h besides, four of them and an
+    # ldmatrix each under dropout
     *(
         Row(
-            f"forward_sm90_kernel<FusedGemmSm90Tile<{n}, .*>, .*, {dropout}>",
+            f"forward_sm90_kernel<FusedGemmSm90Tile<{n}, .*>, .*>",
             "90a",
-            {"HGMMA": 9, "UTMALDG": 6, "STSM": n // 16, "UTMASTG": n // 64} | more,
+            {
+                "HGMMA": 13,
+                "UTMALDG": 6,
+                "STSM": n // 16,
+                "UTMASTG": n // 64,
+                "MEMBAR.GPU": 3,
+                "LDSM": 4,
+            },
         )
         for n in (256, 192, 128)
-        for dropout, more in (("false", {}), ("true", {"LDSM": 4}))
+    ),
+    Row("reduce_kernel"),
+    # <tile, dtype, down projection, dropout>: of each stage of a chunk eight k16 steps of rows for
+    # the gradient, twice for 256 ranks, and eight for the sums of columns, of which x is
+    # transposed; four of columns for the down projection. A load of x, one for each panel of down,
+    # those of a chunk of h. Dropout: ldmatrix and stmatrix of x, aligned and not.
+    *(
+        Row(
+            f"weight_grad_sm90_kernel<WeightGradSm90Tile<{rank}, {subs}, .*>, .*, {form}>",
+            "90a",
+            {
+                "HGMMA": columns + 8 * subs + rows,
+                "tnspA": columns + 8 * subs,
+                "tnspB": columns + rows,
+                "UTMALDG": 1 + rank // 64 * subs + down,
+            }
+            | more,
+        )
+        for rank, subs in ((64, 4), (128, 2), (256, 1))
+        for columns in (8 * subs * max(1, rank // 128),)
+        for form, rows, down, more in (
+            ("true, false", 4 * subs, rank // 64, {}),
+            ("false, false", 0, 0, {}),
+            ("false, true", 0, 0, {"LDSM": 5 * subs, "STSM": 5 * subs}),
+        )
+    ),
+    # <tile, dtype, dropout>: dx as in fused_gemm, dh and dB of dy, dA of x as in weight_grad,
+    # without sums of columns; a release for each flag of dh and for either counter
+    *(
+        Row(
+            f"backward_sm90_kernel<FusedGemmSm90Tile<{n}, .*>, .*, {dropout}>",
+            "90a",
+            {
+                "HGMMA": steps + 2 * (8 + 4) + 2 * 8,
+                "tnspA": 2 * 8 + 2 * 8,
+                "tnspB": steps + 2 * (8 + 4) + 2 * 8,
+                "UTMALDG": 2 + n // 32 + 2 + 2 + 1 + 2,
+                "UTMASTG": n // 64,
+                "MEMBAR.GPU": 2 + 2 + 2,
+            }
+            | more,
+        )
+        for n in (256, 128)
+        for dropout, steps, more in (
+            ("false", 5, {"STSM": n // 16}),
+            (
+                "true",
+                4,
+                {"HMMA": n // 2, "LDSM": 4 + n // 4 + 10, "STSM": n // 16 + 10},
+            ),
+        )
     ),
     # <dtype, N, a transposed, b transposed>: N / 16 stmatrix and N / 64 stores a tile
     Row(
         "gemm_probe<.*>",
         "90a",
-        {"HGMMA": 4, "UTMALDG": (2, 4), "STSM": (8, 16), "UTMASTG": (2, 4)},
+        {"HGMMA": 4, "UTMALDG": (2, 4), "STSM": (8, 16), "UTMASTG": (2, 4)}
+        | {"tnspA": (0, 4), "tnspB": (0, 4), "MEMBAR.GPU": 2},
     ),
-    Row("relay_probe", "90a", {"UTMALDG": 1, "UTMASTG": 1}),
+    Row("relay_probe", "90a", {"UTMALDG": 1, "UTMASTG": 1, "MEMBAR.GPU": 1}),
 )
 ALLOWED: tuple[Allowance, ...] = (
     Allowance("relay_probe", "hands each tile to another block: one release an item", fences=1),

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import sass
 from emulator import build
-from gate_rows import ALLOWED, EXPECTED, WATCHED, Allowance, Row
+from gate_rows import ALLOWED, EXPECTED, FORMS, WATCHED, Allowance, Row
 
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / "build/gates"
@@ -264,9 +264,9 @@ def matches(rule: Row | Allowance, kernel: Kernel) -> bool:
 
 
 def wrong_counts(code: sass.Code, row: Row) -> list[str]:
-    counts = sass.counts(code)
+    counts = sass.counts(code) | sass.forms(code)
     found = []
-    for opcode in WATCHED:
+    for opcode in (*WATCHED, *FORMS):
         wanted = row.opcodes.get(opcode, 0)
         least, most = wanted if isinstance(wanted, tuple) else (wanted, wanted)
         if counts[opcode] < least or (most is not None and counts[opcode] > most):

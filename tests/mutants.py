@@ -100,8 +100,8 @@ KILLED = [
          "ptx::named_barrier_sync<1>(128)"),
     # dropout
     sm90("mask shifted by a fragment",
-         "apply_aligned_dropout(a[j], dropout, column + step * kMmaDepth)",
-         "apply_aligned_dropout(a[j], dropout, column + step * kMmaDepth + 16)", DROPPED),
+         "apply_dropout(a[j], dropout, column + step * kMmaDepth, kept >> 8 * step)",
+         "apply_dropout(a[j], dropout, column + step * kMmaDepth + 16, kept >> 8 * step)", DROPPED),
     sm90("mask rows of another warp", "load_dropout(args.dropout, row + warp % 4 * 16, lane)",
          "load_dropout(args.dropout, row, lane)"),
     sm90("threshold itself dropped", "kMaskBits), d.threshold)", "kMaskBits), d.threshold + 65537)",

@@ -7,6 +7,7 @@ from mutants import DROPOUT, STORE, Mutant
 RING, TILE_STORE = "csrc/cuda/fused_gemm_ring.cuh", "csrc/cuda/fused_gemm_tile.cuh"
 GEMM, FORWARD = "csrc/cuda/fused_gemm_sm90.cuh", "csrc/cuda/forward_sm90.cuh"
 DROPPED, PACK = "csrc/cuda/dropped_tile.cuh", "csrc/cuda/pack.cuh"
+CLAIMS = "csrc/cuda/claims.cuh"
 GEMM_PLAN, GEMM_HEADER = "csrc/cuda/fused_gemm_plan.cpp", "csrc/cuda/fused_gemm_plan.h"
 FORWARD_PLAN, FORWARD_HEADER = "csrc/cuda/forward_plan.cpp", "csrc/cuda/forward_plan.h"
 RASTER, OPERAND = "csrc/cuda/raster.h", "csrc/cuda/tma_operand.h"
@@ -108,7 +109,7 @@ KILLED = [
     kernel(PACK, "last flag not zeroed", "i < count;", "i < count - 1;"),
     kernel(FORWARD, "flag of the other block", "wait_for_flag(work.flags + row_block)",
            "wait_for_flag(work.flags + (row_block ^ 1))"),
-    kernel(FORWARD, "reader does not fence", "  ptx::fence_async_global();  // TMA is",
+    kernel(CLAIMS, "reader does not fence", "  ptx::fence_async_global();  // TMA is",
            "  // TMA is"),
     kernel(FORWARD, "writers do not fence", "  ptx::fence_async_global();  // TMA of",
            "  // TMA of"),
@@ -118,17 +119,16 @@ KILLED = [
            "  if (group == 0 && thread == 0) ptx::store_release(work.flags + row_block, 1);",
            "if (group == 0 && thread == 0) ptx::store_release(work.flags + row_block, 1);\n"
            "  ptx::named_barrier_sync<3>(128 * Ring::Tile::kConsumers);"),
-    kernel(FORWARD, "claim overwritten", "      if (turn > 0) ptx::barrier_wait(heard(), "
+    kernel(CLAIMS, "claim overwritten", "      if (turn > 0) ptx::barrier_wait(heard(), "
            "(turn - 1) & 1);\n", ""),
-    kernel(FORWARD, "claim heard in the wrong phase", "(turn - 1) & 1", "turn & 1"),
-    kernel(FORWARD, "claim waited for in block scope",
+    kernel(CLAIMS, "claim heard in the wrong phase", "(turn - 1) & 1", "turn & 1"),
+    kernel(CLAIMS, "claim waited for in block scope",
            "ptx::barrier_wait_cluster(told(), turn & 1)", "ptx::barrier_wait(told(), turn & 1)"),
-    kernel(FORWARD, "claim not expected", "      ptx::barrier_arrive_expect(told(), 4);",
+    kernel(CLAIMS, "claim not expected", "      ptx::barrier_arrive_expect(told(), 4);",
            "      ptx::barrier_arrive(told());"),
-    kernel(FORWARD, "item taken twice", "ptx::atomic_add(work.ticket, 1)",
-           "ptx::atomic_add(work.ticket, ticket & 1)"),
-    kernel(FORWARD, "item skipped", "ptx::atomic_add(work.ticket, 1)",
-           "ptx::atomic_add(work.ticket, 2)"),
+    kernel(CLAIMS, "item taken twice", "ptx::atomic_add(counter, 1)",
+           "ptx::atomic_add(counter, ticket & 1)"),
+    kernel(CLAIMS, "item skipped", "ptx::atomic_add(counter, 1)", "ptx::atomic_add(counter, 2)"),
     kernel(FORWARD, "item written before its stage is free", "    ring.acquire();\n"
            "    ptx::store_shared_word", "    ptx::store_shared_word"),
     kernel(FORWARD, "h of the pair's first block", "work.gemm.blocks_k, row, 0)",
@@ -141,12 +141,11 @@ KILLED = [
            "int64_t{row_block / 2} * Ring::Tile::kM + group", ),
     kernel(DROPPED, "dropped sums kept", "accumulate || group + j > 0", "true", "down_proj_sm90"),
     kernel(DROPPED, "mask of the wrong column",
-           "apply_aligned_dropout(a[j], dropout, column + step "
-           "* kMmaDepth)", "apply_aligned_dropout(a[j], dropout, column + group * kMmaDepth)",
+           "apply_dropout(a[j], dropout, column + step * kMmaDepth, kept >> 8 * step)",
+           "apply_dropout(a[j], dropout, column + group * kMmaDepth, kept >> 8 * step)",
            "down_proj_sm90"),
-    kernel(DROPPED, "unaligned mask of the wrong column",
-           "apply_any_dropout(a[j], dropout, column + "
-           "step * kMmaDepth", "apply_any_dropout(a[j], dropout, column", "down_proj_sm90"),
+    kernel(DROPOUT, "unaligned mask of the wrong column", "d.col0 + col + lane % 4 * 2",
+           "d.col0 + lane % 4 * 2", "down_proj_sm90"),
     kernel(DROPOUT, "columns of a shard forgotten", "column_group(first_col + lane % 4 * 2)",
            "column_group(lane % 4 * 2)", "down_proj_sm90", "down_proj_sm80"),
     kernel(STORE, "scale of h forgotten", "sum[2 * half + 1] * args.scale", "sum[2 * half + 1]",
@@ -156,11 +155,9 @@ KILLED = [
     kernel(PACK, "grid stride forgotten", "row += gridDim.x", "row += gridDim.x * 2"),
     # host
     host(RASTER, "last group as high as the others",
-         "pairs - first < group ? pairs - first : group", "group"),
-    host(RASTER, "tiles before their chains", "if (i < own) return chain_at(first, rows, i);\n"
-         "    return {false, first + (i - own) % rows, (i - own) / rows, 1};",
-         "if (i >= rows * columns) return chain_at(first, rows, i - rows * columns);\n"
-         "    return {false, first + i % rows, i / rows, 1};"),
+         "number + 1 < groups_ ? group : pairs - number * group", "group"),
+    host(RASTER, "chains of the group at hand", "chain_at((at + 1) * group, rows_of(at + 1), item)",
+         "chain_at(at * group, rows_of(at), item)"),
     host(RASTER, "last chain as long as the others", "left < chain ? left : chain", "chain"),
     host(OPERAND, "stride of the packed row", "columns > 0 ? (columns + 7) / 8 * 8 : 8",
          "columns > 0 ? columns : 8"),

@@ -23,11 +23,15 @@ _INSTRUCTION = re.compile(
     r"(?P<opcode>[A-Z][\w.]*)\s*(?P<operands>.*?)\s*;"
 )
 _TARGET = re.compile(r"\.L\w+")
+_TRANSPOSED = re.compile(r"\.tnsp[AB]")  # of a wgmma: stands behind its descriptors
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction; `targets` are positions in its kernel's code that it may jump to."""
+    """One instruction; `targets` are positions in its kernel's code that it may jump to.
+
+    A wgmma whose operands are transposed says so at the end of its opcode: .tnspA, .tnspB.
+    """
 
     opcode: str
     targets: tuple[int, ...] = ()
@@ -83,6 +87,7 @@ def _instruction(line: re.Match, labels: dict[str, int], end: int) -> Instructio
     # `BRA UP0, label` is as conditional as `@P0 BRA label`
     always = line["guard"] is None and (kind != "BRA" or operands.startswith("`("))
     stops = kind in ("BRA", "BRX", "JMP", "JMX", "EXIT", "RET")
+    opcode += "".join(_TRANSPOSED.findall(operands))
     return Instruction(opcode, targets, falls_through=not (stops and always))
 
 
@@ -94,6 +99,13 @@ def counts(code: Code) -> Counter[str]:
 def count(code: Code, prefix: str) -> int:
     """How many instructions have an opcode that starts so, for example WARPGROUP.DEPBAR."""
     return sum(instruction.opcode.startswith(prefix) for instruction in code)
+
+
+def forms(code: Code) -> Counter[str]:
+    """How many wgmma transpose an operand, and how many fences are GPU-wide."""
+    found = Counter(m[1:] for i in code for m in _TRANSPOSED.findall(i.opcode))
+    found["MEMBAR.GPU"] = sum(1 for i in code if GPU_FENCE.match(i.opcode))
+    return found
 
 
 def fences_in_main_loops(code: Code) -> int:

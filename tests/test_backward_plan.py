@@ -95,7 +95,12 @@ def test_the_plan_says_why(emulated):
         plan = plan_of(emulated, *shape, **options)
         assert not plan["served"] and reason in plan["reason"] and reason in plan["text"]
     text = plan_of(emulated, *shape, **DROPPED)["text"]
-    for part in ("one grid (", "16 chunks of dy and of x, these in 8 slices", "masked LoRA term", "by the model"):
+    for part in (
+        "one grid (",
+        "16 chunks of dy and of x, these in 8 slices",
+        "masked LoRA term",
+        "by the model",
+    ):
         assert part in text
     text = plan_of(emulated, *shape, form="passes")["text"]
     for part in ("passes (as was asked for)", "dy pass weight_grad_sm90", "chunks of 512 rows"):

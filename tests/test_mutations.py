@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import mutants
+import mutants_backward
 import mutants_forward
 import numpy as np
 import pytest
@@ -20,8 +21,9 @@ from mutants import Mutant
 
 from lora_kernels import dropout
 
-KILLED = mutants.KILLED + mutants_forward.KILLED
-SURVIVORS = mutants.SURVIVORS + mutants_forward.SURVIVORS
+KILLED = mutants.KILLED + mutants_forward.KILLED + mutants_backward.KILLED
+SURVIVORS = mutants.SURVIVORS + mutants_forward.SURVIVORS + mutants_backward.SURVIVORS
+ALL = KILLED + [mutant for mutant, _ in SURVIVORS]
 UNUSED_TILES = ("X(16, 64, 4, 2, 64, 6)", "X(64, 64, 4, 2, 64, 4)", "X(64, 12)", "X(128, 8)")
 TIMEOUT = 60  # seconds; a run of the whole suite takes a few
 # kind, (M, K, r), `down` has its rank contiguous, seed, rows padded; few multiprocessors take tall
@@ -54,7 +56,7 @@ DOWN_PROJ = [
 def ternary(generator: np.random.Generator, *shape: int, keep: int) -> np.ndarray:
     """-1, 0, 1 with about `keep` non-zeros a row: every sum is an integer that bf16 holds."""
     values = generator.integers(-1, 2, shape)
-    return values * (generator.random(shape) < keep / shape[-1])
+    return values * (generator.random(shape) < keep / max(shape[-1], 1))
 
 
 def masked(seed: list[int], x: np.ndarray, down: np.ndarray) -> tuple[np.ndarray, int]:
@@ -94,6 +96,7 @@ PINNED = dict(tile_n=128, group=2)
 FORWARD = [
     ((600, 136, 72, 24), dict(PINNED, form="one_launch", chain=2, multiprocessors=12), {}),
     ((140, 200, 456, 72), dict(PINNED, form="one_launch", tile_n=192, seed=[5, 6, 16, 32]), {}),
+    ((140, 72, 136, 24), dict(PINNED, form="one_launch", seed=[5, 6, 16, 32]), {}),
     ((600, 72, 72, 8), dict(PINNED, form="one_launch", chain=2, seed=[5, 6, 3, 21]), {}),
     ((140, 328, 72, 16), dict(PINNED, form="two_launches", tile_n=256, multiprocessors=2), {}),
     (
@@ -137,6 +140,77 @@ def forward_problem(shape, options, odd) -> dict[str, np.ndarray]:
     )  # fmt: skip
 
 
+# (M, N, K, r), options, and what else is odd about it. Together: chunks of 512, 256 and 128 rows,
+# two blocks of ranks, splits of both passes, rings that wrap, masks of two rank stages, aligned and
+# not, fp32 gradients, every subset, copies, no depth; in one grid both tiles, several groups,
+# chunks, slices and waves, more clusters than chunks.
+GRID = dict(form="one_grid", tile_n=128)
+ALIGNED, UNALIGNED = [5, 6, 16, 32], [5, 6, 3, 21]
+BACKWARD = [
+    ((560, 136, 280, 16), dict(form="passes", multiprocessors=4, seed=ALIGNED), {"bias": True}),
+    ((300, 136, 136, 100), dict(form="passes", multiprocessors=2, seed=UNALIGNED), {"wide": True}),
+    ((140, 264, 72, 300), dict(form="passes", multiprocessors=2, turns=2), {"bias": True}),
+    (
+        (70, 75, 90, 23),
+        dict(form="passes", subsets=[["dx"], ["da"], ["db"], ["dx", "dbias"]], seed=ALIGNED),
+        {"bias": True},
+    ),
+    ((100, 0, 72, 8), dict(form="passes", seed=ALIGNED, turns=1), {}),
+    ((1100, 72, 584, 24), dict(GRID, group=2, multiprocessors=12, turns=2), {}),
+    ((1100, 72, 72, 24), dict(GRID, group=2, multiprocessors=12), {}),
+    ((600, 136, 136, 40), dict(GRID, group=2, multiprocessors=4, seed=ALIGNED, limited=True), {}),
+    (
+        (150, 75, 250, 7),
+        dict(GRID, tile_n=256, multiprocessors=2, seed=UNALIGNED, calls=2, turns=2),
+        {"wide": True},
+    ),
+]
+
+
+def backward_problem(shape, options, odd) -> dict[str, np.ndarray]:
+    """Integers, but for an infinity in x and in A where the mask drops it."""
+    m, n, k, r = shape
+    g = np.random.default_rng(m + n + k + r)
+    dy, x = ternary(g, m, n, keep=min(n // 4, 40)), ternary(g, m, k, keep=k // 4)
+    weight, a = ternary(g, n, k, keep=k // 4), ternary(g, r, k, keep=k // 8)
+    b, h = ternary(g, n, r, keep=min(r // 4 + 1, 8)), ternary(g, m, r, keep=r // 2 + 1)
+    options = dict(calls=1, limited=False, scale=(2.0, 2.0)) | options
+    h_scale, up = options["scale"]
+    masked_scale, kept = up, np.ones((m, k), bool)
+    dh = h_scale * dy @ b
+    dropped = x
+    if "seed" in options:
+        kept, options["threshold"] = masked(options["seed"], x, a)
+        masked_scale = options["masked_scale"] = 2 * up
+        dropped = np.where(kept, x, 0)
+        x = np.where(kept | (g.random((m, k)) < 0.99), x, np.inf)
+        a = np.where(g.random((r, k)) < 0.999, a, np.inf)
+    with np.errstate(invalid="ignore"):
+        lora = np.where(kept, masked_scale * (dh @ a), 0)
+    found = dict(dx=dy @ weight + lora, da=masked_scale * dh.T @ dropped, db=up * dy.T @ h)
+    if odd.get("bias"):
+        found["dbias"] = dy.sum(0)
+    for name, array in found.items():
+        wide = odd.get("wide") and name in ("da", "db")
+        found[name] = array.astype(np.float32) if wide else exact(array)
+    assert np.array_equal(value_of(exact(dh)), dh)
+    operands = dict(dy=dy, x=x, weight=weight, a=a, b=b, h=h)
+    return {name: bf16(array) for name, array in operands.items()} | found | {
+        "options": np.array(json.dumps(options))
+    }  # fmt: skip
+
+
+def value_of(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def exact(values: np.ndarray) -> np.ndarray:
+    """bf16 that rounds nothing, NaN as the emulator writes it."""
+    bits = bf16(values)
+    assert np.array_equal(value_of(bits), values.astype(np.float32), equal_nan=True)
+    return np.where(np.isnan(values), 0x7FFF, bits).astype(np.uint16)
+
+
 def gemm_problem(trans_a: bool, trans_b: bool) -> dict[str, np.ndarray]:
     g = np.random.default_rng(9)
     a, b = ternary(g, 328, 456, keep=60), ternary(g, 200, 456, keep=60)
@@ -151,6 +225,9 @@ def gemm_problem(trans_a: bool, trans_b: bool) -> dict[str, np.ndarray]:
 def problems(tmp_path_factory) -> Path:
     found = {f"{c[0]}-{i}": down_proj_problem(*c[1:]) for i, c in enumerate(DOWN_PROJ)}
     found |= {f"forward-{i}": forward_problem(*c) for i, c in enumerate(FORWARD)}
+    for i, case in enumerate(BACKWARD):
+        kind = "grid" if case[1]["form"] == "one_grid" else "passes"
+        found[f"{kind}-{i}"] = backward_problem(*case)
     found |= {f"gemm-{a}{b}": gemm_problem(a, b) for a, b in [(False, False), (True, True)]}
     source = np.random.default_rng(3).integers(0, 1 << 15, (64 * 5, 64)).astype(np.uint16)
     found["relay"] = {"in": source}
@@ -166,25 +243,36 @@ def run_suite(library: Path, problems: Path, *kinds: str) -> subprocess.Complete
     return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, cwd=folder)
 
 
-def plant(mutant: Mutant, tree: Path) -> Path:
-    """The library with this bug in it."""
-    for folder in ("csrc", "tests/emulator"):
-        shutil.copytree(build.ROOT / folder, tree / folder)
-    path = tree / mutant.file
+def spots(mutant: Mutant, source: str) -> list[re.Match]:
+    """Where its text occurs, any white space in it standing for any other."""
     pattern = r"\s+".join(map(re.escape, mutant.text.split()))
-    source, count = re.subn(pattern, lambda _: mutant.replacement, path.read_text())
-    assert count == 1, f"{mutant.name}: its text must occur once, not {count} times"
-    path.write_text(source)
-    # What the suite does not use costs time: fp16, and some tiles.
-    for kernel in (tree / "tests/emulator").glob("*_sm*.cpp"):
-        text = kernel.read_text().replace("F16>", "Bf16>").replace("F16{}", "Bf16{}")
-        kernel.write_text(text)
-    plan = tree / "csrc/cuda/down_proj_plan.h"
+    return list(re.finditer(pattern, source))
+
+
+def forget_unused_tiles(plan: Path) -> None:
     text = plan.read_text()
     for tile in UNUSED_TILES:
         assert tile in text
         text = text.replace(tile, "")
     plan.write_text(text)
+
+
+def plant(mutant: Mutant, tree: Path) -> Path:
+    """The library with this bug in it."""
+    for folder in ("csrc", "tests/emulator"):
+        shutil.copytree(build.ROOT / folder, tree / folder)
+    path = tree / mutant.file
+    source = path.read_text()
+    (spot,) = spots(mutant, source)
+    path.write_text(source[: spot.start()] + mutant.replacement + source[spot.end() :])
+    # What the suite does not use costs time: fp16, and some tiles.
+    for kernel in (tree / "tests/emulator").glob("*_sm*.cpp"):
+        text = kernel.read_text().replace("F16>", "Bf16>").replace("F16{}", "Bf16{}")
+        kernel.write_text(text)
+    encode = tree / "tests/emulator/encode.h"
+    encode.write_text(encode.read_text().replace("F16{}", "Bf16{}"))
+    if mutant.suite in ("sm80", "sm90"):  # else down_proj takes what its plan says
+        forget_unused_tiles(tree / "csrc/cuda/down_proj_plan.h")
     return build.build_mutant(tree, mutant.sources)
 
 
@@ -200,14 +288,18 @@ def test_unchanged_sources_are_green(problems):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def is_of_a_plan(mutant: Mutant) -> bool:
-    """Whether it needs plans and kernels compiled anew, which takes longest."""
-    return mutant.suite == "forward" and mutant.file.endswith((".h", ".cpp"))
+def is_slow(mutant: Mutant) -> bool:
+    """One that needs plans and kernels compiled anew; of the many of backward two in three."""
+    suites = ("forward", "passes", "grid")
+    if mutant.suite in suites and mutant.file.endswith((".h", ".cpp")):
+        return True
+    backward = mutants_backward.KILLED
+    return mutant in backward and backward.index(mutant) % 3 != 0
 
 
 @pytest.mark.parametrize(
     "mutant",
-    [pytest.param(m, marks=pytest.mark.slow if is_of_a_plan(m) else ()) for m in KILLED],
+    [pytest.param(m, marks=pytest.mark.slow if is_slow(m) else ()) for m in KILLED],
     ids=lambda m: m.name.replace(" ", "_"),
 )
 def test_planted_bug_turns_the_suite_red(mutant, problems, tmp_path):
@@ -224,6 +316,14 @@ def test_known_survivors_survive(mutant, reason, problems, tmp_path):
     """If one is noticed after all, it belongs among the killed."""
     done = run_suite(plant(mutant, tmp_path), problems, mutant.suite)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("file", sorted({m.file for m in ALL}))
+def test_texts_occur_once(file):
+    """Of mutants that stand in slow tests too: a change of the source shows at once."""
+    source = (build.ROOT / file).read_text()
+    stale = {m.name: n for m in ALL if m.file == file and (n := len(spots(m, source))) != 1}
+    assert not stale, f"how often the text of each occurs: {stale}"
 
 
 def test_enough_are_planted():

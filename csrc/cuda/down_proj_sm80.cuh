@@ -126,13 +126,17 @@ __device__ __forceinline__ void multiply_stage(float (&sum)[Tile::kRank / 8][4],
                                                bool mn_major, const LaneDropout& dropout,
                                                uint32_t k, uint32_t warp_m, uint32_t warp_k,
                                                uint32_t lane) {
+  constexpr uint32_t kSteps = Tile::kDepth / kMmaDepth / Tile::kWarpsK;
+  static_assert(kSteps <= 4, "a word holds the bits of four fragments");
+  const uint32_t kept =
+      draw_straddling(dropout, k + warp_k * kMmaDepth, Tile::kWarpsK * kMmaDepth, kSteps, lane);
   LK_UNROLL
-  for (uint32_t i = 0; i < Tile::kDepth / kMmaDepth / Tile::kWarpsK; ++i) {
+  for (uint32_t i = 0; i < kSteps; ++i) {
     const uint32_t step = i * Tile::kWarpsK + warp_k;
     uint32_t a[4], b[4];
     ptx::load_matrix_x4(a,
                         stage + chunk_offset<Tile>(warp_m * 16 + lane % 16, step * 2 + lane / 16));
-    if (dropout.on) apply_dropout(a, dropout, k + step * kMmaDepth, lane);
+    if (dropout.on) apply_dropout(a, dropout, k + step * kMmaDepth, kept >> 8 * i);
     LK_UNROLL
     for (uint32_t n = 0; n < Tile::kRank / 16; ++n) {
       load_down_fragment<Tile>(b, stage + Tile::kXBytes, mn_major, n, step, lane);

@@ -60,13 +60,23 @@ __device__ __forceinline__ void select_kept(uint32_t (&a)[4], uint32_t kept) {
   for (int v = 0; v < 4; ++v)
     a[v] &= (kept >> (2 * v) & 1 ? 0xffffu : 0u) | (kept >> (2 * v + 1) & 1 ? 0xffff0000u : 0u);
 }
-// Selects the fragment at local column `col`, a multiple of 16.
+// The same for `count` fragments, at most four, `apart` columns from one another, 8 bits each: by
+// one loop, whose code would else stand beside every fragment. Nothing where fragments are groups.
+__device__ __forceinline__ uint32_t draw_straddling(const LaneDropout& d, uint32_t col,
+                                                    uint32_t apart, uint32_t count, uint32_t lane) {
+  uint32_t kept = 0;
+  if (!d.on || d.aligned) return kept;
+#pragma unroll 1
+  for (uint32_t i = 0; i < count; ++i) kept |= draw_any_dropout(d, col + i * apart, lane) << 8 * i;
+  return kept;
+}
+// Selects the fragment at local column `col`, a multiple of 16; `kept`: its bits if it straddles.
 __device__ __forceinline__ void apply_dropout(uint32_t (&a)[4], const LaneDropout& d, uint32_t col,
-                                              uint32_t lane) {
+                                              uint32_t kept) {
   if (d.aligned)
     apply_aligned_dropout(a, d, col);
   else
-    select_kept(a, draw_any_dropout(d, col, lane));
+    select_kept(a, kept);
 }
 
 // The same lane `rows` further down, a multiple of 16.

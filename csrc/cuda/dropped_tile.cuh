@@ -12,8 +12,10 @@ __device__ __forceinline__ void multiply_dropped_tile(float (&sum)[kCount], uint
                                                       uint32_t down, const LaneDropout& dropout,
                                                       uint32_t column, bool accumulate,
                                                       uint32_t warp, uint32_t lane) {
+  constexpr uint32_t kSteps = kRowElements / kMmaDepth;
+  const uint32_t kept = draw_straddling(dropout, column, kMmaDepth, kSteps, lane);
   LK_UNROLL
-  for (uint32_t group = 0; group < kRowElements / kMmaDepth; group += kGroup) {
+  for (uint32_t group = 0; group < kSteps; group += kGroup) {
     uint32_t a[kGroup][4];
     LK_UNROLL
     for (uint32_t j = 0; j < kGroup; ++j) {
@@ -21,7 +23,7 @@ __device__ __forceinline__ void multiply_dropped_tile(float (&sum)[kCount], uint
       const uint32_t offset =
           (warp % 4 * 16 + lane % 16) * kRowBytes + (step * 2 + lane / 16) * kChunkBytes;
       ptx::load_matrix_x4(a[j], x + swizzled(offset));
-      apply_dropout(a[j], dropout, column + step * kMmaDepth, lane);
+      apply_dropout(a[j], dropout, column + step * kMmaDepth, kept >> 8 * step);
     }
     LK_UNROLL
     for (uint32_t j = 0; j < kGroup; ++j) ptx::wgmma_keep(a[j]);

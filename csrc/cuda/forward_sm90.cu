@@ -10,7 +10,7 @@
 #else
 #include "ptx.cuh"
 namespace lora_kernels {
-template <class Tile, class T, int kRank, bool kDropout>
+template <class Tile, class T, int kRank>
 __global__ void forward_sm90_kernel(const __grid_constant__ ptx::TensorMap,
                                     const __grid_constant__ ptx::TensorMap,
                                     const __grid_constant__ ptx::TensorMap,
@@ -37,7 +37,7 @@ cudaError_t launch_typed(const ForwardArgs& args, const ForwardPlan& plan, void*
   if (error == cudaSuccess) error = encode_tensor_map(a_map_spec(plan, workspace), &a_map);
   if (error != cudaSuccess) return error;
   error = cudaErrorInvalidConfiguration;
-  with_forward_sm90<T>(plan, args.down.dropout.seed != nullptr, [&](auto kernel) {
+  with_forward_sm90<T>(plan, [&](auto kernel) {
     error = launch_kernel(kernel, dim3(2 * plan.clusters), plan.gemm.threads,
                           plan.gemm.shared_bytes, stream, true, maps.x, maps.weight, a_map, maps.h,
                           maps.up, maps.y, args.down, work_of(args, plan, workspace));

@@ -80,14 +80,14 @@ __device__ __forceinline__ void multiply_dropped_blocks(float (&sum)[kCount], Ri
 }
 
 // h of this block's 128 rows, and the flag that says so.
-template <class T, int kRank, bool kDropout, class Ring>
+template <class T, int kRank, class Ring>
 __device__ __forceinline__ void compute_h(Ring& ring, const DownProjArgs& args,
                                           const ForwardWork& work, uint32_t row_block,
                                           uint32_t group, uint32_t thread) {
   const uint32_t lane = thread % 32, warp = thread / 32;
   const int64_t row = int64_t{row_block} * Ring::Tile::kM + group * 64 + warp * 16;
   float sum[kRank / 2];
-  if constexpr (kDropout) {
+  if (args.dropout.seed != nullptr) {
     const LaneDropout dropout = load_dropout(args.dropout, row, lane);
     multiply_dropped_blocks<T>(sum, ring, work.gemm.blocks_k, dropout, group, warp, lane);
     ptx::wgmma_keep(sum);
@@ -105,7 +105,7 @@ __device__ __forceinline__ void compute_h(Ring& ring, const DownProjArgs& args,
   if (group == 0 && thread == 0) ptx::store_release(work.flags + row_block, 1);
 }
 
-template <class Tile, class T, int kRank, bool kDropout>
+template <class Tile, class T, int kRank>
 __global__ void __cluster_dims__(Tile::kCluster, 1, 1) __launch_bounds__(Tile::kThreads, 1)
     forward_sm90_kernel(const __grid_constant__ ptx::TensorMap x_map,
                         const __grid_constant__ ptx::TensorMap weight_map,
@@ -147,8 +147,8 @@ __global__ void __cluster_dims__(Tile::kCluster, 1, 1) __launch_bounds__(Tile::k
       if (at.is_h) {
 #pragma unroll 1
         for (uint32_t p = 0; p < at.count; ++p)
-          compute_h<T, kRank, kDropout>(ring, args, work, row_block + p * Tile::kCluster, group,
-                                        thread % 128);
+          compute_h<T, kRank>(ring, args, work, row_block + p * Tile::kCluster, group,
+                              thread % 128);
       } else {
         float acc[Tile::kN / 2];
         compute_tile<T, false, false>(acc, ring, &y_map, work.gemm, row_block * Tile::kM,

@@ -7,18 +7,13 @@ namespace lora_kernels {
 
 // Calls launch(kernel).
 template <class T, class Launch>
-void with_forward_sm90(const ForwardPlan& plan, bool dropout, const Launch& launch) {
+void with_forward_sm90(const ForwardPlan& plan, const Launch& launch) {
   with_fused_gemm_tile(plan.gemm.tile_n, [&](auto tile) {
     using Tile = decltype(tile);
-    constexpr int kLow = kForwardRanks[0], kHigh = kForwardRanks[1];
-    if (plan.rank == kLow && dropout)
-      launch(forward_sm90_kernel<Tile, T, kLow, true>);
-    else if (plan.rank == kLow)
-      launch(forward_sm90_kernel<Tile, T, kLow, false>);
-    else if (dropout)
-      launch(forward_sm90_kernel<Tile, T, kHigh, true>);
+    if (plan.rank == kForwardRanks[0])
+      launch(forward_sm90_kernel<Tile, T, kForwardRanks[0]>);
     else
-      launch(forward_sm90_kernel<Tile, T, kHigh, false>);
+      launch(forward_sm90_kernel<Tile, T, kForwardRanks[1]>);
   });
 }
 

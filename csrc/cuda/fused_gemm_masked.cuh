@@ -38,7 +38,8 @@ struct KeptBits {
   __device__ __forceinline__ void draw(const LaneDropout& dropout, uint32_t column, uint32_t n,
                                        uint32_t lane) {
     uint32_t keep[4] = {~0u, ~0u, ~0u, ~0u}, bits = 0;
-    apply_dropout(keep, dropout, column + n * 16, lane);
+    apply_dropout(keep, dropout, column + n * 16,
+                  draw_straddling(dropout, column + n * 16, 0, 1, lane));
     LK_UNROLL
     for (uint32_t v = 0; v < 4; ++v) bits |= keep[v] & (0x10001u << v);
     bits <<= 4 * (n % 4);

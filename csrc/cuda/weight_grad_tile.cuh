@@ -88,7 +88,7 @@ __device__ __forceinline__ void mask_rows(uint32_t x, const LaneDropout& dropout
     for (uint32_t step = 0; step < kSteps; ++step) {
       uint32_t a[4];
       ptx::load_matrix_x4(a, at(step));
-      apply_dropout(a, dropout, column + step * kMmaDepth, lane);
+      select_kept(a, draw_any_dropout(dropout, column + step * kMmaDepth, lane));
       ptx::store_matrix_x4(at(step), a);
     }
   }

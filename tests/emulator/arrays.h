@@ -65,7 +65,7 @@ inline py::dict run(const std::vector<emu::Launch>& launches, const emu::Options
 
 struct Scalars {
   bool is_bf16;
-  float h_scale, up_scale;
+  float h_scale, up_scale, masked_scale;
   uint32_t threshold;
   std::vector<int64_t> seed;
   Target target;
@@ -75,7 +75,8 @@ struct Scalars {
   emu::Options options;
 };
 
-// {"bf16": True, "scale": (h, up), "seed": [...], "threshold": T, "compute": 90,
+// {"bf16": True, "scale": (h, up), "masked_scale": up, "seed": [...], "threshold": T, "compute":
+// 90,
 //  "multiprocessors": n, "form": "", "tile_n": 0, "group": 0, "chain": 0, "schedule": 0, "timing":
 //  "random", "resident_blocks": n}, all optional.
 inline Scalars scalars_of(const py::dict& given) {
@@ -85,6 +86,7 @@ inline Scalars scalars_of(const py::dict& given) {
   Scalars s;
   s.is_bf16 = get("bf16", true);
   std::tie(s.h_scale, s.up_scale) = get("scale", std::pair<float, float>{1.0f, 1.0f});
+  s.masked_scale = get("masked_scale", s.up_scale);
   s.threshold = get("threshold", 0u);
   s.seed = get("seed", std::vector<int64_t>{});
   s.target = {get("compute", 90), get("multiprocessors", 4), get("sm90a", true)};

@@ -32,15 +32,16 @@ void fence_proxy(Space space) {
 // A thread that keeps reading flags while nobody writes one waits until somebody does: a spin loop
 // then neither hangs nor hides a deadlock.
 uint32_t acquire_flag(const uint32_t* flag, Place at) {
-  constexpr int kPatience = 10000;
+  constexpr int kPatience = 400;
   Knowledge& knowledge = global.flag(flag, "ld.acquire", at);
   Thread& t = self();
-  if (t.polled_news != machine->news) {
-    t.polled_news = machine->news;
-    t.idle_polls = 0;
-  }
+  const bool known = t.polled == flag && t.polled_news == machine->news;
+  if (t.polled_news != machine->news) t.idle_polls = 0;
+  t.polled = flag;
+  t.polled_news = machine->news;
   if (++t.idle_polls > kPatience)
     machine->wait_until("a flag", at, [&] { return t.polled_news != machine->news; });
+  if (known && t.polled_news == machine->news) return *flag;
   Warp& w = warp();
   w.known.generic.join(knowledge.generic);
   w.known.async(Space::shared).join(knowledge.async(Space::shared));

@@ -35,9 +35,8 @@ std::function<void()> forward_body(const ForwardArgs& args, const ForwardPlan& p
   const DownProjArgs down = args.down;
   std::function<void()> body;
   with_type(down.x.dtype, [&](auto type) {
-    with_forward_sm90<decltype(type)>(plan, down.dropout.seed != nullptr, [&](auto kernel) {
-      body = [=] { kernel(x, weight, a, h, up, y, down, work); };
-    });
+    with_forward_sm90<decltype(type)>(
+        plan, [&](auto kernel) { body = [=] { kernel(x, weight, a, h, up, y, down, work); }; });
   });
   return body;
 }

@@ -105,8 +105,9 @@ struct Thread {
   CopyGroup open_stores;
   uint32_t stores_read = 0;  // number of the last group that was waited for
   std::vector<Accumulators> accumulators;
-  int idle_polls = 0;        // flags read since anybody wrote one
-  uint64_t polled_news = 0;  // Machine::news at the last of them
+  const uint32_t* polled = nullptr;  // the flag read last
+  int idle_polls = 0;                // flags read since anybody wrote one
+  uint64_t polled_news = 0;          // Machine::news at the last of them
 };
 
 struct Warp {

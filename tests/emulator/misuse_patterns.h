@@ -114,6 +114,22 @@ void two_flags_polled(bool wrong) {
     }
   }
 }
+// Two blocks write, and count themselves; the third one reads what both wrote.
+void count_two_blocks(bool releases, bool waits_for_others) {
+  if (blockIdx.x < 2) {
+    store_global(memory.out + blockIdx.x * 128 + threadIdx.x, uint16_t{1});
+    if (waits_for_others) block_sync();
+    if (threadIdx.x == 64 && releases) ptx::add_release(memory.flags, 1);
+    if (threadIdx.x == 64 && !releases) atomic_add(memory.flags, 1);
+    return;
+  }
+  while (load_acquire(memory.flags) < 2) {
+  }
+  load_global(memory.out + threadIdx.x);
+  load_global(memory.out + 128 + threadIdx.x);
+}
+void counted_without_release(bool wrong) { count_two_blocks(!wrong, true); }
+void counted_before_barrier(bool wrong) { count_two_blocks(true, !wrong); }
 // Ordinary writes of one block that TMA reads in another: both sides fence.
 void relay(bool writer_fences, bool reader_fences) {
   if (blockIdx.x == 0) {
@@ -202,6 +218,17 @@ void waited_for_by_another_lane(bool wrong) {
     tma_store_commit();
   }
   if (threadIdx.x == (wrong ? 1 : 0)) tma_store_wait_read<0>();
+}
+
+// ---- vectors in global memory
+
+void four_floats_off_their_boundary(bool wrong) {
+  float v[4];
+  load_global_x4(v, reinterpret_cast<const float*>(memory.in) + 4 * threadIdx.x + (wrong ? 2 : 0));
+}
+void two_floats_off_their_boundary(bool wrong) {
+  auto* own = reinterpret_cast<float*>(memory.out) + 4 * threadIdx.x;
+  store_global_pair(own + (wrong ? 1 : 2), 1.0f, 2.0f);
 }
 
 // ---- tensor cores

@@ -41,6 +41,14 @@ std::map<std::string, int> shared_bytes() {
   found["FusedGemmSm90Tile<" #__VA_ARGS__ ">"] = FusedGemmSm90Tile<__VA_ARGS__>::kSharedBytes;
   LK_FUSED_GEMM_SM90_TILES(LK_TILE)
 #undef LK_TILE
+#define LK_TILE(...) \
+  found["WeightGradSm90Tile<" #__VA_ARGS__ ">"] = WeightGradSm90Tile<__VA_ARGS__>::kSharedBytes;
+  LK_WEIGHT_GRAD_SM90_TILES(LK_TILE)
+#undef LK_TILE
+#define LK_TILE(...) \
+  found["WeightGradSm90Tile<" #__VA_ARGS__ ">"] = WeightGradSm90Tile<__VA_ARGS__>::kSharedBytes;
+  LK_WEIGHT_GRAD_SM90_TILES(LK_TILE)
+#undef LK_TILE
   return found;
 }
 

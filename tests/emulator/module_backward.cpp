@@ -73,7 +73,7 @@ BackwardArgs backward_args(const std::vector<Array>& operands, const Results& to
           a.shape(0),
           s.h_scale,
           s.up_scale,
-          s.up_scale,
+          s.masked_scale,
           dropout_of(s)};
 }
 

@@ -108,6 +108,36 @@ def check_forward(emulated, problem: dict[str, np.ndarray]) -> None:
             raise Wrong(f"{read} bytes loaded, expected {len(y) * problem['bytes']}")
 
 
+GRADIENTS = ("dx", "da", "db", "dbias")
+
+
+def check_backward(emulated, problem: dict[str, np.ndarray]) -> None:
+    """Runs of `calls` calls at once, for the gradients that `subsets` says of each, or for all;
+    those of A and B lie transposed in every other run. `limited`: with few blocks resident."""
+    options = json.loads(str(problem["options"]))
+    calls, limited = options.pop("calls"), options.pop("limited")
+    subsets = options.pop("subsets", None)
+    operands = [problem[name] for name in ("dy", "x", "weight", "a", "b", "h")]
+    for turn, (timing, schedule) in enumerate(SCHEDULES[: options.pop("turns", None)]):
+        wanted = subsets[turn] if subsets else [name for name in GRADIENTS if name in problem]
+        orders = {name: "F" if turn % 2 and name in ("da", "db") else "C" for name in wanted}
+        results = [
+            {name: np.zeros_like(problem[name], order=order) for name, order in orders.items()}
+            for _ in range(calls)
+        ]
+        given = {"timing": timing, "schedule": schedule} | options
+        if limited:
+            given["resident_blocks"] = 2 * (1 + turn)
+        found = emulated.backward(operands, results, given)
+        for name, array in ((n, r[n]) for r in results for n in wanted):
+            if not np.array_equal(array, problem[name]):
+                raise Wrong(f"{np.sum(array != problem[name])} elements of {name} differ")
+        if found["bank_conflicts"]:
+            raise Wrong(f"{found['bank_conflicts']} bank conflicts")
+        if found["form"] != options["form"]:
+            raise Wrong(found["reason"])
+
+
 def check_gemm(emulated, problem: dict[str, np.ndarray]) -> None:
     for timing, schedule in SCHEDULES:
         c = np.zeros(problem["c"].shape, np.uint16)
@@ -133,6 +163,8 @@ CHECKS: dict[str, Callable] = {
     "sm80": lambda e, p: check_down_proj(e, p, 80),
     "sm90": lambda e, p: check_down_proj(e, p, 90),
     "forward": check_forward,
+    "passes": check_backward,
+    "grid": check_backward,
     "gemm": check_gemm,
     "relay": check_relay,
 }
