@@ -24,7 +24,7 @@ Tensor weight_grad_cuda(const Tensor& h, const Tensor& x, const OptionalTensor& 
   const Operand ranks = operand(h, op, "h"), rows = flatten_rows(x, op, "x");
   check_size(ranks.rows, rows.rows, op, "h.size(0)");
   check_cuda_operand(rows, x, rows.matrix.dtype, op, "x");
-    check_cuda_operand(ranks, x, rows.matrix.dtype, op, "h");
+  check_cuda_operand(ranks, x, rows.matrix.dtype, op, "h");
   check_seed_device(seed, x, op);
 
   const int64_t r = ranks.cols, K = rows.cols;
@@ -79,7 +79,7 @@ struct BackwardCall {
         {&dy, "dy"}, {&x, "x"}, {&weight, "weight"}, {&a, "lora_a"}, {&b, "lora_b"}, {&h, "h"}};
     for (const auto& [operand, name] : all)
       check_cuda_operand(*operand, x.tensor, x.matrix.dtype, kOp, name);
-        check_seed_device(seed, x.tensor, kOp);
+    check_seed_device(seed, x.tensor, kOp);
 
     const Dropout dropout = dropout_of(seed, threshold, kOp);
     args.dy = dy.matrix, args.x = x.matrix, args.weight = weight.matrix;
