@@ -174,7 +174,6 @@ void choose_form(const BackwardArgs& a, const Target& target, const BackwardRequ
   if (wanted == BackwardForm::one_grid && one != nullptr) plan.served = false;
   double cost = passes_cost(a, plan);
   const double frozen = a.need_x && !plan.gemm.empty ? gemm_cycles(plan.gemm, a.N) : 0;
-
   if (one == nullptr) {
     plan_one_grid(a, target, gemm, plan);
     const double in_one = one_grid_cost(a, plan, gemm);

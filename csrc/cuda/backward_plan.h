@@ -77,8 +77,7 @@ struct BackwardPlan {
   BackwardForm form;       // never `any` if served
   bool reads_dy, reads_x;  // whether there is such a pass
   WeightGradPlan dy_pass, x_pass;
-  TmaOperand dy;  // as the dy pass and dx find it
-
+  TmaOperand dy;       // as the dy pass and dx find it
   DownProjPlan down;   // of dh, if the dy pass does not make it
   FusedGemmPlan gemm;  // of dx
   OneGridPlan grid;

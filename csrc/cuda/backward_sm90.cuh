@@ -186,7 +186,6 @@ __device__ __forceinline__ void compute_dy(Ring& ring, ChunkPanels<Ring>& chunk,
       chunk.begin(), Form::kSubs * Tile::kABytes, 0, true, false, {}, at.group, at.warp(),
       at.lane()};
   float sum[Form::kSums][Form::kSumCount] = {};
-
   float* const grads = work.db + work.partial(pair, at.rank) * work.sum_b.rows * work.pitch;
   chunk.wait(at.group, at.thread);
 #pragma unroll 1

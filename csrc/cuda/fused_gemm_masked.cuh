@@ -63,7 +63,6 @@ __device__ __forceinline__ void add_masked_rank(float (&acc)[kCount], Ring& ring
                                                 KeptBits<kCount / 32>& kept, float scale,
                                                 uint32_t group, uint32_t warp, uint32_t lane) {
   constexpr uint32_t kSteps = kRowElements / kMmaDepth, kPanel = Ring::Tile::kPanelBytes;
-
 #pragma unroll 1
   for (uint32_t first = 0; first < ranks; first += kSteps) {
     ring.wait();

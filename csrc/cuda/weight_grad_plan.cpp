@@ -90,7 +90,6 @@ WeightGradPlan plan_weight_grad(const WeightGradPass& pass, const Target& target
   plan.chunks = ceil_div(a.M, t.rows);
   plan.rank_blocks = std::max<int64_t>(1, ceil_div(r, t.rank));
   choose_splits(pass, t, target, plan);
-
   plan.x = tma_operand(a.x, a.M, a.K);
   if (pass.with_grad) plan.h = tma_operand(a.h, a.M, a.r);
   if (pass.with_down) plan.down = tma_operand(transposed(pass.down.down), a.K, a.r);
