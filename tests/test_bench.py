@@ -175,6 +175,18 @@ def test_gemm_sweeps_tiles_each_over_its_own_plain(gemm):
     assert len(group["left_out"]) == 3 and all("tile_n=192" in name for name in group["left_out"])
 
 
+def assert_only_bad_ones_fail(result: dict, bad: set, why: str) -> None:
+    """Rows of these names and dropouts have an error instead of a time, and no other row has."""
+    found = {
+        (row["name"], group["dropout"]): row
+        for group in result["groups"]
+        for row in group["rows"]
+        if "error" in row
+    }
+    assert set(found) == bad and len(result["failures"]) == len(bad)
+    assert all(why in row["error"] and "median_ms" not in row for row in found.values())
+
+
 @pytest.mark.parametrize(
     ("forward_as", "bad", "why"),
     [
@@ -186,14 +198,8 @@ def test_gemm_sweeps_tiles_each_over_its_own_plain(gemm):
 )
 def test_gemm_times_nothing_that_is_wrong(gemm, forward_as, bad, why):
     code, result = gemm(forward_as, "--rank", "4")
-    found = {
-        (row["name"], group["dropout"]): row
-        for group in result["groups"]
-        for row in group["rows"]
-        if "error" in row
-    }
-    assert code == 1 and set(found) == bad and len(result["failures"]) == len(bad)
-    assert all(why in row["error"] and "median_ms" not in row for row in found.values())
+    assert code == 1
+    assert_only_bad_ones_fail(result, bad, why)
 
 
 def test_gemm_without_our_kernels(tmp_path):
@@ -346,14 +352,8 @@ WITH_LORA = ("passes", "one_grid", "dy_x_alone")
 )
 def test_backward_times_nothing_that_is_wrong(backward, backward_as, bad, why):
     code, result = backward(backward_as, "--rank", "4")
-    found = {
-        (row["name"], group["dropout"]): row
-        for group in result["groups"]
-        for row in group["rows"]
-        if "error" in row
-    }
-    assert code == 1 and set(found) == bad and len(result["failures"]) == len(bad)
-    assert all(why in row["error"] and "median_ms" not in row for row in found.values())
+    assert code == 1
+    assert_only_bad_ones_fail(result, bad, why)
 
 
 def test_backward_without_our_kernels(tmp_path):

@@ -105,7 +105,8 @@ FusedGemmPlan plan_fused_gemm(const FusedGemmArgs& args, const Target& target,
   return plan;
 }
 
-int64_t place_packed(FusedGemmPlan& plan, int64_t offset) {
+int64_t place_packed(FusedGemmPlan& plan) {
+  int64_t offset = 0;
   for (TmaOperand* operand : {&plan.x, &plan.weight, &plan.h, &plan.up, &plan.bias}) {
     operand->offset = offset;
     offset += operand->bytes();

@@ -62,7 +62,7 @@ struct FusedGemmPlan {
 FusedGemmPlan plan_fused_gemm(const FusedGemmArgs& args, const Target& target,
                               const FusedGemmRequest& request = {});
 // Gives every packed operand its place; the bytes of all.
-int64_t place_packed(FusedGemmPlan& plan, int64_t offset = 0);
+int64_t place_packed(FusedGemmPlan& plan);
 
 // As many as the device holds, a cluster of two blocks being two multiprocessors.
 inline unsigned clusters_of(const Target& target, int64_t items) {
