@@ -16,6 +16,9 @@
 
 namespace lora_kernels {
 
+// Projections that share x and go through one launch: q, k, v, gate and up of a parallel block.
+constexpr int kMaxGroup = 5;
+
 enum class Dtype { f32, bf16, f16 };
 
 struct Matrix {
