@@ -153,7 +153,7 @@ int run_passes(const BackwardArgs& args, const BackwardPlan& plan, void* workspa
   if (error == 0 && args.need_x && !plan.gemm.empty) {
     FusedGemmPlan gemm = plan.gemm;
     gemm.h.from = dh;
-    error = launcher.fused_gemm(dx_args_of(args, dh), gemm, workspace, args.needs_dh());
+    error = launcher.fused_gemm(group_of(dx_args_of(args, dh), gemm), workspace, args.needs_dh());
   }
   if (plan.reads_x) {
     WeightGradPlan x = plan.x_pass;

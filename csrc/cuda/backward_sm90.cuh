@@ -265,9 +265,10 @@ __device__ __forceinline__ void consume_backward(Ring& ring, ChunkPanels<Ring>& 
     const BackwardPlace place = work.order.place(item);
     const uint32_t pair = place.tile.pair;
     if (place.what == BackwardItem::dx) {
-      float acc[Tile::kN / 2] = {};
-      compute_tile<T, true, kDropout>(acc, ring, dx_map, work.gemm, rows.block(pair) * Tile::kM,
-                                      place.tile.column * Tile::kN, at.group, at.thread);
+      float acc[Tile::kN / 2];
+      compute_tile<T, true, kDropout>(acc, ring, dx_map, work.gemm.out, &work.gemm, 1,
+                                      rows.block(pair) * Tile::kM, place.tile.column * Tile::kN,
+                                      at.group, at.thread);
     } else if (place.what == BackwardItem::dy) {
       compute_dy<Tile, T>(ring, chunk, work, pair, at);
     } else if (place.what == BackwardItem::x) {

@@ -46,4 +46,13 @@ cudaError_t encode_fused_gemm_maps(const FusedGemmMaps& specs, EncodedFusedGemmM
   return error;
 }
 
+cudaError_t encode_fused_gemm_maps(const GemmGroupMaps<TensorMapSpec>& specs, int count,
+                                   GemmGroupMaps<CUtensorMap>* maps) {
+  cudaError_t error = cudaSuccess;
+  for (int i = 0; i < count && error == cudaSuccess; ++i)
+    error = encode_fused_gemm_maps(specs.each[i], &maps->each[i]);
+  for (int i = count; i < kMaxGroup; ++i) maps->each[i] = maps->each[0];
+  return error;
+}
+
 }  // namespace lora_kernels

@@ -10,9 +10,10 @@ namespace lora_kernels {
 // By cuTensorMapEncodeTiled, which is looked up at run time: the library does not link libcuda.
 cudaError_t encode_tensor_map(const TensorMapSpec& spec, CUtensorMap* map);
 
-struct EncodedFusedGemmMaps {
-  CUtensorMap x, weight, h, up, y;
-};
+using EncodedFusedGemmMaps = GemmMaps<CUtensorMap>;
 cudaError_t encode_fused_gemm_maps(const FusedGemmMaps& specs, EncodedFusedGemmMaps* maps);
+// `count` of them; those behind are copies of the first.
+cudaError_t encode_fused_gemm_maps(const GemmGroupMaps<TensorMapSpec>& specs, int count,
+                                   GemmGroupMaps<CUtensorMap>* maps);
 
 }  // namespace lora_kernels

@@ -92,7 +92,7 @@ int run_fused_gemm(const FusedGemmArgs& args, const FusedGemmPlan& plan, void* w
   PackJobs before;
   before.add(plan, workspace);
   const int error = before.count > 0 ? launcher.pack(before) : 0;
-  return error == 0 ? launcher.fused_gemm(args, plan, workspace, false) : error;
+  return error == 0 ? launcher.fused_gemm(group_of(args, plan), workspace, false) : error;
 }
 
 // Makes the launches of a plan, in order, through `launcher`, until one does not return 0.
@@ -100,7 +100,7 @@ int run_fused_gemm(const FusedGemmArgs& args, const FusedGemmPlan& plan, void* w
 //   launcher.pack(jobs)                                 copies
 //   launcher.zero(words, count)
 //   launcher.down_proj(args, plan)
-//   launcher.fused_gemm(args, plan, workspace, early)   early: may start before the launch ahead of
+//   launcher.fused_gemm(group, workspace, early)        early: may start before the launch ahead of
 //                                                       it ends; it waits before it reads h
 //   launcher.forward(args, plan, workspace)             both in one; early too: it waits before it
 //                                                       takes a ticket
@@ -128,7 +128,7 @@ int run_forward(ForwardArgs args, ForwardPlan plan, void* workspace, Launcher& l
   } else {
     if (error == 0 && adapted) error = launcher.down_proj(args.down, plan.down);
     if (error == 0 && !plan.gemm.empty)
-      error = launcher.fused_gemm(args.gemm, plan.gemm, workspace, adapted);
+      error = launcher.fused_gemm(group_of(args.gemm, plan.gemm), workspace, adapted);
   }
   if (error == 0 && after.count > 0) error = launcher.pack(after);
   return error;

@@ -151,8 +151,9 @@ __global__ void __cluster_dims__(Tile::kCluster, 1, 1) __launch_bounds__(Tile::k
                               thread % 128);
       } else {
         float acc[Tile::kN / 2];
-        compute_tile<T, false, false>(acc, ring, &y_map, work.gemm, row_block * Tile::kM,
-                                      at.column * Tile::kN, group, thread % 128);
+        compute_tile<T, false, false>(acc, ring, &y_map, work.gemm.out, &work.gemm, 1,
+                                      row_block * Tile::kM, at.column * Tile::kN, group,
+                                      thread % 128);
       }
     }
     if (thread % 128 == 0) ptx::tma_store_wait<0>();

@@ -41,6 +41,7 @@ constexpr int kClusterRows = 256;  // of y: those of both blocks
 // What a plan chooses by itself where this says 0. For tuning.
 struct FusedGemmRequest {
   int tile_n = 0, group = 0;
+  bool mn_major = false;  // take the weight so, if need be by a copy
 };
 
 struct FusedGemmPlan {
@@ -61,8 +62,41 @@ struct FusedGemmPlan {
 
 FusedGemmPlan plan_fused_gemm(const FusedGemmArgs& args, const Target& target,
                               const FusedGemmRequest& request = {});
-// Gives every packed operand its place; the bytes of all.
-int64_t place_packed(FusedGemmPlan& plan);
+
+// Products of one launch, of as many rows: an output each, or all added up in that of the first.
+struct FusedGemmGroup {
+  FusedGemmArgs args[kMaxGroup];
+  FusedGemmPlan plans[kMaxGroup];  // their tiles and majors are the same
+  int count;
+  bool added;
+  Raster raster;
+  unsigned clusters;
+
+  int outputs() const { return added ? 1 : count; }
+  bool masked() const {
+    for (int i = 0; i < count; ++i)
+      if (plans[i].masked) return true;
+    return false;
+  }
+  // A mask that keeps everything.
+  Dropout mask_of_none() const {
+    for (int i = 0; i < count; ++i)
+      if (plans[i].masked) return {args[i].dropout.seed, args[i].dropout.seed_len, 0};
+    return {nullptr, 0, 0};
+  }
+};
+
+// None of `args` is empty. nullptr, or why the kernel does not serve them.
+const char* plan_fused_gemm_group(const FusedGemmArgs* args, int count, bool added,
+                                  const Target& target, const FusedGemmRequest& request,
+                                  FusedGemmGroup* group);
+inline FusedGemmGroup group_of(const FusedGemmArgs& args, const FusedGemmPlan& plan) {
+  return {{args}, {plan}, 1, false, plan.raster, plan.clusters};
+}
+std::string describe(const FusedGemmGroup& group);
+
+// Gives every packed operand its place, from `offset` on; where they end.
+int64_t place_packed(FusedGemmPlan& plan, int64_t offset = 0);
 
 // As many as the device holds, a cluster of two blocks being two multiprocessors.
 inline unsigned clusters_of(const Target& target, int64_t items) {

@@ -110,11 +110,12 @@ __device__ __forceinline__ void multiply_step(float (&acc)[kCount], const Ring& 
   ptx::wgmma<T, 0, kMnMajor>(acc, a, b, accumulate);
 }
 
-// acc = the product over `blocks` stages, at least one; the last stage is not released yet. While
-// the tensor cores are busy with a stage, meanwhile(its number) may use the other units.
+// acc = the product over `blocks` stages, at least one, or added to what is there; the last stage
+// is not released yet. While the tensor cores are busy with a stage, meanwhile(its number) may use
+// the other units.
 template <class T, bool kMnMajor, class Ring, int kCount, class Meanwhile>
 __device__ __forceinline__ void multiply_blocks(float (&acc)[kCount], Ring& ring, uint32_t blocks,
-                                                uint32_t group, uint32_t lane,
+                                                bool accumulate, uint32_t group, uint32_t lane,
                                                 const Meanwhile& meanwhile) {
 #pragma unroll 1
   for (uint32_t block = 0; block < blocks; ++block) {
@@ -123,7 +124,7 @@ __device__ __forceinline__ void multiply_blocks(float (&acc)[kCount], Ring& ring
     ptx::wgmma_fence();
     LK_UNROLL
     for (uint32_t step = 0; step < kRowElements / kMmaDepth; ++step)
-      multiply_step<T, kMnMajor>(acc, ring, group, step, block > 0 || step > 0);
+      multiply_step<T, kMnMajor>(acc, ring, group, step, accumulate || block > 0 || step > 0);
     ptx::wgmma_commit();
     ptx::wgmma_keep(acc);
     meanwhile(block);
@@ -136,7 +137,7 @@ __device__ __forceinline__ void multiply_blocks(float (&acc)[kCount], Ring& ring
 template <class T, bool kMnMajor, class Ring, int kCount>
 __device__ __forceinline__ void multiply_blocks(float (&acc)[kCount], Ring& ring, uint32_t blocks,
                                                 uint32_t group, uint32_t lane) {
-  multiply_blocks<T, kMnMajor>(acc, ring, blocks, group, lane, [](uint32_t) {});
+  multiply_blocks<T, kMnMajor>(acc, ring, blocks, false, group, lane, [](uint32_t) {});
 }
 
 // acc += h up^T, `steps` k16 steps in stages of four: their loop is one of its own, since ptxas

@@ -11,12 +11,8 @@
 #include "ptx.cuh"
 namespace lora_kernels {
 template <class Tile, class T, bool kMnMajor, bool kMasked>
-__global__ void fused_gemm_sm90_kernel(const __grid_constant__ ptx::TensorMap,
-                                       const __grid_constant__ ptx::TensorMap,
-                                       const __grid_constant__ ptx::TensorMap,
-                                       const __grid_constant__ ptx::TensorMap,
-                                       const __grid_constant__ ptx::TensorMap,
-                                       const FusedGemmWork) {
+__global__ void fused_gemm_sm90_kernel(const __grid_constant__ GemmGroupMaps<ptx::TensorMap>,
+                                       const __grid_constant__ FusedGemmGroupWork) {
   __trap();  // never launched: the plan asks whether sm_90a is in the library
 }
 }  // namespace lora_kernels
@@ -28,26 +24,27 @@ namespace lora_kernels {
 namespace {
 
 template <class T>
-cudaError_t launch_typed(const FusedGemmArgs& args, const FusedGemmPlan& plan, void* workspace,
-                         bool early, cudaStream_t stream) {
-  EncodedFusedGemmMaps maps;
-  cudaError_t error = encode_fused_gemm_maps(maps_of(args, plan, workspace), &maps);
+cudaError_t launch_typed(const FusedGemmGroup& group, void* workspace, bool early,
+                         cudaStream_t stream) {
+  GemmGroupMaps<CUtensorMap> maps;
+  cudaError_t error = encode_fused_gemm_maps(maps_of(group, workspace), group.count, &maps);
   if (error != cudaSuccess) return error;
   error = cudaErrorInvalidConfiguration;
-  with_fused_gemm_sm90<T>(plan, [&](auto kernel) {
-    error = launch_kernel(kernel, dim3(2 * plan.clusters), plan.threads, plan.shared_bytes, stream,
-                          early, maps.x, maps.weight, maps.h, maps.up, maps.y,
-                          work_of(args, plan, plan.raster, workspace));
+  const FusedGemmPlan& plan = group.plans[0];
+  with_fused_gemm_sm90<T>(group, [&](auto kernel) {
+    error = launch_kernel(kernel, dim3(2 * group.clusters), plan.threads, plan.shared_bytes, stream,
+                          early, maps, work_of(group, workspace));
   });
   return error;
 }
 
 }  // namespace
 
-cudaError_t launch_fused_gemm_sm90(const FusedGemmArgs& args, const FusedGemmPlan& plan,
-                                   void* workspace, bool early, cudaStream_t stream) {
-  return args.x.dtype == Dtype::bf16 ? launch_typed<ptx::bf16>(args, plan, workspace, early, stream)
-                                     : launch_typed<ptx::f16>(args, plan, workspace, early, stream);
+cudaError_t launch_fused_gemm_sm90(const FusedGemmGroup& group, void* workspace, bool early,
+                                   cudaStream_t stream) {
+  return group.args[0].x.dtype == Dtype::bf16
+             ? launch_typed<ptx::bf16>(group, workspace, early, stream)
+             : launch_typed<ptx::f16>(group, workspace, early, stream);
 }
 
 }  // namespace lora_kernels

@@ -7,10 +7,11 @@ namespace lora_kernels {
 
 // Calls launch(kernel).
 template <class T, class Launch>
-void with_fused_gemm_sm90(const FusedGemmPlan& plan, const Launch& launch) {
+void with_fused_gemm_sm90(const FusedGemmGroup& group, const Launch& launch) {
+  const FusedGemmPlan& plan = group.plans[0];
   with_fused_gemm_tile(plan.tile_n, [&](auto tile) {
     using Tile = decltype(tile);
-    if (plan.masked)
+    if (group.masked())
       launch(fused_gemm_sm90_kernel<Tile, T, true, true>);
     else if (plan.mn_major)
       launch(fused_gemm_sm90_kernel<Tile, T, true, false>);

@@ -91,44 +91,57 @@ __device__ __forceinline__ void multiply_by(float (&acc)[kCount], float factor) 
   for (int i = 0; i < kCount; ++i) acc[i] *= factor;
 }
 
-// A tile of y from its first stage to its stores. A scale of the LoRA term enters as
-// (frozen / scale + h up^T) * scale, in fp32: exact for powers of two, which are what fp16 asks
-// for; under a mask it multiplies the term. acc need not be initialised.
-
-template <class T, bool kMnMajor, bool kMasked, class Ring>
-__device__ __forceinline__ void compute_tile(float (&acc)[Ring::Tile::kN / 2], Ring& ring,
-                                             const ptx::TensorMap* y_map, const FusedGemmWork& work,
-                                             uint32_t row, uint32_t column, uint32_t group,
-                                             uint32_t thread) {
-  constexpr uint32_t kN = Ring::Tile::kN;
-  const GemmOutput& out = work.out;
-  const bool scaled = !kMasked && work.scale != 1.0f;
+// acc += a frozen product and its LoRA term. A scale of the term enters as (acc / scale + h up^T) *
+// scale, in fp32: exact for powers of two, which are what fp16 asks for; under a mask it multiplies
+// the term.
+template <class T, bool kMnMajor, bool kMasked, class Ring, int kCount>
+__device__ __forceinline__ void multiply_segment(float (&acc)[kCount], Ring& ring,
+                                                 const GemmSegment& segment, uint32_t row,
+                                                 uint32_t column, uint32_t group, uint32_t thread) {
+  const bool scaled = !kMasked && segment.scale != 1.0f;
   const uint32_t lane = thread % 32;
-  const bool biased = out.bias != nullptr && thread < kN / 2;
-  const uint32_t bias = biased ? load_bias(out, column + thread * 2) : 0;
-  KeptBits<kN / 64> kept;
+  KeptBits<kCount / 32> kept;
   if constexpr (kMasked) {
-    const LaneDropout dropout = load_dropout(work.mask, row + group * 64 + thread / 32 * 16, lane);
+    const LaneDropout dropout =
+        load_dropout(segment.mask, row + group * 64 + thread / 32 * 16, lane);
     const auto draw = [&](uint32_t n) {
       if (n < kept.kFragments) kept.draw(dropout, column, n, lane);
     };
-    multiply_blocks<T, kMnMajor>(acc, ring, work.blocks_k, group, lane, draw);
+    multiply_blocks<T, kMnMajor>(acc, ring, segment.blocks_k, true, group, lane, draw);
 #pragma unroll 1
-    for (uint32_t n = work.blocks_k; n < kept.kFragments; ++n) draw(n);
+    for (uint32_t n = segment.blocks_k; n < kept.kFragments; ++n) draw(n);
   } else {
-    multiply_blocks<T, kMnMajor>(acc, ring, work.blocks_k, group, lane);
+    multiply_blocks<T, kMnMajor>(acc, ring, segment.blocks_k, true, group, lane, [](uint32_t) {});
   }
   if (scaled) {
     ptx::wgmma_wait<0>();
     ptx::wgmma_keep(acc);
-    multiply_by(acc, work.inverse);
+    multiply_by(acc, segment.inverse);
   }
-  if constexpr (!kMasked) multiply_rank<T, kMnMajor>(acc, ring, work.rank_steps, group, lane);
-  if (biased) ptx::store_shared_word(ring.bias(group) + thread * 4, bias);
+  if constexpr (!kMasked) multiply_rank<T, kMnMajor>(acc, ring, segment.rank_steps, group, lane);
   finish_product(acc, ring, lane);
   if constexpr (kMasked)
-    add_masked_rank<T>(acc, ring, work.rank_steps, kept, work.scale, group, thread / 32, lane);
-  if (scaled) multiply_by(acc, work.scale);
+    add_masked_rank<T>(acc, ring, segment.rank_steps, kept, segment.scale, group, thread / 32,
+                       lane);
+  if (scaled) multiply_by(acc, segment.scale);
+}
+
+// A tile of y from its first stage to its stores: the sum of `count` segments. It begins with
+// zeros: ptxas serialises wgmma where the first product alone does not add to what is there.
+template <class T, bool kMnMajor, bool kMasked, class Ring>
+__device__ __forceinline__ void compute_tile(float (&acc)[Ring::Tile::kN / 2], Ring& ring,
+                                             const ptx::TensorMap* y_map, const GemmOutput& out,
+                                             const GemmSegment* segments, uint32_t count,
+                                             uint32_t row, uint32_t column, uint32_t group,
+                                             uint32_t thread) {
+  const bool biased = out.bias != nullptr && thread < Ring::Tile::kN / 2;
+  const uint32_t bias = biased ? load_bias(out, column + thread * 2) : 0;
+  LK_UNROLL
+  for (float& a : acc) a = 0;
+#pragma unroll 1
+  for (uint32_t s = 0; s < count; ++s)
+    multiply_segment<T, kMnMajor, kMasked>(acc, ring, segments[s], row, column, group, thread);
+  if (biased) ptx::store_shared_word(ring.bias(group) + thread * 4, bias);
   store_tile<T>(acc, ring, y_map, out, row + group * 64, column, group, thread);
 }
 

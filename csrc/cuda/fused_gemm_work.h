@@ -13,37 +13,92 @@ struct GemmOutput {
   bool by_tma;  // else by ordinary stores
 };
 
-struct FusedGemmWork {
-  GemmOutput out;
-  Raster raster;
+// A frozen product and its LoRA term.
+struct GemmSegment {
   uint32_t blocks_k, blocks_r;  // stages of the frozen product, of the LoRA term
   uint32_t rank_steps;          // k16 steps of the LoRA term
   float scale, inverse;         // of the LoRA term, and 1 / scale
   Dropout mask;                 // of the LoRA term
 };
 
+// One segment, one output: of the kernels that make more than y.
+struct FusedGemmWork : GemmSegment {
+  GemmOutput out;
+  Raster raster;
+};
+
+// A group: an output for each segment, whose tiles stand side by side, or one for all, in which
+// they are added up.
+struct FusedGemmGroupWork {
+  Raster raster;
+  uint32_t segments_of_output;
+  uint32_t ends[kMaxGroup];  // of each output's columns of tiles
+  GemmOutput out[kMaxGroup];
+  GemmSegment segment[kMaxGroup];
+
+  // Whose tile stands in a column, which is counted from the output's first then.
+  LK_SHARED_FUNCTION uint32_t output_at(uint32_t& column) const {
+    uint32_t output = 0;
+    while (column >= ends[output]) ++output;
+    if (output > 0) column -= ends[output - 1];
+    return output;
+  }
+};
+
 // TMA's view of the operands, in the order of the kernels' parameters.
-struct FusedGemmMaps {
-  TensorMapSpec x, weight, h, up, y;
+template <class Map>
+struct GemmMaps {
+  Map x, weight, h, up, y;
+};
+using FusedGemmMaps = GemmMaps<TensorMapSpec>;
+template <class Map>
+struct GemmGroupMaps {
+  GemmMaps<Map> each[kMaxGroup];  // of a segment; y of an output
 };
 
 inline uint32_t stages_of(int64_t depth) {
   return static_cast<uint32_t>(ceil_div(depth, kRowElements));
 }
 
-inline FusedGemmWork work_of(const FusedGemmArgs& a, const FusedGemmPlan& plan,
-                             const Raster& raster, void* workspace) {
+inline GemmSegment segment_of(const FusedGemmArgs& a, const FusedGemmPlan& plan) {
   const int64_t depth = a.K > 0 ? a.K : plan.x.width();  // without depth, a stage of zeros
-  return {{static_cast<uint16_t*>(a.y.data), a.y.row_stride,
-           static_cast<const uint16_t*>(plan.bias.at(workspace).data), static_cast<uint32_t>(a.M),
-           static_cast<uint32_t>(a.N), plan.y_vectors},
-          raster,
-          stages_of(depth),
+  return {stages_of(depth),
           stages_of(plan.r),
           static_cast<uint32_t>(ceil_div(plan.r, kMmaDepth)),
           plan.r > 0 ? a.scale : 1.0f,
           plan.r > 0 ? 1.0f / a.scale : 1.0f,
           a.dropout};
+}
+
+inline GemmOutput output_of(const FusedGemmArgs& a, const FusedGemmPlan& plan, void* workspace) {
+  return {static_cast<uint16_t*>(a.y.data),
+          a.y.row_stride,
+          static_cast<const uint16_t*>(plan.bias.at(workspace).data),
+          static_cast<uint32_t>(a.M),
+          static_cast<uint32_t>(a.N),
+          plan.y_vectors};
+}
+
+inline FusedGemmWork work_of(const FusedGemmArgs& a, const FusedGemmPlan& plan,
+                             const Raster& raster, void* workspace) {
+  return {segment_of(a, plan), output_of(a, plan, workspace), raster};
+}
+
+inline FusedGemmGroupWork work_of(const FusedGemmGroup& group, void* workspace) {
+  FusedGemmGroupWork work{};
+  work.raster = group.raster;
+  work.segments_of_output = static_cast<uint32_t>(group.added ? group.count : 1);
+  uint32_t end = 0;
+  for (int i = 0; i < group.outputs(); ++i) {
+    work.out[i] = output_of(group.args[i], group.plans[i], workspace);
+    work.ends[i] = end += group.plans[i].raster.columns;
+  }
+  for (int i = 0; i < group.count; ++i) {
+    GemmSegment& segment = work.segment[i] = segment_of(group.args[i], group.plans[i]);
+    // One without a mask among masked ones keeps all that it would draw.
+    if (group.masked() && segment.mask.seed == nullptr) segment.mask = group.mask_of_none();
+  }
+  return work;
 }
 
 inline FusedGemmMaps maps_of(const FusedGemmArgs& a, const FusedGemmPlan& plan, void* workspace) {
@@ -56,6 +111,13 @@ inline FusedGemmMaps maps_of(const FusedGemmArgs& a, const FusedGemmPlan& plan, 
     maps.up = plan.up.map(workspace, b_box_rows(plan));
   }
   if (plan.y_vectors) maps.y = tma_operand(a.y, a.M, a.N).map(nullptr, 64);
+  return maps;
+}
+
+inline GemmGroupMaps<TensorMapSpec> maps_of(const FusedGemmGroup& group, void* workspace) {
+  GemmGroupMaps<TensorMapSpec> maps;
+  for (int i = 0; i < group.count; ++i)
+    maps.each[i] = maps_of(group.args[i], group.plans[i], workspace);
   return maps;
 }
 

@@ -16,9 +16,8 @@ struct StreamLauncher {
   cudaError_t down_proj(const DownProjArgs& args, const DownProjPlan& plan) {
     return launch_down_proj(args, plan, stream);
   }
-  cudaError_t fused_gemm(const FusedGemmArgs& args, const FusedGemmPlan& plan, void* workspace,
-                         bool early) {
-    return launch_fused_gemm_sm90(args, plan, workspace, early, stream);
+  cudaError_t fused_gemm(const FusedGemmGroup& group, void* workspace, bool early) {
+    return launch_fused_gemm_sm90(group, workspace, early, stream);
   }
   cudaError_t forward(const ForwardArgs& args, const ForwardPlan& plan, void* workspace) {
     return launch_forward_sm90(args, plan, workspace, stream);

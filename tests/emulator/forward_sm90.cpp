@@ -11,16 +11,18 @@ namespace emu {
 
 using namespace lora_kernels;
 
-std::function<void()> fused_gemm_body(const FusedGemmArgs& args, const FusedGemmPlan& plan,
-                                      void* workspace) {
-  const FusedGemmMaps specs = maps_of(args, plan, workspace);
-  const TensorMap x = encode(specs.x), weight = encode(specs.weight), h = encode(specs.h),
-                  up = encode(specs.up), y = encode(specs.y);
-  const FusedGemmWork work = work_of(args, plan, plan.raster, workspace);
+std::function<void()> fused_gemm_body(const FusedGemmGroup& group, void* workspace) {
+  const GemmGroupMaps<TensorMapSpec> specs = maps_of(group, workspace);
+  GemmGroupMaps<TensorMap> maps{};
+  for (int i = 0; i < group.count; ++i) {
+    const FusedGemmMaps& s = specs.each[i];
+    maps.each[i] = {encode(s.x), encode(s.weight), encode(s.h), encode(s.up), encode(s.y)};
+  }
+  const FusedGemmGroupWork work = work_of(group, workspace);
   std::function<void()> body;
-  with_type(args.x.dtype, [&](auto type) {
-    with_fused_gemm_sm90<decltype(type)>(
-        plan, [&](auto kernel) { body = [=] { kernel(x, weight, h, up, y, work); }; });
+  with_type(group.args[0].x.dtype, [&](auto type) {
+    with_fused_gemm_sm90<decltype(type)>(group,
+                                         [&](auto kernel) { body = [=] { kernel(maps, work); }; });
   });
   return body;
 }

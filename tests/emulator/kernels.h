@@ -30,8 +30,7 @@ std::function<void()> down_proj_sm80_body(const lora_kernels::DownProjArgs& args
                                           const lora_kernels::DownProjPlan& plan);
 std::function<void()> down_proj_sm90_body(const lora_kernels::DownProjArgs& args,
                                           const lora_kernels::DownProjPlan& plan);
-std::function<void()> fused_gemm_body(const lora_kernels::FusedGemmArgs& args,
-                                      const lora_kernels::FusedGemmPlan& plan, void* workspace);
+std::function<void()> fused_gemm_body(const lora_kernels::FusedGemmGroup& group, void* workspace);
 std::function<void()> forward_body(const lora_kernels::ForwardArgs& args,
                                    const lora_kernels::ForwardPlan& plan, void* workspace);
 std::function<void()> weight_grad_body(const lora_kernels::WeightGradPass& pass,

@@ -52,10 +52,9 @@ struct Recorder {
     l.shared_bytes = static_cast<uint32_t>(plan.shared_bytes);
     return l;
   }
-  int fused_gemm(const FusedGemmArgs& args, const FusedGemmPlan& plan, void* workspace,
-                 bool early) {
-    Launch l = clusters("fused_gemm_sm90", plan, plan.clusters);
-    l.body = fused_gemm_body(args, plan, workspace);
+  int fused_gemm(const FusedGemmGroup& group, void* workspace, bool early) {
+    Launch l = clusters("fused_gemm_sm90", group.plans[0], group.clusters);
+    l.body = fused_gemm_body(group, workspace);
     return add(std::move(l), early);
   }
   int forward(const ForwardArgs& args, const ForwardPlan& plan, void* workspace) {
