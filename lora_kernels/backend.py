@@ -286,7 +286,23 @@ def _cuda_flow() -> dict[str, Callable]:
     def backward(dy, *args):
         return (ops.backward.default if on_hopper(dy.device) else by_op[1])(dy, *args)
 
-    return dict(forward=forward, backward=backward)
+    apart = composed.group_flow(forward, composed.adding(backward))
+    joined = composed.sliced_flow(
+        ops.forward_group.default, ops.backward_group.default, ops.max_group
+    )
+
+    def group_forward(x, *args):
+        return (joined if on_hopper(x.device) else apart)[0](x, *args)
+
+    def group_backward(x, *args):
+        return (joined if on_hopper(x.device) else apart)[1](x, *args)
+
+    return dict(
+        forward=forward,
+        backward=backward,
+        group_forward=group_forward,
+        group_backward=group_backward,
+    )
 
 
 _CUDA_SUMMARY = (

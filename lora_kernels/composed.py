@@ -8,7 +8,7 @@ one GEMM; neither is saved.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -210,6 +210,34 @@ def group_flow(forward: Callable, backward_after: Callable) -> tuple[Callable, C
         return dx, das, dbs, dbiases
 
     return forward_group, backward_group
+
+
+def sliced_flow(
+    forward_group: Callable, backward_group: Callable, size: Callable[[], int]
+) -> tuple[Callable, Callable]:
+    """(forward_group, backward_group) of any number of projections, at most `size()` at a time."""
+
+    def slices(run: Callable, x: Tensor, args: tuple) -> list[tuple]:
+        step, count = size(), len(args[0])
+        return [
+            run(x, *(a[i : i + step] if isinstance(a, (list, tuple)) else a for a in args))
+            for i in range(0, count, step)
+        ]
+
+    def join(lists: Iterable[list[Tensor]]) -> list[Tensor]:
+        return [one for each in lists for one in each]
+
+    def forward(x: Tensor, *args) -> tuple[list[Tensor], list[Tensor]]:
+        ys, hs = zip(*slices(forward_group, x, args), strict=True)
+        return join(ys), join(hs)
+
+    def backward(x: Tensor, *args) -> GroupGrads:
+        (dx, *more), das, dbs, dbiases = zip(*slices(backward_group, x, args), strict=True)
+        for other in more:
+            dx.add_(other)
+        return dx, join(das), join(dbs), join(dbiases)
+
+    return forward, backward
 
 
 def adding(backward: Callable) -> Callable:

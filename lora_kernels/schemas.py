@@ -31,11 +31,12 @@ KERNELS = ("down_proj", "fused_gemm", "weight_grad")
 # On CUDA these have kernels for Hopper alone yet.
 SM90 = (
     "fused_gemm", "weight_grad", "forward", "forward_as", "forward_plan",
-    "backward", "backward_as", "backward_plan",
+    "backward", "backward_as", "backward_plan", "forward_group", "backward_group",
 )  # fmt: skip
 SCHEMAS = (
     "cpu_isa() -> str",
     "has_sm90a() -> bool",
+    "max_group() -> int",
     "down_proj_plan(Tensor x, Tensor down, Tensor? seed) -> str",
     "dropout_mask(Tensor seed, SymInt rows, SymInt cols, int threshold) -> Tensor",
     "down_proj(Tensor x, Tensor down, Tensor? seed, int threshold, float scale) -> Tensor",

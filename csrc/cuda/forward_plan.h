@@ -63,7 +63,7 @@ struct PackJob {
   void* to;
   int64_t height, width;
 };
-constexpr int kMaxPackJobs = 6;
+constexpr int kMaxPackJobs = 5 * kMaxGroup + 1;  // backward of a group, and its x
 struct PackJobs {
   PackJob jobs[kMaxPackJobs];
   int count = 0;

@@ -9,6 +9,7 @@
 #include "../cpu/kernels.h"
 #include "aten.h"
 #include "convert.h"
+#include "group.h"
 
 namespace lora_kernels {
 namespace {
@@ -447,17 +448,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_op(
       need_b ? weight_grad(operand(h, op, "h"), dy_rows, {}, up_scale, wide_b, true) : none();
   Tensor dbias = need_bias ? column_sums(dy_rows) : none();
   return {dx, da, db, dbias};
-}
-
-// The number of projections: every list has one entry for each.
-template <class... Lists>
-size_t group_size(const char* op, const Lists&... lists) {
-  const size_t sizes[] = {lists.size()...};
-  for (size_t size : sizes)
-    STD_TORCH_CHECK(size == sizes[0] && size > 0, op,
-                    ": every list must have one entry a projection, but they have ", sizes[0],
-                    " and ", size);
-  return sizes[0];
 }
 
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> forward_group_op(

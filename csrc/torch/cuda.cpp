@@ -4,13 +4,12 @@
 
 #include <string>
 #include <tuple>
-#include <utility>
 #include <vector>
 
 #include "../cuda/down_proj.h"
 #include "../cuda/dropout_mask.h"
 #include "../cuda/forward.h"
-#include "cuda_call.h"
+#include "cuda_operands.h"
 
 namespace lora_kernels {
 namespace {
@@ -23,26 +22,6 @@ Tensor dropout_mask_cuda(const Tensor& seed, int64_t rows, int64_t cols, int64_t
                        dropout_of(seed, threshold, "dropout_mask")};
   check_launch(launch_dropout_mask(args, current_stream(seed)), "dropout_mask", rows, cols);
   return mask;
-}
-
-// The arguments of down_proj with h left to fill in.
-DownProjArgs down_proj_args(const Operand& x, const Operand& down, const OptionalTensor& seed,
-                            int64_t threshold, double scale, const char* op = "down_proj",
-                            const char* name = "down") {
-  check_size(down.cols, x.cols, op, (std::string(name) + ".size(1)").c_str());
-  check_cuda_operand(x, x.tensor, x.matrix.dtype, op, "x");
-  check_cuda_operand(down, x.tensor, x.matrix.dtype, op, name);
-  check_seed_device(seed, x.tensor, op);
-  const Dropout dropout = dropout_of(seed, threshold, op);
-  const Matrix h{nullptr, down.rows, 1, x.matrix.dtype};
-  return {x.matrix,
-          down.matrix,
-          h,
-          x.rows,
-          x.cols,
-          down.rows,
-          static_cast<float>(scale * inverse_keep(dropout)),
-          dropout};
 }
 
 Tensor down_proj_cuda(const Tensor& x, const Tensor& down, const OptionalTensor& seed,
@@ -67,33 +46,6 @@ std::string down_proj_plan_cuda(const Tensor& x, const Tensor& down, const Optio
 }
 
 // ---- fused_gemm ---------------------------------------------------------------------------------
-
-// The arguments of fused_gemm with y left to fill in; it will be contiguous.
-FusedGemmArgs fused_gemm_args(const Operand& x, const Operand& weight, const Operand& h,
-                              const Operand& up, const OptionalTensor& bias, double scale,
-                              const char* op) {
-  check_gemm(x, weight, h, up, op);
-  for (const auto& [operand, name] :
-       {std::pair{&x, "x"}, {&weight, "weight"}, {&h, "h"}, {&up, "up"}})
-    check_cuda_operand(*operand, x.tensor, x.matrix.dtype, op, name);
-  if (bias.has_value())
-    STD_TORCH_CHECK(bias->device() == x.tensor.device(), op, ": bias is on device ",
-                    bias->get_device_index(), " but must be on that of x, ",
-                    x.tensor.get_device_index());
-  const int64_t N = weight.rows;
-  return {x.matrix,
-          weight.matrix,
-          h.matrix,
-          up.matrix,
-          bias_row(bias, N, x.matrix.dtype, op),
-          {nullptr, N, 1, x.matrix.dtype},
-          x.rows,
-          N,
-          x.cols,
-          h.cols,
-          static_cast<float>(scale),
-          {}};
-}
 
 Tensor fused_gemm_cuda(const Tensor& x, const Tensor& weight, const Tensor& h, const Tensor& up,
                        const OptionalTensor& bias, const OptionalTensor& seed, int64_t threshold,
@@ -121,32 +73,13 @@ Tensor fused_gemm_cuda(const Tensor& x, const Tensor& weight, const Tensor& h, c
 
 // ---- forward ------------------------------------------------------------------------------------
 
-// The operands of a call, for as long as it needs them: flattening x may have made a copy.
-struct ForwardCall {
-  static constexpr const char* kOp = "forward";
-  Operand x, weight, a, b, h;
-  ForwardArgs args;
-
-  // h is contiguous, and yet to be made.
-  ForwardCall(const Tensor& x_, const Tensor& weight_, const Tensor& lora_a, const Tensor& lora_b,
-              const OptionalTensor& bias, const OptionalTensor& seed, int64_t threshold,
-              double h_scale, double up_scale)
-      : x(flatten_rows(x_, kOp, "x")),
-        weight(operand(weight_, kOp, "weight")),
-        a(operand(lora_a, kOp, "lora_a")),
-        b(operand(lora_b, kOp, "lora_b")),
-        h{x.tensor, {nullptr, a.rows, 1, x.matrix.dtype}, x.rows, a.rows},
-        args{down_proj_args(x, a, seed, threshold, h_scale, kOp, "lora_a"),
-             fused_gemm_args(x, weight, h, b, bias, up_scale, kOp)} {}
-
-  ForwardPlan plan(const Target& target, const ForwardRequest& request) const {
-    const ForwardPlan plan = plan_forward(args, target, request);
-    STD_TORCH_CHECK(plan.served, kOp, ": not served: ", plan.reason,
-                    request.form == ForwardForm::one_launch ? "; take form='two_launches'"
-                                                            : "; take backend='composed'");
-    return plan;
-  }
-};
+ForwardPlan plan_of(const ForwardCall& call, const Target& target, const ForwardRequest& request) {
+  const ForwardPlan plan = plan_forward(call.args, target, request);
+  STD_TORCH_CHECK(plan.served, call.op, ": not served: ", plan.reason,
+                  request.form == ForwardForm::one_launch ? "; take form='two_launches'"
+                                                          : "; take backend='composed'");
+  return plan;
+}
 
 ForwardRequest request_of(const std::string& form, int64_t tile_n, int64_t group) {
   ForwardRequest request;
@@ -162,17 +95,19 @@ std::tuple<Tensor, Tensor> forward_as_cuda(const Tensor& x, const Tensor& weight
                                            int64_t threshold, double h_scale, double up_scale,
                                            const std::string& form, int64_t tile_n, int64_t group) {
   NoGrad no_grad;
-  ForwardCall call(x, weight, lora_a, lora_b, bias, seed, threshold, h_scale, up_scale);
+  const char* op = "forward";
+  ForwardCall call(op, flatten_rows(x, op, "x"), weight, lora_a, lora_b, bias, seed, threshold,
+                   h_scale, up_scale);
   OnDeviceOf device(x);
   const Target target = target_of(x);
   Tensor y = empty_like(x, sizes_of_y(x, call.args.gemm.N));
   Tensor h = empty_like(x, {call.h.rows, call.h.cols});
   call.args.gemm.y.data = y.mutable_data_ptr();
   call.args.down.h.data = call.args.gemm.h.data = h.mutable_data_ptr();
-  const ForwardPlan plan = call.plan(target, request_of(form, tile_n, group));
+  const ForwardPlan plan = plan_of(call, target, request_of(form, tile_n, group));
   const Workspace workspace(plan.workspace_bytes, x);
-  check_launch(launch_forward(call.args, plan, workspace.data(), target, current_stream(x)),
-               ForwardCall::kOp, call.args.gemm.M, call.args.gemm.N);
+  check_launch(launch_forward(call.args, plan, workspace.data(), target, current_stream(x)), op,
+               call.args.gemm.M, call.args.gemm.N);
   return {y, h};
 }
 
@@ -189,9 +124,11 @@ std::string forward_plan_cuda(const Tensor& x, const Tensor& weight, const Tenso
                               const std::string& form, int64_t tile_n, int64_t group,
                               double up_scale) {
   NoGrad no_grad;
-  const ForwardCall call(x, weight, lora_a, lora_b, std::nullopt, seed, 0, 1.0, up_scale);
+  const char* op = "forward";
+  const ForwardCall call(op, flatten_rows(x, op, "x"), weight, lora_a, lora_b, std::nullopt, seed,
+                         0, 1.0, up_scale);
   OnDeviceOf device(x);
-  return describe(call.plan(target_of(x), request_of(form, tile_n, group)));
+  return describe(plan_of(call, target_of(x), request_of(form, tile_n, group)));
 }
 
 bool has_sm90a() { return built_with_sm90a(); }

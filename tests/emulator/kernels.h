@@ -2,7 +2,8 @@
 #pragma once
 #include <vector>
 
-#include "cuda/backward_plan.h"
+#include "cuda/backward_group_plan.h"
+#include "cuda/forward_group_plan.h"
 #include "machine.h"
 
 namespace emu {
@@ -21,6 +22,14 @@ void add_fused_gemm(const lora_kernels::FusedGemmArgs& args,
 void add_backward(const lora_kernels::BackwardArgs& args, const lora_kernels::BackwardPlan& plan,
                   const lora_kernels::Target& target, void* workspace,
                   std::vector<Launch>& launches, int fails = -1);
+void add_forward_group(const lora_kernels::ForwardArgs* args, int count,
+                       const lora_kernels::ForwardGroupPlan& plan,
+                       const lora_kernels::Target& target, void* workspace,
+                       std::vector<Launch>& launches, int fails = -1);
+void add_backward_group(const lora_kernels::BackwardArgs* args, int count,
+                        const lora_kernels::BackwardGroupPlan& plan,
+                        const lora_kernels::Target& target, void* workspace,
+                        std::vector<Launch>& launches, int fails = -1);
 void add_weight_grad(const lora_kernels::WeightGradPass& pass,
                      const lora_kernels::WeightGradPlan& plan, const lora_kernels::Target& target,
                      void* workspace, std::vector<Launch>& launches);

@@ -4,27 +4,11 @@
 #include <cstring>
 #include <memory>
 
-#include "arrays.h"
+#include "calls.h"
 #include "instructions.h"
 #include "misuse.h"
 
 namespace {
-
-DownProjArgs down_proj_args(const Array& x, const Array& down, const Array& h, bool is_bf16,
-                            const std::vector<int64_t>& seed, uint32_t threshold, float scale) {
-  if (x.shape(1) != down.shape(1) || h.shape(0) != x.shape(0) || h.shape(1) != down.shape(0))
-    throw py::value_error("x [M, K], down [r, K] and h [M, r] do not fit together");
-  const Dropout dropout{seed.empty() ? nullptr : seed.data(), static_cast<int>(seed.size()),
-                        threshold};
-  return {matrix_of(x, is_bf16),
-          matrix_of(down, is_bf16),
-          matrix_of(h, is_bf16),
-          x.shape(0),
-          x.shape(1),
-          down.shape(0),
-          scale,
-          dropout};
-}
 
 // Of each tile, by its name in a demangled kernel.
 std::map<std::string, int> shared_bytes() {
@@ -97,23 +81,6 @@ ForwardRequest request_of(const Scalars& s) {
   request.gemm = s.request;
   request.chain = s.chain;
   return request;
-}
-
-FusedGemmArgs fused_gemm_args(const Array& x, const Array& weight, const Array& h, const Array& up,
-                              const std::optional<Array>& bias, const Array& y, const Scalars& s) {
-  if (x.shape(1) != weight.shape(1) || y.shape(0) != x.shape(0) || y.shape(1) != weight.shape(0) ||
-      h.shape(0) != x.shape(0) || up.shape(0) != weight.shape(0) || h.shape(1) != up.shape(1))
-    throw py::value_error("x, weight, h, up and y do not fit together");
-  const auto m = [&](const Array& a) { return matrix_of(a, s.is_bf16); };
-  return {m(x),       m(weight),       m(h),       m(up),      row_of(bias, s), m(y),
-          x.shape(0), weight.shape(0), x.shape(1), h.shape(1), s.up_scale,      {}};
-}
-
-ForwardArgs forward_args(const Array& x, const Array& weight, const Array& a, const Array& b,
-                         const std::optional<Array>& bias, const Array& y, const Array& h,
-                         const Scalars& s) {
-  return {down_proj_args(x, a, h, s.is_bf16, s.seed, s.threshold, s.h_scale),
-          fused_gemm_args(x, weight, h, b, bias, y, s)};
 }
 
 py::dict described(const ForwardPlan& p) {
@@ -286,6 +253,7 @@ PYBIND11_MODULE(emulated, m) {
   m.def("launches", &launches);
   m.def("fused_gemm", &fused_gemm);
   define_backward(m);
+  define_group(m);
   m.def("raster", &raster);
   m.def("gemm_probe", &gemm_probe);
   m.def("relay_probe", &relay_probe);

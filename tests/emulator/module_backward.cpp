@@ -2,80 +2,10 @@
 #include <memory>
 #include <tuple>
 
-#include "arrays.h"
+#include "calls.h"
 #include "module.h"
 
 namespace {
-
-// Gradients may be of fp32; None is one that is not wanted.
-using Result = std::optional<py::array>;
-
-Matrix result_of(const Result& a, bool is_bf16) {
-  const Dtype narrow = is_bf16 ? Dtype::bf16 : Dtype::f16;
-  if (!a) return {nullptr, 0, 0, narrow};
-  const int64_t size = a->itemsize();
-  const int64_t rows = a->ndim() == 2 ? a->strides(0) / size : 0;
-  return {const_cast<void*>(a->data()), rows, a->strides(a->ndim() - 1) / size,
-          size == 4 ? Dtype::f32 : narrow};
-}
-
-void add_result(const std::string& name, const Result& a) {
-  if (!a || a->size() == 0) return;
-  int64_t bytes = a->itemsize();
-  for (int i = 0; i < a->ndim(); ++i) bytes += (a->shape(i) - 1) * a->strides(i);
-  emu::global.add(name, const_cast<void*>(a->data()), static_cast<uint64_t>(bytes),
-                  emu::Use::output);
-}
-
-struct Results {
-  Result dx, da, db, dbias;
-};
-
-Results results_of(const py::dict& given) {
-  const auto get = [&](const char* name) {
-    return given.contains(name) && !given[name].is_none() ? Result(given[name].cast<py::array>())
-                                                          : Result();
-  };
-  return {get("dx"), get("da"), get("db"), get("dbias")};
-}
-
-Dropout dropout_of(const Scalars& s) {
-  return {s.seed.empty() ? nullptr : s.seed.data(), static_cast<int>(s.seed.size()), s.threshold};
-}
-
-BackwardArgs backward_args(const std::vector<Array>& operands, const Results& to,
-                           const Scalars& s) {
-  const Array &dy = operands[0], &x = operands[1], &weight = operands[2], &a = operands[3],
-              &b = operands[4], &h = operands[5];
-  if (x.shape(0) != dy.shape(0) || h.shape(0) != dy.shape(0) || weight.shape(0) != dy.shape(1) ||
-      weight.shape(1) != x.shape(1) || a.shape(1) != x.shape(1) || b.shape(0) != dy.shape(1) ||
-      h.shape(1) != a.shape(0) || b.shape(1) != a.shape(0))
-    throw py::value_error("dy, x, weight, A, B and h do not fit together");
-  const auto m = [&](const Array& v) { return matrix_of(v, s.is_bf16); };
-  const auto out = [&](const Result& v) { return result_of(v, s.is_bf16); };
-  return {m(dy),
-          m(x),
-          m(weight),
-          m(a),
-          m(b),
-          m(h),
-          out(to.dx),
-          out(to.da),
-          out(to.db),
-          out(to.dbias),
-          to.dx.has_value(),
-          to.da.has_value(),
-          to.db.has_value(),
-          to.dbias.has_value(),
-          dy.shape(0),
-          dy.shape(1),
-          x.shape(1),
-          a.shape(0),
-          s.h_scale,
-          s.up_scale,
-          s.masked_scale,
-          dropout_of(s)};
-}
 
 BackwardRequest request_of(const Scalars& s) {
   BackwardRequest request;
