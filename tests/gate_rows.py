@@ -80,19 +80,19 @@ EXPECTED: tuple[Row, ...] = (
             )
         )
     ),
-    # <tile, dtype, ranks>: four k16 steps and two loads a stage of h besides, four of them and an
-    # ldmatrix each under dropout
+    # <tile, dtype, ranks>: two loads a stage of h besides; of an even and of an odd stage four k16
+    # steps each, and four with an ldmatrix each under dropout
     *(
         Row(
             f"forward_sm90_kernel<FusedGemmSm90Tile<{n}, .*>, .*>",
             "90a",
             {
-                "HGMMA": 13,
+                "HGMMA": 21,
                 "UTMALDG": 6,
                 "STSM": n // 16,
                 "UTMASTG": n // 64,
                 "MEMBAR.GPU": 3,
-                "LDSM": 4,
+                "LDSM": 8,
             },
         )
         for n in (256, 192, 128)

@@ -142,6 +142,19 @@ def test_any_timing_gives_the_same_bits(emulated, rank, form):
         assert torch.equal(y, first)
 
 
+@pytest.mark.parametrize("seed", SEEDS.values(), ids=SEEDS)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("rank", [8, 64, 100, 128])
+@pytest.mark.parametrize("k", [64, 128, 136, 448])
+def test_h_has_the_same_bits_in_both_forms(emulated, k, rank, dtype, seed):
+    """One order of sums, for 1, 2, 3 and 7 stages of the depth: even ones and odd ones apart."""
+    layer = Layer((150, 24, k, rank), dtype, seed=seed)
+    _, (one,), found = layer.run(emulated, form="one_launch", multiprocessors=2)
+    _, (two,), others = layer.run(emulated, form="two_launches", multiprocessors=2)
+    assert "forward_sm90" in found["kernels"] and "down_proj_sm90" in others["kernels"]
+    assert torch.equal(one.view(torch.int16), two.view(torch.int16)) and one.isfinite().all()
+
+
 @pytest.mark.parametrize("timing, schedule", SCHEDULES)
 @pytest.mark.parametrize("resident", [2, 4, 6])
 @pytest.mark.parametrize("copies", [1, 2, 3])

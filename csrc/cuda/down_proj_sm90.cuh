@@ -90,8 +90,8 @@ __device__ __forceinline__ void multiply_dropped_stages(float (&sum)[Tile::kRank
   for (uint32_t i = first; i < blocks_k; i += Tile::kConsumers) {
     const uint32_t s = i % Tile::kStages;
     ptx::barrier_wait(ring.full(s), i / Tile::kStages & 1);
-    multiply_dropped_tile<T, kGroup>(sum, ring.x(s), ring.down(s), dropout, i * kRowElements, true,
-                                     warp, lane);
+    multiply_dropped_tile<T, kGroup>(sum, ring.x(s), ring.down(s), dropout, i * kRowElements, warp,
+                                     lane);
     if (lane == 0) ptx::barrier_arrive(ring.empty(s));
   }
   ptx::wgmma_keep(sum);

@@ -10,8 +10,8 @@ namespace lora_kernels {
 template <class T, int kGroup, int kCount>
 __device__ __forceinline__ void multiply_dropped_tile(float (&sum)[kCount], uint32_t x,
                                                       uint32_t down, const LaneDropout& dropout,
-                                                      uint32_t column, bool accumulate,
-                                                      uint32_t warp, uint32_t lane) {
+                                                      uint32_t column, uint32_t warp,
+                                                      uint32_t lane) {
   constexpr uint32_t kSteps = kRowElements / kMmaDepth;
   const uint32_t kept = draw_straddling(dropout, column, kMmaDepth, kSteps, lane);
   LK_UNROLL
@@ -31,8 +31,7 @@ __device__ __forceinline__ void multiply_dropped_tile(float (&sum)[kCount], uint
     ptx::wgmma_fence();
     LK_UNROLL
     for (uint32_t j = 0; j < kGroup; ++j)
-      ptx::wgmma<T, 0>(sum, a[j], k_major_descriptor(down + (group + j) * kKMajorStep),
-                       accumulate || group + j > 0);
+      ptx::wgmma<T, 0>(sum, a[j], k_major_descriptor(down + (group + j) * kKMajorStep), true);
     ptx::wgmma_commit();
     ptx::wgmma_keep(sum);
     ptx::wgmma_wait<0>();

@@ -62,42 +62,77 @@ __device__ __forceinline__ void produce(Ring& ring, Claims<Ring>& claims, const 
   }
 }
 
-// sum = 64 rows of dropout(x) A^T; stages are free as soon as they were multiplied.
+// sum += 64 rows of the stage at hand times A^T. Still in flight on return: the stage before it is
+// free, if there is one.
 template <class T, class Ring, int kCount>
-__device__ __forceinline__ void multiply_dropped_blocks(float (&sum)[kCount], Ring& ring,
-                                                        uint32_t blocks, const LaneDropout& dropout,
-                                                        uint32_t group, uint32_t warp,
-                                                        uint32_t lane) {
+__device__ __forceinline__ void multiply_stage(float (&sum)[kCount], Ring& ring, uint32_t block,
+                                               uint32_t group, uint32_t lane) {
+  ring.wait();
+  ptx::wgmma_keep(sum);
+  ptx::wgmma_fence();
+  LK_UNROLL
+  for (uint32_t step = 0; step < kRowElements / kMmaDepth; ++step)
+    multiply_step<T, false>(sum, ring, group, step, true);
+  ptx::wgmma_commit();
+  ptx::wgmma_keep(sum);
+  ptx::wgmma_wait<1>();  // the other sum's stage was multiplied
+  if (block > 0) ring.release_previous(lane);
+  ring.advance();
+}
+
+// The same of dropout(x), which goes through registers; complete on return.
+template <class T, class Ring, int kCount>
+__device__ __forceinline__ void multiply_dropped_stage(float (&sum)[kCount], Ring& ring,
+                                                       const LaneDropout& dropout, uint32_t block,
+                                                       uint32_t group, uint32_t warp,
+                                                       uint32_t lane) {
   constexpr int kGroup = kCount < 64 ? 4 : 1;  // more fragments would spill
+  ring.wait();
+  multiply_dropped_tile<T, kGroup>(sum, ring.a() + group * Ring::Tile::kPanelBytes, ring.b(),
+                                   dropout, block * kRowElements, warp, lane);
+  ring.advance();
+  ring.release_previous(lane);
+}
+
+// Calls multiply(sum, block) for every stage, in order, with the sum of its parity.
+template <int kCount, class Multiply>
+__device__ __forceinline__ void multiply_in_turns(float (&even)[kCount], float (&odd)[kCount],
+                                                  uint32_t blocks, const Multiply& multiply) {
 #pragma unroll 1
-  for (uint32_t block = 0; block < blocks; ++block) {
-    ring.wait();
-    multiply_dropped_tile<T, kGroup>(sum, ring.a() + group * Ring::Tile::kPanelBytes, ring.b(),
-                                     dropout, block * kRowElements, block > 0, warp, lane);
-    ring.advance();
-    ring.release_previous(lane);
+  for (uint32_t block = 0; block < blocks; block += 2) {
+    multiply(even, block);
+    if (block + 1 < blocks) multiply(odd, block + 1);
   }
 }
 
-// h of this block's 128 rows, and the flag that says so.
+// h of this block's 128 rows, and the flag that says so. Even and odd stages have a sum each, added
+// at the end, as in down_proj_sm90: h has the same bits whichever kernel makes it.
 template <class T, int kRank, class Ring>
 __device__ __forceinline__ void compute_h(Ring& ring, const DownProjArgs& args,
                                           const ForwardWork& work, uint32_t row_block,
                                           uint32_t group, uint32_t thread) {
   const uint32_t lane = thread % 32, warp = thread / 32;
   const int64_t row = int64_t{row_block} * Ring::Tile::kM + group * 64 + warp * 16;
-  float sum[kRank / 2];
+  const uint32_t blocks = work.gemm.blocks_k;
+  float even[kRank / 2] = {}, odd[kRank / 2] = {};
   if (args.dropout.seed != nullptr) {
     const LaneDropout dropout = load_dropout(args.dropout, row, lane);
-    multiply_dropped_blocks<T>(sum, ring, work.gemm.blocks_k, dropout, group, warp, lane);
-    ptx::wgmma_keep(sum);
+    multiply_in_turns(even, odd, blocks, [&](auto& sum, uint32_t block) {
+      multiply_dropped_stage<T>(sum, ring, dropout, block, group, warp, lane);
+    });
+    ptx::wgmma_keep(even);
   } else {
-    multiply_blocks<T, false>(sum, ring, work.gemm.blocks_k, group, lane);
-    finish_product(sum, ring, lane);
+    multiply_in_turns(even, odd, blocks, [&](auto& sum, uint32_t block) {
+      multiply_stage<T>(sum, ring, block, group, lane);
+    });
+    finish_product(even, ring, lane);
   }
+  ptx::wgmma_keep(odd);
   LK_UNROLL
   for (int n = 0; n < kRank / 8; ++n) {
-    const float block[4] = {sum[4 * n], sum[4 * n + 1], sum[4 * n + 2], sum[4 * n + 3]};
+    float block[4];
+    LK_UNROLL
+    for (int e = 0; e < 4; ++e) block[e] = even[4 * n + e] + odd[4 * n + e];
     store_h<T>(args, true, row, n, block, lane);
   }
   ptx::fence_async_global();  // TMA of other blocks will read it
