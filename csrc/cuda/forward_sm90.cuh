@@ -72,7 +72,7 @@ __device__ __forceinline__ void multiply_stage(float (&sum)[kCount], Ring& ring,
   ptx::wgmma_fence();
   LK_UNROLL
   for (uint32_t step = 0; step < kRowElements / kMmaDepth; ++step)
-    multiply_step<T, false>(sum, ring, group, step, true);
+    multiply_step<T, false>(sum, ring, group, step);
   ptx::wgmma_commit();
   ptx::wgmma_keep(sum);
   ptx::wgmma_wait<1>();  // the other sum's stage was multiplied

@@ -102,20 +102,19 @@ __device__ __forceinline__ void prefetch_maps(uint32_t thread, const Maps*... ma
 // One k16 step of the stage at hand: acc += 64 rows of a times 2 kCount columns of b.
 template <class T, bool kMnMajor, class Ring, int kCount>
 __device__ __forceinline__ void multiply_step(float (&acc)[kCount], const Ring& ring,
-                                              uint32_t group, uint32_t step, bool accumulate) {
+                                              uint32_t group, uint32_t step) {
   constexpr uint32_t kPanel = Ring::Tile::kPanelBytes;
   const uint64_t a = k_major_descriptor(ring.a() + group * kPanel + step * kKMajorStep);
   const uint64_t b = kMnMajor ? mn_major_descriptor(ring.b() + step * kMnMajorStep, kPanel)
                               : k_major_descriptor(ring.b() + step * kKMajorStep);
-  ptx::wgmma<T, 0, kMnMajor>(acc, a, b, accumulate);
+  ptx::wgmma<T, 0, kMnMajor>(acc, a, b, true);
 }
 
-// acc = the product over `blocks` stages, at least one, or added to what is there; the last stage
-// is not released yet. While the tensor cores are busy with a stage, meanwhile(its number) may use
-// the other units.
+// acc += the product over `blocks` stages; the last stage is not released yet. While the tensor
+// cores are busy with a stage, meanwhile(its number) may use the other units.
 template <class T, bool kMnMajor, class Ring, int kCount, class Meanwhile>
 __device__ __forceinline__ void multiply_blocks(float (&acc)[kCount], Ring& ring, uint32_t blocks,
-                                                bool accumulate, uint32_t group, uint32_t lane,
+                                                uint32_t group, uint32_t lane,
                                                 const Meanwhile& meanwhile) {
 #pragma unroll 1
   for (uint32_t block = 0; block < blocks; ++block) {
@@ -124,7 +123,7 @@ __device__ __forceinline__ void multiply_blocks(float (&acc)[kCount], Ring& ring
     ptx::wgmma_fence();
     LK_UNROLL
     for (uint32_t step = 0; step < kRowElements / kMmaDepth; ++step)
-      multiply_step<T, kMnMajor>(acc, ring, group, step, accumulate || block > 0 || step > 0);
+      multiply_step<T, kMnMajor>(acc, ring, group, step);
     ptx::wgmma_commit();
     ptx::wgmma_keep(acc);
     meanwhile(block);
@@ -132,12 +131,6 @@ __device__ __forceinline__ void multiply_blocks(float (&acc)[kCount], Ring& ring
     if (block > 0) ring.release_previous(lane);
     ring.advance();
   }
-}
-
-template <class T, bool kMnMajor, class Ring, int kCount>
-__device__ __forceinline__ void multiply_blocks(float (&acc)[kCount], Ring& ring, uint32_t blocks,
-                                                uint32_t group, uint32_t lane) {
-  multiply_blocks<T, kMnMajor>(acc, ring, blocks, false, group, lane, [](uint32_t) {});
 }
 
 // acc += h up^T, `steps` k16 steps in stages of four: their loop is one of its own, since ptxas
@@ -153,7 +146,7 @@ __device__ __forceinline__ void multiply_rank(float (&acc)[kCount], Ring& ring, 
     for (uint32_t step = 0; step < kSteps && first + step < steps; ++step) {
       ptx::wgmma_keep(acc);
       ptx::wgmma_fence();
-      multiply_step<T, kMnMajor>(acc, ring, group, step, true);
+      multiply_step<T, kMnMajor>(acc, ring, group, step);
       ptx::wgmma_commit();
       ptx::wgmma_keep(acc);
     }

@@ -107,11 +107,11 @@ __device__ __forceinline__ void multiply_segment(float (&acc)[kCount], Ring& rin
     const auto draw = [&](uint32_t n) {
       if (n < kept.kFragments) kept.draw(dropout, column, n, lane);
     };
-    multiply_blocks<T, kMnMajor>(acc, ring, segment.blocks_k, true, group, lane, draw);
+    multiply_blocks<T, kMnMajor>(acc, ring, segment.blocks_k, group, lane, draw);
 #pragma unroll 1
     for (uint32_t n = segment.blocks_k; n < kept.kFragments; ++n) draw(n);
   } else {
-    multiply_blocks<T, kMnMajor>(acc, ring, segment.blocks_k, true, group, lane, [](uint32_t) {});
+    multiply_blocks<T, kMnMajor>(acc, ring, segment.blocks_k, group, lane, [](uint32_t) {});
   }
   if (scaled) {
     ptx::wgmma_wait<0>();
