@@ -194,7 +194,7 @@ __device__ __forceinline__ void compute_dy(Ring& ring, ChunkPanels<Ring>& chunk,
         sum, ring, place, block * kRowElements, block % 2 == at.group, block > 0,
         [&](const auto& grad, uint32_t) {
           store_partials(grads, work.pitch, block * kRowElements + at.warp() * 16, work.sum_b.rows,
-                         work.pitch, grad, at.lane());
+                         0, work.pitch, grad, at.lane());
         },
         [](const float (&)[8]) {});
   LK_UNROLL
@@ -237,7 +237,7 @@ __device__ __forceinline__ void compute_x(Ring& ring, ChunkPanels<Ring>& chunk,
         none, ring, place, block * kRowElements, block % 2 == at.group, false,
         [&](const auto& grad, uint32_t) {
           store_partials(grads, work.pitch, block * kRowElements + at.warp() * 16, work.sum_a.rows,
-                         work.pitch, grad, at.lane());
+                         0, work.pitch, grad, at.lane());
         },
         [](const float (&)[8]) {});
   if (finish_item(at)) ptx::add_release(work.x_done + slice, 1);

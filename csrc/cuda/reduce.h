@@ -5,14 +5,14 @@
 namespace lora_kernels {
 
 // to [rows, columns] = scale * the sum over `count` matrices [rows, pitch] of fp32 that lie one
-// after another, pitch a multiple of 4; rounded once.
+// after another, of the first columns of each, pitch a multiple of 4; rounded once.
 struct ReduceJob {
   const float* partials;
   int64_t count, rows, columns, pitch;
   Matrix to;
   float scale;
 };
-constexpr int kMaxReduceJobs = 4;
+constexpr int kMaxReduceJobs = 3 * kMaxGroup;  // gradients of A, of B, of the bias
 struct ReduceJobs {
   ReduceJob jobs[kMaxReduceJobs];
   int count = 0;
@@ -21,16 +21,17 @@ struct ReduceJobs {
   }
 };
 
-// The row length of a partial result: columns are added in fours.
-inline int64_t reduce_pitch(int64_t columns) { return (columns + 3) / 4 * 4; }
+// Columns are added in fours, so rows of a partial result have a multiple of 4.
+inline int64_t fours_of(int64_t columns) { return (columns + 3) / 4; }
+inline int64_t reduce_pitch(int64_t columns) { return fours_of(columns) * 4; }
 
 constexpr unsigned kReduceThreads = 256;
 // Blocks along x; each job has as many.
 inline unsigned reduce_blocks(const ReduceJobs& jobs, int multiprocessors) {
   int64_t most = 1;
   for (int i = 0; i < jobs.count; ++i) {
-    const int64_t blocks =
-        (jobs.jobs[i].rows * jobs.jobs[i].pitch / 4 + kReduceThreads - 1) / kReduceThreads;
+    const ReduceJob& job = jobs.jobs[i];
+    const int64_t blocks = (job.rows * fours_of(job.columns) + kReduceThreads - 1) / kReduceThreads;
     most = blocks > most ? blocks : most;
   }
   const int64_t room = 8 * int64_t{multiprocessors};  // as many as are resident

@@ -20,7 +20,7 @@ __device__ __forceinline__ void reduce_rows(const ReduceJob& job, int64_t first,
                                             uint32_t thread, uint32_t threads) {
   constexpr int kInFlight = 8;  // loads, to cover their latency
   const int64_t apart = job.rows * job.pitch;
-  const auto fours = static_cast<uint32_t>(job.pitch / 4);
+  const auto fours = static_cast<uint32_t>((job.columns + 3) / 4);
   const auto count = static_cast<uint32_t>(last - first) * fours;  // the plan keeps it below 2^32
 #pragma unroll 1
   for (uint32_t i = thread; i < count; i += threads) {

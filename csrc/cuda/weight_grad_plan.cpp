@@ -35,6 +35,24 @@ const char* not_served(const WeightGradArgs& a, const Target& target) {
   return nullptr;
 }
 
+// How often a block masks a stage of x: once for each part that it has ranks of.
+int64_t masks_of_block(const WeightGradPass& pass, int64_t first, int64_t ranks) {
+  int64_t masks = 0;
+  for (int p = 0; p < pass.part_count; ++p) {
+    const GradPart& part = pass.parts[p];
+    masks += std::max(part.first, first) < std::min(part.first + part.ranks, first + ranks);
+  }
+  return masks;
+}
+
+// How often the busiest block takes a stage.
+int64_t turns_of_stage(const WeightGradPass& pass, int64_t ranks, int64_t rank_blocks) {
+  int64_t most = 1;
+  for (int64_t b = 0; pass.masked() && b < rank_blocks; ++b)
+    most = std::max(most, masks_of_block(pass, b * ranks, ranks));
+  return most;
+}
+
 // Clocks of the pass, if x is split so many times along K.
 double pass_cycles(const WeightGradPass& pass, const TileFacts& t, int64_t chunks, int64_t tiles,
                    int64_t rank_blocks, int64_t splits, int multiprocessors) {
@@ -45,9 +63,11 @@ double pass_cycles(const WeightGradPass& pass, const TileFacts& t, int64_t chunk
   const int products = 1 + pass.with_down;
   const double port = (products * 8 * (2048 + t.rank * 32.0) + bytes + down) / 128;
   const double tensor = products * 8 * t.rank / 2.0;
-  const double mask = pass.grad.dropout.seed != nullptr ? kDropoutClocks : 0;
-  const double stage = std::max(
-      {(bytes + down) / kStreamBytes, memory_clocks(bytes * busy), std::max(port, tensor) + mask});
+  const double mask = pass.masked() ? kDropoutClocks : 0;
+  // Loads after the first of a stage are of L2.
+  const auto again = static_cast<double>(turns_of_stage(pass, t.rank, rank_blocks));
+  const double stage = std::max({again * (bytes + down) / kStreamBytes, memory_clocks(bytes * busy),
+                                 again * (std::max(port, tensor) + mask)});
   const double h = t.rows * t.rank * 2 / kStreamBytes;
   const auto turns = static_cast<double>(ceil_div(tiles, splits) * t.subs);
   const double sums = static_cast<double>(splits * pass.grad.M * pass.grad.r) * 8;
@@ -79,6 +99,7 @@ WeightGradPlan plan_weight_grad(const WeightGradPass& pass, const Target& target
   plan.served = plan.reason == nullptr;
   plan.empty = a.M == 0 || a.K == 0;
   plan.pitch = reduce_pitch(a.r);
+  plan.masks = pass.masked() ? std::max(1, pass.part_count) : 0;
   if (!plan.served || plan.empty) return plan;
   plan.reason = "TMA and wgmma";
   const int64_t r = pass.with_grad ? a.r : 0;  // sums alone need no ranks
@@ -133,6 +154,23 @@ ReduceJob grad_job(const WeightGradPass& pass, const WeightGradPlan& plan, void*
           a.scale};
 }
 
+ReduceJob grad_job(const WeightGradPass& pass, const WeightGradPlan& plan, void* workspace,
+                   int part) {
+  const GradPart& p = pass.parts[part];
+  ReduceJob job = grad_job(pass, plan, workspace);
+  job.partials += p.first;
+  job.columns = p.ranks;
+  job.to = transposed(p.grad);
+  job.scale = p.scale;
+  return job;
+}
+
+void add_grad_jobs(const WeightGradPass& pass, const WeightGradPlan& plan, void* workspace,
+                   ReduceJobs& jobs) {
+  if (pass.part_count == 0) jobs.add(grad_job(pass, plan, workspace));
+  for (int p = 0; p < pass.part_count; ++p) jobs.add(grad_job(pass, plan, workspace, p));
+}
+
 ReduceJob sums_job(const WeightGradPass& pass, const WeightGradPlan& plan, void* workspace) {
   return {floats_at(workspace, plan.sums_offset),
           plan.chunks,
@@ -162,8 +200,24 @@ WeightGradWork work_of(const WeightGradPass& pass, const WeightGradPlan& plan, v
           static_cast<uint32_t>(plan.pitch),
           static_cast<uint32_t>(ceil_div(a.K, kRowElements)),
           static_cast<uint32_t>(plan.tiles),
-          static_cast<uint32_t>(plan.splits),
-          a.dropout};
+          static_cast<uint32_t>(plan.splits)};
+}
+
+MaskedGradWork masked_work_of(const WeightGradPass& pass, const WeightGradPlan& plan,
+                              void* workspace) {
+  MaskedGradWork work{work_of(pass, plan, workspace), static_cast<uint32_t>(plan.masks), {}};
+  work.parts[0] = {0, work.r, pass.grad.dropout};
+  Dropout keeps{};
+  for (int p = 0; p < pass.part_count; ++p)
+    if (pass.parts[p].dropout.seed != nullptr) keeps = pass.parts[p].dropout;
+  keeps.threshold = 0;  // a part without dropout is masked too, and loses nothing
+  for (int p = 0; p < pass.part_count; ++p) {
+    const GradPart& part = pass.parts[p];
+    work.parts[p] = {static_cast<uint32_t>(part.first),
+                     static_cast<uint32_t>(part.first + part.ranks),
+                     part.dropout.seed != nullptr ? part.dropout : keeps};
+  }
+  return work;
 }
 
 WeightGradMaps maps_of(const WeightGradPass& pass, const WeightGradPlan& plan, void* workspace) {
@@ -183,6 +237,7 @@ std::string describe(const WeightGradPlan& p) {
                      " chunks of " + number(p.rows) + " rows x " + number(p.splits) +
                      " splits of " + number(p.tiles * kRowElements) + " columns";
   if (p.rank_blocks > 1) text += " x " + number(p.rank_blocks) + " blocks of ranks";
+  if (p.masks > 1) text += ", " + number(p.masks) + " masks";
   return text + ", " + number(p.shared_bytes / 1024) + " KB shared";
 }
 

@@ -4,8 +4,11 @@
 // down projection and the sums of columns: what backward needs of dy. Reading x is the floor, M K 2
 // bytes at memory speed. docs/backward.md has the model that the choices follow; no measurement has
 // confirmed it yet.
+//
+// Projections that share x share a pass too, each with its own gradient, scale and mask.
 #pragma once
 #include <string>
+#include <type_traits>
 
 #include "down_proj_plan.h"
 #include "reduce.h"
@@ -13,11 +16,27 @@
 
 namespace lora_kernels {
 
+// One projection of a pass that several share: its dh lies at columns [first, first + ranks) of h.
+struct GradPart {
+  int64_t first, ranks;  // first: a multiple of 8
+  Matrix grad;           // [ranks, K]
+  float scale;
+  Dropout dropout;
+};
+
 struct WeightGradPass {
-  WeightGradArgs grad;
-  DownProjArgs down;  // of the same x, without dropout
-  Matrix sums;        // [1, K]
+  WeightGradArgs grad;  // with parts: h, x and sizes alone, r with the columns between parts
+  DownProjArgs down;    // of the same x, without dropout
+  Matrix sums;          // [1, K]
   bool with_grad, with_down, with_sums;
+  GradPart parts[kMaxGroup];
+  int part_count = 0;  // 0: one gradient, as `grad` says
+
+  bool masked() const {
+    for (int p = 0; p < part_count; ++p)
+      if (parts[p].dropout.seed != nullptr) return true;
+    return part_count == 0 && grad.dropout.seed != nullptr;
+  }
 };
 
 // A chunk of kSubs * 128 rows stays with its block, and so do its rows of h, 64 KB; columns of x go
@@ -55,6 +74,7 @@ struct WeightGradPlan {
   int64_t chunks, splits, tiles;  // of M, of K; blocks of 64 columns of a split
   int64_t rank_blocks;
   int64_t pitch;  // ranks of a row of a partial result
+  int masks;      // of a stage of x, which is loaded again for each; 0 without dropout
   double cycles;  // by the model
 
   TmaOperand x, h, down;                          // down as [K, r]; their offsets still 0
@@ -66,10 +86,15 @@ WeightGradPlan plan_weight_grad(const WeightGradPass& pass, const Target& target
 int64_t place_partials(const WeightGradPass& pass, WeightGradPlan& plan, int64_t offset);
 // Likewise for a call of weight_grad alone, operands included: bytes of its workspace.
 int64_t place_weight_grad(const WeightGradPass& pass, WeightGradPlan& plan);
-// What is left of a pass: sums of partial results, in order.
+// What is left of a pass: sums of partial results, in order. `part`: the number of one of several.
 ReduceJob grad_job(const WeightGradPass& pass, const WeightGradPlan& plan, void* workspace);
+ReduceJob grad_job(const WeightGradPass& pass, const WeightGradPlan& plan, void* workspace,
+                   int part);
 ReduceJob sums_job(const WeightGradPass& pass, const WeightGradPlan& plan, void* workspace);
 ReduceJob down_job(const WeightGradPass& pass, const WeightGradPlan& plan, void* workspace);
+// Of every gradient of a pass.
+void add_grad_jobs(const WeightGradPass& pass, const WeightGradPlan& plan, void* workspace,
+                   ReduceJobs& jobs);
 
 // One line for `explain`.
 std::string describe(const WeightGradPlan& plan);
@@ -81,9 +106,23 @@ struct WeightGradWork {
   uint32_t r, pitch;
   uint32_t tiles, tiles_of_split;  // of 64 columns
   uint32_t splits;
-  Dropout dropout;
 };
 WeightGradWork work_of(const WeightGradPass& pass, const WeightGradPlan& plan, void* workspace);
+
+// And with dropout. A type of its own: with parameters that much longer ptxas spills in the kernel
+// of 256 ranks with a down projection.
+struct MaskedPart {
+  uint32_t first, end;  // ranks
+  Dropout dropout;
+};
+struct MaskedGradWork : WeightGradWork {
+  uint32_t part_count;
+  MaskedPart parts[kMaxGroup];
+};
+MaskedGradWork masked_work_of(const WeightGradPass& pass, const WeightGradPlan& plan,
+                              void* workspace);
+template <bool kDropout>
+using WorkOf = std::conditional_t<kDropout, MaskedGradWork, WeightGradWork>;
 
 // TMA's view of the operands, in the order of the kernel's parameters.
 struct WeightGradMaps {

@@ -12,7 +12,7 @@ template <class Tile, class T, bool kDown, bool kDropout>
 __global__ void weight_grad_sm90_kernel(const __grid_constant__ ptx::TensorMap,
                                         const __grid_constant__ ptx::TensorMap,
                                         const __grid_constant__ ptx::TensorMap,
-                                        const WeightGradWork) {
+                                        const WorkOf<kDropout>) {
   __trap();  // never launched: the plan asks whether sm_90a is in the library
 }
 }  // namespace lora_kernels
@@ -33,9 +33,9 @@ cudaError_t launch_typed(const WeightGradPass& pass, const WeightGradPlan& plan,
   if (error == cudaSuccess) error = encode_tensor_map(specs.down, &down_map);
   if (error != cudaSuccess) return error;
   error = cudaErrorInvalidConfiguration;
-  with_weight_grad_sm90<T>(pass, plan, [&](auto kernel) {
+  with_weight_grad_sm90<T>(pass, plan, workspace, [&](auto kernel, const auto& work) {
     error = launch_kernel(kernel, grid_of(plan), plan.threads, plan.shared_bytes, stream, false,
-                          x_map, h_map, down_map, work_of(pass, plan, workspace));
+                          x_map, h_map, down_map, work);
   });
   return error;
 }

@@ -5,18 +5,18 @@
 
 namespace lora_kernels {
 
-// Calls launch(kernel).
+// Calls launch(kernel, what it is told).
 template <class T, class Launch>
-void with_weight_grad_sm90(const WeightGradPass& pass, const WeightGradPlan& plan,
+void with_weight_grad_sm90(const WeightGradPass& pass, const WeightGradPlan& plan, void* workspace,
                            const Launch& launch) {
   with_weight_grad_tile(plan.rank, [&](auto tile) {
     using Tile = decltype(tile);
     if (pass.with_down)
-      launch(weight_grad_sm90_kernel<Tile, T, true, false>);
-    else if (pass.grad.dropout.seed != nullptr)
-      launch(weight_grad_sm90_kernel<Tile, T, false, true>);
+      launch(weight_grad_sm90_kernel<Tile, T, true, false>, work_of(pass, plan, workspace));
+    else if (pass.masked())
+      launch(weight_grad_sm90_kernel<Tile, T, false, true>, masked_work_of(pass, plan, workspace));
     else
-      launch(weight_grad_sm90_kernel<Tile, T, false, false>);
+      launch(weight_grad_sm90_kernel<Tile, T, false, false>, work_of(pass, plan, workspace));
   });
 }
 

@@ -95,12 +95,12 @@ __device__ __forceinline__ void mask_rows(uint32_t x, const LaneDropout& dropout
   ptx::fence_async_shared();
 }
 
-// 16 rows of partial results from `row` on, as wgmma leaves them: the first `columns` of each, a
-// multiple of 4 with the padding, where row < rows.
+// 16 rows of partial results from `row` on, as wgmma leaves them, where row < rows: columns
+// [first, end) of each, multiples of 4 with the padding.
 template <int kCount>
 __device__ __forceinline__ void store_partials(float* to, int64_t pitch, int64_t row, int64_t rows,
-                                               uint32_t columns, const float (&sum)[kCount],
-                                               uint32_t lane) {
+                                               uint32_t first, uint32_t end,
+                                               const float (&sum)[kCount], uint32_t lane) {
   LK_UNROLL
   for (int half = 0; half < 2; ++half) {
     const int64_t r = row + lane / 4 + half * 8;
@@ -108,7 +108,7 @@ __device__ __forceinline__ void store_partials(float* to, int64_t pitch, int64_t
     LK_UNROLL
     for (int n = 0; n < kCount / 4; ++n) {
       const uint32_t column = n * 8 + lane % 4 * 2;
-      if (column < columns)
+      if (column >= first && column < end)
         ptx::store_global_pair(to + r * pitch + column, sum[4 * n + 2 * half],
                                sum[4 * n + 2 * half + 1]);
     }

@@ -77,6 +77,18 @@ py::dict backward(const std::vector<Array>& operands, const std::vector<py::dict
   return found;
 }
 
+py::dict run_pass(const WeightGradPass& pass, const Scalars& s) {
+  WeightGradPlan plan = plan_weight_grad(pass, s.target);
+  if (!plan.served) throw py::value_error(plan.reason);
+  Workspace workspace(place_weight_grad(pass, plan), 0, 0);
+  std::vector<emu::Launch> launches;
+  emu::add_weight_grad(pass, plan, s.target, workspace.begin, launches);
+  py::dict found = run(launches, s.options);
+  found["text"] = describe(plan);
+  found["cycles"] = plan.cycles;
+  return found;
+}
+
 // grad [r, K] = scale h^T select(mask, x, 0).
 py::dict weight_grad(const Array& h, const Array& x, const py::array& grad, const py::dict& given) {
   const Scalars s = scalars_of(given);
@@ -94,14 +106,38 @@ py::dict weight_grad(const Array& h, const Array& x, const py::array& grad, cons
                h.shape(1),
                s.up_scale,
                dropout_of(s)};
-  WeightGradPlan plan = plan_weight_grad(pass, s.target);
-  if (!plan.served) throw py::value_error(plan.reason);
-  Workspace workspace(place_weight_grad(pass, plan), 0, 0);
-  std::vector<emu::Launch> launches;
-  emu::add_weight_grad(pass, plan, s.target, workspace.begin, launches);
-  py::dict found = run(launches, s.options);
-  found["text"] = describe(plan);
-  return found;
+  return run_pass(pass, s);
+}
+
+// Of parts (first, grad, scale, seed, threshold): grad [ranks, K] = scale h^T select(mask, x, 0),
+// with columns [first, first + ranks) of h.
+using GivenPart = std::tuple<int64_t, py::array, float, std::vector<int64_t>, uint32_t>;
+
+py::dict weight_grad_group(const Array& h, const Array& x, const std::vector<GivenPart>& parts,
+                           const py::dict& given) {
+  const Scalars s = scalars_of(given);
+  if (parts.size() > kMaxGroup) throw py::value_error("a group has at most five parts");
+  emu::global.clear();
+  add_buffer("h", h, emu::Use::input);
+  add_buffer("x", x, emu::Use::input);
+  WeightGradPass pass{};
+  pass.with_grad = h.shape(1) > 0;
+  pass.grad = {matrix_of(h, s.is_bf16),
+               matrix_of(x, s.is_bf16),
+               {},
+               x.shape(0),
+               x.shape(1),
+               h.shape(1),
+               1.0f,
+               {}};
+  for (const auto& [first, grad, scale, seed, threshold] : parts) {
+    add_result("grad", grad);
+    const Dropout dropout{seed.empty() ? nullptr : seed.data(), static_cast<int>(seed.size()),
+                          threshold};
+    pass.parts[pass.part_count++] = {first, grad.shape(0), result_of(grad, s.is_bf16), scale,
+                                     dropout};
+  }
+  return run_pass(pass, s);
 }
 
 // (what, pair, column, slice, index) of each item.
@@ -124,5 +160,6 @@ void define_backward(py::module_& m) {
   m.def("backward_plan", &backward_plan);
   m.def("backward", &backward);
   m.def("weight_grad", &weight_grad);
+  m.def("weight_grad_group", &weight_grad_group);
   m.def("backward_order", &backward_order);
 }

@@ -14,11 +14,11 @@ std::function<void()> weight_grad_body(const WeightGradPass& pass, const WeightG
                                        void* workspace) {
   const WeightGradMaps specs = maps_of(pass, plan, workspace);
   const TensorMap x = encode(specs.x), h = encode(specs.h), down = encode(specs.down);
-  const WeightGradWork work = work_of(pass, plan, workspace);
   std::function<void()> body;
   with_type(pass.grad.x.dtype, [&](auto type) {
     with_weight_grad_sm90<decltype(type)>(
-        pass, plan, [&](auto kernel) { body = [=] { kernel(x, h, down, work); }; });
+        pass, plan, workspace,
+        [&](auto kernel, const auto& work) { body = [=] { kernel(x, h, down, work); }; });
   });
   return body;
 }
