@@ -79,7 +79,7 @@ int run_backward_group(const BackwardArgs* args, int count, const BackwardGroupP
     WeightGradPlan x = plan.x_pass;
     x.h.from = pass.grad.h;
     if (error == 0 && !x.empty) error = launcher.weight_grad(pass, x, workspace);
-    for (int part = 0; part < pass.part_count; ++part) last.add(grad_job(pass, x, workspace, part));
+    add_grad_jobs(pass, x, workspace, last);
   }
   if (error == 0 && last.count > 0) error = launcher.reduce(last);
   return error;
