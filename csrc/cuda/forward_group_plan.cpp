@@ -17,11 +17,11 @@ void plan_h(const ForwardArgs& args, const ForwardPlan& alone, int i, ForwardGro
 const char* plan_joined(const ForwardArgs* args, const Target& target, ForwardGroupPlan& plan) {
   DownProjArgs joined[kMaxGroup];
   for (int i = 0; i < plan.joined_count; ++i) {
-    const int p = plan.joined[i];
-    joined[i] = down_args_of(args[p], plan, p, nullptr);
-    plan.lora_a[p] = tma_operand(args[p].down.down, args[p].down.r, args[p].down.K);
-    joined[i].down = plan.lora_a[p].at(nullptr);
+    const DownProjArgs& down = args[plan.joined[i]].down;
+    plan.lora_a[plan.joined[i]] = tma_operand(down.down, down.r, down.K);
   }
+  joined_args_of(args, plan, nullptr, joined);
+
   if (plan.joined_count == 0) return nullptr;
   plan.down = plan_down_proj_group(joined, plan.joined_count, target);
   return plan.down.served ? nullptr : plan.down.reason;

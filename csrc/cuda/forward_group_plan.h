@@ -44,6 +44,21 @@ inline DownProjArgs down_args_of(const ForwardArgs& args, const ForwardGroupPlan
   return down;
 }
 
+// Those of one launch; where only some have a mask, the others keep all that they draw.
+inline void joined_args_of(const ForwardArgs* args, const ForwardGroupPlan& plan, void* workspace,
+                           DownProjArgs* joined) {
+  Dropout keeps{nullptr, 0, 0};
+  for (int i = 0; i < plan.joined_count; ++i) {
+    const int p = plan.joined[i];
+    joined[i] = down_args_of(args[p], plan, p, workspace);
+    joined[i].down = plan.lora_a[p].at(workspace);
+    if (joined[i].dropout.seed != nullptr)
+      keeps = {joined[i].dropout.seed, joined[i].dropout.seed_len, 0};
+  }
+  for (int i = 0; i < plan.joined_count; ++i)
+    if (joined[i].dropout.seed == nullptr) joined[i].dropout = keeps;
+}
+
 // Makes the launches of a plan, in order, through `launcher` (see run_forward), until one does not
 // return 0.
 //
@@ -62,12 +77,9 @@ int run_forward_group(const ForwardArgs* args, int count, const ForwardGroupPlan
                                    args[i].down.h.data, each[i].M, each[i].r};
     adapted |= each[i].r > 0;
   }
-  for (int i = 0; i < plan.joined_count; ++i) {
-    const int p = plan.joined[i];
-    before.add(plan.lora_a[p], workspace);
-    joined[i] = each[p];
-    joined[i].down = plan.lora_a[p].at(workspace);
-  }
+  joined_args_of(args, plan, workspace, joined);
+  for (int i = 0; i < plan.joined_count; ++i) before.add(plan.lora_a[plan.joined[i]], workspace);
+
   FusedGemmGroup gemm = plan.gemm;
   for (int i = 0; i < plan.output_count; ++i) {
     gemm.plans[i].h.from = gemm.args[i].h = each[plan.outputs[i]].h;
