@@ -12,6 +12,7 @@ SM80, SM90 = "csrc/cuda/down_proj_sm80.cuh", "csrc/cuda/down_proj_sm90.cuh"
 DROPOUT, STORE = "csrc/cuda/dropout.cuh", "csrc/cuda/store_h.cuh"
 DROPPED = "csrc/cuda/dropped_tile.cuh"
 PLAN, PLAN_HEADER = "csrc/cuda/down_proj_plan.cpp", "csrc/cuda/down_proj_plan.h"
+WORK = "csrc/cuda/down_proj_work.h"
 DESCRIPTOR, OPERAND = "csrc/cuda/descriptor.h", "csrc/cuda/tma_operand.h"
 PROBES = "tests/emulator/probes.cuh"
 
@@ -39,6 +40,10 @@ def sm90(name: str, text: str, replacement: str, file: str = SM90) -> Mutant:
 
 def plan(name: str, text: str, replacement: str, suite: str) -> Mutant:
     return Mutant(name, PLAN, text, replacement, ("down_proj",), suite)
+
+
+def group(name: str, text: str, replacement: str, file: str = SM90) -> Mutant:
+    return Mutant(name, file, text, replacement, BOTH[1:], "group")
 
 
 def probe(name: str, text: str, replacement: str, suite: str) -> Mutant:
@@ -94,16 +99,16 @@ KILLED = [
     sm90("stages overwritten while read",
          "ptx::named_barrier_sync<1>(256);", ""),
     sm90("sums read before they are written", "  ptx::named_barrier_sync<2>(256);\n", ""),
-    sm90("one warpgroup forgotten", "sum[4 * n + e] + ptx::load_shared(at(4 * n + e))",
-         "sum[4 * n + e]"),
+    sm90("one warpgroup forgotten", "sum[i] += ptx::load_shared(at(i))",
+         "sum[i] += 0 * ptx::load_shared(at(i))"),
     sm90("barrier of the wrong size", "ptx::named_barrier_sync<1>(256)",
          "ptx::named_barrier_sync<1>(128)"),
     # dropout
     sm90("mask shifted by a fragment",
          "apply_dropout(a[j], dropout, column + step * kMmaDepth, kept >> 8 * step)",
          "apply_dropout(a[j], dropout, column + step * kMmaDepth + 16, kept >> 8 * step)", DROPPED),
-    sm90("mask rows of another warp", "load_dropout(args.dropout, row + warp % 4 * 16, lane)",
-         "load_dropout(args.dropout, row, lane)"),
+    sm90("mask rows of another warp", "dropout, row + warp % 4 * 16, lane)",
+         "dropout, row, lane)"),
     sm90("threshold itself dropped", "kMaskBits), d.threshold)", "kMaskBits), d.threshold + 65537)",
          DROPOUT),
     sm90("mask registers exchanged", "words.v[v] & (kMaskBits", "words.v[v ^ 1] & (kMaskBits",
@@ -154,7 +159,7 @@ KILLED = [
     # host side
     plan("stride of a single row", "rows > 1 ? m.row_stride : width()",
          "rows > 1 ? m.row_stride : columns", "sm90")._replace(file=OPERAND),
-    plan("box of the wrong height", ".map(nullptr, plan.rows)", ".map(nullptr, 32)", "sm90"),
+    plan("box of the wrong height", ".map(nullptr, plan.tile.rows)", ".map(nullptr, 32)", "sm90"),
     sm80("rank blocks write over one another", "(args.h.data) + first * args.h.col_stride",
          "(args.h.data)", PLAN_HEADER),
     sm90("every rank block loads the first", "k, rank);", "k, 0);"),
@@ -162,6 +167,33 @@ KILLED = [
     plan("alignment ignored", "m.col_stride == 1 && reinterpret_cast<uintptr_t>(m.data) % 16 == 0 "
          "&& (rows == 1 || m.row_stride % 8 == 0)", "m.col_stride == 1",
          "sm80")._replace(file=OPERAND),
+    # groups
+    group("box an atom too far", "work.place[p].column * kRowBytes",
+          "(work.place[p].column + 8) * kRowBytes"),
+    group("every projection loads the first", "maps.down + p", "maps.down"),
+    group("first columns of a projection left out", "if (n >= begin)", "if (n > begin)"),
+    group("columns of the tile", "n - begin, block", "n, block"),
+    group("every projection stores to the first", "rank_slice(work.each[p],",
+          "rank_slice(work.each[share.first],"),
+    group("pairs of the first h", "work.place[p].h_pairs", "work.place[0].h_pairs"),
+    group("mask of the first projection", "work.each[share.first].dropout", "work.each[0].dropout"),
+    group("every block the first part", "blockIdx.x % work.parts", "0"),
+    group("rows of a block for each part", "blockIdx.x / work.parts}", "blockIdx.x}"),
+    group("last projection of a part left out", "work.place[last].part <= part",
+          "work.place[last].part < part", WORK),
+    group("first projection of a part left out", "while (first > 0 &&", "while (first > 1 &&",
+          WORK),
+    group("every slice the first", "(part - begin) * tile_rank", "0", WORK),
+    plan("ranks not padded to atoms", "padded = ceil_div(each[i].r, 8) * 8", "padded = each[i].r",
+         "group"),
+    plan("more ranks than a tile has", "used + padded > kMaxRank", "used > kMaxRank", "group"),
+    plan("one mask for a tile", "dropout || padded > kMaxRank", "padded > kMaxRank", "group"),
+    plan("part of a slice shared", "dropout || padded > kMaxRank", "dropout", "group"),
+    plan("last tile not counted", "if (used > 0) ++parts;", "", "group"),
+    plan("boxes over one another", "(shared ? plan.place[i + 1].column : t.rank)", "(t.rank)",
+         "group"),
+    plan("a tile for each projection", "if (used > 0 && (alone ||", "if (used > 0 && (true ||",
+         "group"),
     # clusters, by the probe
     probe("no multicast", "kBoth = 3", "kBoth = 1", "gemm"),
     probe("empty counts one block", "8 * P::kCluster);", "8);", "gemm"),

@@ -51,6 +51,15 @@ DOWN_PROJ = [
     ("sm80", (20, 72, 100), False, [], False, MANY),
     ("sm80", (70, 200, 24), False, [], False, FEW, True),
 ]
+# (M, K), ranks, seeds, parts. Together: several projections in a tile, in several tiles, slices of
+# one, a mask each.
+GROUPS = [
+    ((130, 328), (8, 3, 9), [], 1),
+    ((70, 1160), (120, 40, 100, 9), [], 2),
+    ((70, 72), (24, 300, 5, 8), [], 4),
+    ((130, 136), (16, 7, 16), [[5, 6], [6, 6, 16, 32], [7, 6, 3, 21]], 3),
+    ((70, 72), (300, 24), [[5, 6], [5, 7]], 3),
+]
 
 
 def ternary(generator: np.random.Generator, *shape: int, keep: int) -> np.ndarray:
@@ -87,6 +96,25 @@ def down_proj_problem(
         seed=np.array(seed, np.int64), padded=np.array(padded), threshold=np.array(threshold),
         multiprocessors=np.array(multiprocessors), far=np.array(far),
     )  # fmt: skip
+
+
+def group_problem(shape, ranks, seeds, parts) -> dict[str, np.ndarray]:
+    m, k = shape
+    g = np.random.default_rng(m + k + sum(ranks))
+    x, *downs = (ternary(g, n, k, keep=40) for n in (m, *ranks))
+    kept, threshold = [np.ones((m, k), bool)] * len(ranks), 0
+    if seeds:
+        _, threshold = masked(seeds[0], x, downs[0])
+        kept = [dropout.reference_mask(torch.tensor(s), m, k, threshold).numpy() for s in seeds]
+    options = dict(
+        count=len(ranks), seeds=seeds or [[] for _ in ranks], threshold=threshold,
+        scales=[2.0 * (1 + i) for i in range(len(ranks))],
+    )  # fmt: skip
+    found = {"x": bf16(x), "options": np.array(json.dumps(options))}
+    found["bytes"] = np.array(2 * k * (parts * m + -(-m // 64) * sum(ranks)))
+    for i, down in enumerate(downs):
+        found |= {f"down{i}": bf16(down), f"h{i}": exact(2 * (1 + i) * (x * kept[i]) @ down.T)}
+    return found
 
 
 # (M, N, K, r), options, and what else is odd about it. Together: every tile, a ring that wraps,
@@ -224,6 +252,7 @@ def gemm_problem(trans_a: bool, trans_b: bool) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="session")
 def problems(tmp_path_factory) -> Path:
     found = {f"{c[0]}-{i}": down_proj_problem(*c[1:]) for i, c in enumerate(DOWN_PROJ)}
+    found |= {f"group-{i}": group_problem(*c) for i, c in enumerate(GROUPS)}
     found |= {f"forward-{i}": forward_problem(*c) for i, c in enumerate(FORWARD)}
     for i, case in enumerate(BACKWARD):
         kind = "grid" if case[1]["form"] == "one_grid" else "passes"
@@ -271,7 +300,7 @@ def plant(mutant: Mutant, tree: Path) -> Path:
         kernel.write_text(text)
     encode = tree / "tests/emulator/encode.h"
     encode.write_text(encode.read_text().replace("F16{}", "Bf16{}"))
-    if mutant.suite in ("sm80", "sm90"):  # else down_proj takes what its plan says
+    if mutant.suite in ("sm80", "sm90", "group"):  # else down_proj takes what its plan says
         forget_unused_tiles(tree / "csrc/cuda/down_proj_plan.h")
     return build.build_mutant(tree, mutant.sources)
 

@@ -12,7 +12,11 @@ cudaError_t launch_down_proj_sm80(const DownProjArgs& args, const DownProjPlan& 
                                   cudaStream_t stream);
 cudaError_t launch_down_proj_sm90(const DownProjArgs& args, const DownProjPlan& plan,
                                   cudaStream_t stream);
+// `count` projections of one x, for which the plan was made.
+cudaError_t launch_down_proj_group(const DownProjArgs* each, int count,
+                                   const DownProjGroupPlan& plan, cudaStream_t stream);
 
+// Of sm_80.
 inline dim3 grid_of(const DownProjPlan& plan) {
   return dim3(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(plan.rank_blocks));
 }

@@ -56,8 +56,9 @@ bool streams(const DownProjArgs& a, const TileFacts& t, int multiprocessors) {
   return busy * t.stages * t.rows * kRowBytes >= kInFlight * multiprocessors;
 }
 
-// nullptr if the sm_90 kernel serves the call, else why it does not.
-const char* not_sm90(const DownProjArgs& a, const DownProjLayout& layout, const Target& target) {
+// nullptr if the sm_90 kernel can serve the call, else why it cannot.
+const char* not_addressable(const DownProjArgs& a, const DownProjLayout& layout,
+                            const Target& target) {
   const int64_t down_stride = layout.mn_major ? a.down.col_stride : a.down.row_stride;
   const int64_t down_width = layout.mn_major ? a.r : a.K, down_rows = layout.mn_major ? a.K : a.r;
   if (const char* reason = no_sm90a(target)) return reason;
@@ -70,9 +71,43 @@ const char* not_sm90(const DownProjArgs& a, const DownProjLayout& layout, const 
     return "dropout with a transposed A has no TMA kernel";
   if (a.M >= kTmaLimit || a.K >= kTmaLimit)
     return "a dimension is past 2^31, which TMA cannot address";
+  return nullptr;
+}
+
+// nullptr if it is the best kernel too.
+const char* not_sm90(const DownProjArgs& a, const DownProjLayout& layout, const Target& target) {
+  if (const char* reason = not_addressable(a, layout, target)) return reason;
   if (!streams(a, sm90_tile(a, layout), target.multiprocessors))
     return "too few rows: lower tiles fill the device";
   return nullptr;
+}
+
+bool same_x(const DownProjArgs& a, const DownProjArgs& b) {
+  return a.x.data == b.x.data && a.x.row_stride == b.x.row_stride &&
+         a.x.col_stride == b.x.col_stride && a.x.dtype == b.x.dtype && a.M == b.M && a.K == b.K;
+}
+
+// nullptr if one launch can serve the group.
+const char* not_group(const DownProjArgs* each, int count, const Target& target) {
+  if (count < 1 || count > kMaxGroup) return "a launch has no place for so many projections";
+  for (int i = 0; i < count; ++i) {
+    const DownProjArgs& a = each[i];
+    const DownProjLayout layout = layout_of(a);
+    if (!same_x(a, each[0])) return "the projections do not share x";
+    if ((a.dropout.seed != nullptr) != (each[0].dropout.seed != nullptr))
+      return "some projections have dropout and others have none";
+    if (a.r <= 0) return "a projection has no ranks";
+    if (layout.mn_major) return "a transposed A has a launch of its own";
+    if (a.M <= 0) continue;
+    if (const char* reason = not_addressable(a, layout, target)) return reason;
+  }
+  return nullptr;
+}
+
+DownProjPlan plan_of(DownProjKernel kernel, int64_t M, const TileFacts& t, int64_t rank_blocks,
+                     const DownProjLayout& layout, const char* reason) {
+  return {kernel,         t.rank,          t.rows,      t.depth, t.stages, t.threads,
+          t.shared_bytes, blocks_of(M, t), rank_blocks, layout,  reason};
 }
 
 }  // namespace
@@ -85,17 +120,51 @@ DownProjPlan plan_down_proj(const DownProjArgs& args, const Target& target) {
   const bool sm90 = reason == nullptr;
   const bool tall = (args.M + 63) / 64 >= target.multiprocessors;
   const TileFacts t = sm90 ? sm90_tile(args, layout) : tile_of(kSm80Tiles, tall ? 64 : 16, args.r);
-  return {sm90 ? DownProjKernel::sm90 : DownProjKernel::sm80,
-          t.rank,
-          t.rows,
-          t.depth,
-          t.stages,
-          t.threads,
-          t.shared_bytes,
-          blocks_of(args.M, t),
-          (args.r + t.rank - 1) / t.rank,
-          layout,
-          sm90 ? "TMA and wgmma: x and down lie as TMA needs them" : reason};
+  return plan_of(sm90 ? DownProjKernel::sm90 : DownProjKernel::sm80, args.M, t,
+                 ceil_div(args.r, t.rank), layout,
+                 sm90 ? "TMA and wgmma: x and down lie as TMA needs them" : reason);
+}
+
+DownProjGroupPlan plan_down_proj_group(const DownProjArgs* each, int count, const Target& target) {
+  DownProjGroupPlan plan{};
+  plan.reason = not_group(each, count, target);
+  plan.served = plan.reason == nullptr;
+  if (!plan.served) return plan;
+  const bool dropout = each[0].dropout.seed != nullptr;
+  plan.reason = dropout ? "x comes once from memory, and from L2 for each other mask"
+                        : "x is read once for all that share a tile";
+  plan.tile.reason = "h is empty";
+  if (each[0].M <= 0) return plan;
+
+  // `used`: columns of the part at hand, which is no part yet if there are none.
+  int64_t parts = 0, used = 0, widest = 0;
+  for (int i = 0; i < count; ++i) {
+    const int64_t padded = ceil_div(each[i].r, 8) * 8;
+    const bool alone = dropout || padded > kMaxRank;
+    if (used > 0 && (alone || used + padded > kMaxRank)) {
+      ++parts;
+      used = 0;
+    }
+    plan.place[i] = {parts, static_cast<int>(used), 0, layout_of(each[i]).h_pairs};
+    widest = std::max(widest, used + padded);
+    if (alone)
+      parts += ceil_div(each[i].r, kMaxRank);
+    else
+      used += padded;
+  }
+  if (used > 0) ++parts;
+  const TileFacts t = tile_of(kSm90Tiles, 64, widest);
+  for (int i = 0; i < count; ++i) {
+    const bool shared = i + 1 < count && plan.place[i + 1].part == plan.place[i].part;
+    plan.place[i].box_rows = (shared ? plan.place[i + 1].column : t.rank) - plan.place[i].column;
+  }
+  plan.tile = plan_of(DownProjKernel::sm90, each[0].M, t, parts, layout_of(each[0]), plan.reason);
+  return plan;
+}
+
+DownProjGroupPlan group_of_one(const DownProjPlan& plan) {
+  const int box_rows = plan.layout.mn_major ? int{kRowElements} : plan.rank;
+  return {true, plan.reason, plan, {{0, 0, box_rows, plan.layout.h_pairs}}};
 }
 
 std::string describe(const DownProjPlan& p) {
@@ -108,14 +177,18 @@ std::string describe(const DownProjPlan& p) {
          p.reason + ")";
 }
 
-TensorMapSpec x_map_spec(const DownProjArgs& a, const DownProjPlan& plan) {
-  return tma_operand(a.x, a.M, a.K).map(nullptr, plan.rows);
+std::string describe(const DownProjGroupPlan& plan) {
+  return plan.served ? describe(plan.tile) : plan.reason;
 }
 
-TensorMapSpec down_map_spec(const DownProjArgs& a, const DownProjPlan& plan) {
-  if (plan.layout.mn_major)
-    return tma_operand(transposed(a.down), a.K, a.r).map(nullptr, kRowElements);
-  return tma_operand(a.down, a.r, a.K).map(nullptr, plan.rank);
+TensorMapSpec x_map_spec(const DownProjArgs& a, const DownProjGroupPlan& plan) {
+  return tma_operand(a.x, a.M, a.K).map(nullptr, plan.tile.rows);
+}
+
+TensorMapSpec down_map_spec(const DownProjArgs& a, const DownProjGroupPlan& plan, int index) {
+  const TmaOperand down = plan.tile.layout.mn_major ? tma_operand(transposed(a.down), a.K, a.r)
+                                                    : tma_operand(a.down, a.r, a.K);
+  return down.map(nullptr, plan.place[index].box_rows);
 }
 
 }  // namespace lora_kernels

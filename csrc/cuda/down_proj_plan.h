@@ -113,9 +113,34 @@ DownProjPlan plan_down_proj(const DownProjArgs& args, const Target& target);
 
 // One line for `explain`.
 std::string describe(const DownProjPlan& plan);
-// What TMA loads: boxes of 64 rows of x, and of all ranks of a block or 64 k-rows of down.
-TensorMapSpec x_map_spec(const DownProjArgs& args, const DownProjPlan& plan);
-TensorMapSpec down_map_spec(const DownProjArgs& args, const DownProjPlan& plan);
+
+// ---- several projections of one x, by one launch of the sm_90a kernel ---------------------------
+
+// Where a projection lies. A part is a tile of ranks, which blocks of all rows compute: projections
+// side by side, or a slice of one of more ranks than a tile has. Under dropout each projection has
+// parts of its own, since its x is masked by its own seed.
+struct DownProjPlace {
+  int64_t part;  // its first
+  int column;    // of the tile, where its ranks begin: a multiple of 8, whole swizzle atoms
+  int box_rows;  // of `down` as TMA loads it: up to the next projection, or to the tile's end
+  bool h_pairs;  // as in DownProjLayout
+};
+
+struct DownProjGroupPlan {
+  bool served;
+  const char* reason;  // why not, or why so
+  DownProjPlan tile;   // rank_blocks: the parts
+  DownProjPlace place[kMaxGroup];
+};
+
+// `each`: `count` projections of ranks that are not 0. Few rows are no reason against it.
+DownProjGroupPlan plan_down_proj_group(const DownProjArgs* each, int count, const Target& target);
+// A single call that the sm_90a kernel serves.
+DownProjGroupPlan group_of_one(const DownProjPlan& plan);
+std::string describe(const DownProjGroupPlan& plan);
+// What TMA loads: boxes of 64 rows of x, and of ranks or 64 k-rows of down.
+TensorMapSpec x_map_spec(const DownProjArgs& args, const DownProjGroupPlan& plan);
+TensorMapSpec down_map_spec(const DownProjArgs& args, const DownProjGroupPlan& plan, int index);
 
 // The same call for `count` ranks from `first` on.
 LK_SHARED_FUNCTION DownProjArgs rank_slice(const DownProjArgs& args, int64_t first, int64_t count) {

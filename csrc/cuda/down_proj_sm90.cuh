@@ -1,11 +1,15 @@
-// h [M, r] = scale * dropout(x) [M, K] * down [r, K]^T by TMA and wgmma.
+// h [M, r] = scale * dropout(x) [M, K] * down [r, K]^T by TMA and wgmma, for projections that share
+// x.
 //
-// One block computes 64 rows of h over all of K, so x is read once. Warp 8 loads 64x64 tiles of x
-// and the tile of `down` beside them into a ring of stages; two warpgroups take the stages in turns
-// and add their two sums at the end, always in the same order. Without dropout wgmma reads x from
-// shared memory; with it, x passes through registers, where the mask is drawn.
+// One block computes a part, 64 rows over all of K by a tile of ranks: those of one projection, or
+// without dropout of several side by side. Warp 8 loads 64x64 tiles of x and the tile of `down`
+// beside them into a ring of stages; two warpgroups take the stages in turns and add their two sums
+// at the end, always in the same order. Without dropout wgmma reads x from shared memory; with it,
+// x passes through registers, where the mask is drawn.
+//
+// Parts of the same rows are neighbours in the grid: x comes once from memory, else from L2.
 #pragma once
-#include "down_proj_plan.h"
+#include "down_proj_work.h"
 #include "dropped_tile.cuh"
 #include "store_h.cuh"
 
@@ -24,8 +28,10 @@ struct DownProjRing {
 template <class Tile, bool kMnMajor>
 __device__ __forceinline__ void load_stages(const DownProjRing<Tile>& ring,
                                             const ptx::TensorMap* x_map,
-                                            const ptx::TensorMap* down_map, int row, int rank,
-                                            uint32_t blocks_k) {
+                                            const DownProjMaps<ptx::TensorMap>& maps,
+                                            const DownProjWork& work, const DownProjShare& share,
+                                            int row, uint32_t blocks_k) {
+  const auto rank = static_cast<int>(share.rank);
   constexpr uint32_t kPanelBytes = kRowElements * kRowBytes;
 #pragma unroll 1
   for (uint32_t i = 0; i < blocks_k; ++i) {
@@ -37,9 +43,12 @@ __device__ __forceinline__ void load_stages(const DownProjRing<Tile>& ring,
     if constexpr (kMnMajor) {
       LK_UNROLL
       for (int p = 0; p < Tile::kRank / 64; ++p)
-        ptx::tma_load(ring.down(s) + p * kPanelBytes, down_map, ring.full(s), rank + p * 64, k);
+        ptx::tma_load(ring.down(s) + p * kPanelBytes, maps.down, ring.full(s), rank + p * 64, k);
     } else {
-      ptx::tma_load(ring.down(s), down_map, ring.full(s), k, rank);
+#pragma unroll 1
+      for (int p = share.first; p < share.last; ++p)
+        ptx::tma_load(ring.down(s) + work.place[p].column * kRowBytes, maps.down + p, ring.full(s),
+                      k, rank);
     }
   }
 }
@@ -97,13 +106,12 @@ __device__ __forceinline__ void multiply_dropped_stages(float (&sum)[Tile::kRank
   ptx::wgmma_keep(sum);
 }
 
-// Warpgroup 0 adds the sums of warpgroup 1 to its own and writes h.
+// Warpgroup 0 adds the sums of warpgroup 1 to its own and writes each projection's h.
 template <class Tile, class T>
-__device__ __forceinline__ void add_and_store(const DownProjArgs& args, bool pairs,
+__device__ __forceinline__ void add_and_store(const DownProjWork& work, const DownProjShare& share,
                                               float (&sum)[Tile::kRank / 2], uint32_t shared,
                                               int64_t row, uint32_t thread) {
   const auto at = [&](int i) { return shared + (i * 128 + thread % 128) * 4; };
-  const uint32_t lane = thread % 32;
   ptx::named_barrier_sync<1>(256);  // all stages were multiplied: their memory is free
   if (thread >= 128) {
     LK_UNROLL
@@ -113,29 +121,35 @@ __device__ __forceinline__ void add_and_store(const DownProjArgs& args, bool pai
   }
   ptx::named_barrier_sync<2>(256);
   LK_UNROLL
-  for (int n = 0; n < Tile::kRank / 8; ++n) {
-    float block[4];
+  for (int i = 0; i < Tile::kRank / 2; ++i) sum[i] += ptx::load_shared(at(i));
+#pragma unroll 1
+  for (int p = share.first; p < share.last; ++p) {
+    const DownProjArgs args = rank_slice(work.each[p], share.rank, Tile::kRank);
+    const int begin = work.place[p].column / 8;
     LK_UNROLL
-    for (int e = 0; e < 4; ++e) block[e] = sum[4 * n + e] + ptx::load_shared(at(4 * n + e));
-    store_h<T>(args, pairs, row + thread / 32 * 16, n, block, lane);
+    for (int n = 0; n < Tile::kRank / 8; ++n) {
+      const float block[4] = {sum[4 * n], sum[4 * n + 1], sum[4 * n + 2], sum[4 * n + 3]};
+      if (n >= begin)  // past its last rank store_h stores nothing
+        store_h<T>(args, work.place[p].h_pairs, row + thread / 32 * 16, n - begin, block,
+                   thread % 32);
+    }
   }
 }
 
 template <class Tile, class T, bool kMnMajor, bool kDropout>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     down_proj_sm90_kernel(const __grid_constant__ ptx::TensorMap x_map,
-                          const __grid_constant__ ptx::TensorMap down_map, const DownProjArgs all,
-                          const bool h_pairs) {
+                          const __grid_constant__ DownProjMaps<ptx::TensorMap> down_maps,
+                          const __grid_constant__ DownProjWork work) {
   static_assert(!(kMnMajor && kDropout), "the masked form takes a K-major down only");
   constexpr uint32_t kProducer = 4 * Tile::kConsumers;
   ptx::grid_launch_dependents();  // who needs h waits for it
   const uint32_t thread = threadIdx.x, lane = thread % 32;
   const uint32_t warp = ptx::warp_uniform(thread / 32);
   const DownProjRing<Tile> ring;
-  const int64_t row = int64_t{blockIdx.x} * Tile::kRows;
-  const int64_t rank = int64_t{blockIdx.y} * Tile::kRank;
-  const DownProjArgs args = rank_slice(all, rank, Tile::kRank);
-  const auto blocks_k = static_cast<uint32_t>((args.K + kRowElements - 1) / kRowElements);
+  const int64_t row = int64_t{blockIdx.x / work.parts} * Tile::kRows;
+  const DownProjShare share = share_of(work, blockIdx.x % work.parts, Tile::kRank);
+  const auto blocks_k = static_cast<uint32_t>((work.each[0].K + kRowElements - 1) / kRowElements);
 
   if (thread == 0) {
     for (uint32_t s = 0; s < Tile::kStages; ++s) {
@@ -148,19 +162,20 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 
   if (warp == kProducer) {
     if (ptx::elect_one())
-      load_stages<Tile, kMnMajor>(ring, &x_map, &down_map, static_cast<int>(row),
-                                  static_cast<int>(rank), blocks_k);
+      load_stages<Tile, kMnMajor>(ring, &x_map, down_maps, work, share, static_cast<int>(row),
+                                  blocks_k);
     return;
   }
   float sum[Tile::kRank / 2] = {};
   const uint32_t first = warp / 4;
   if constexpr (kDropout) {
-    const LaneDropout dropout = load_dropout(args.dropout, row + warp % 4 * 16, lane);
+    const LaneDropout dropout =
+        load_dropout(work.each[share.first].dropout, row + warp % 4 * 16, lane);
     multiply_dropped_stages<Tile, T>(sum, ring, first, blocks_k, dropout, warp, lane);
   } else {
     multiply_stages<Tile, T, kMnMajor>(sum, ring, first, blocks_k, lane);
   }
-  add_and_store<Tile, T>(args, h_pairs, sum, ring.base, row, thread);
+  add_and_store<Tile, T>(work, share, sum, ring.base, row, thread);
 }
 
 }  // namespace lora_kernels

@@ -16,6 +16,9 @@ struct StreamLauncher {
   cudaError_t down_proj(const DownProjArgs& args, const DownProjPlan& plan) {
     return launch_down_proj(args, plan, stream);
   }
+  cudaError_t down_proj_group(const DownProjArgs* each, int count, const DownProjGroupPlan& plan) {
+    return launch_down_proj_group(each, count, plan, stream);
+  }
   cudaError_t fused_gemm(const FusedGemmGroup& group, void* workspace, bool early) {
     return launch_fused_gemm_sm90(group, workspace, early, stream);
   }

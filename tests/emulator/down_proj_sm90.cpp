@@ -9,14 +9,17 @@ namespace emu {
 
 using namespace lora_kernels;
 
-std::function<void()> down_proj_sm90_body(const DownProjArgs& args, const DownProjPlan& plan) {
-  const TensorMap x = encode(x_map_spec(args, plan)), down = encode(down_map_spec(args, plan));
-  const bool dropout = args.dropout.seed != nullptr;
+std::function<void()> down_proj_sm90_body(const DownProjArgs* each, int count,
+                                          const DownProjGroupPlan& plan) {
+  const TensorMap x = encode(x_map_spec(each[0], plan));
+  DownProjMaps<TensorMap> down{};
+  for (int i = 0; i < count; ++i) down.down[i] = encode(down_map_spec(each[i], plan, i));
+  const DownProjWork work = work_of(each, count, plan);
   std::function<void()> body;
-  with_type(args.x.dtype, [&](auto type) {
-    with_down_proj_sm90<decltype(type)>(plan, dropout, [&](auto kernel) {
-      body = [=] { kernel(x, down, args, plan.layout.h_pairs); };
-    });
+  with_type(each[0].x.dtype, [&](auto type) {
+    with_down_proj_sm90<decltype(type)>(
+        plan.tile, each[0].dropout.seed != nullptr,
+        [&](auto kernel) { body = [=] { kernel(x, down, work); }; });
   });
   return body;
 }

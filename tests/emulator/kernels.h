@@ -11,6 +11,8 @@ namespace emu {
 // What launch_down_proj would launch, or nothing; args point into host memory.
 std::vector<Launch> down_proj_launches(const lora_kernels::DownProjArgs& args,
                                        const lora_kernels::DownProjPlan& plan);
+std::vector<Launch> down_proj_group_launches(const lora_kernels::DownProjArgs* each, int count,
+                                             const lora_kernels::DownProjGroupPlan& plan);
 // What launch_forward and launch_fused_gemm would, behind what is there, as a stream of its own.
 // `fails`: the number of a launch that fails.
 void add_forward(const lora_kernels::ForwardArgs& args, const lora_kernels::ForwardPlan& plan,
@@ -37,8 +39,8 @@ void add_weight_grad(const lora_kernels::WeightGradPass& pass,
 // The kernel on such arguments; empty if no tile was built for the plan.
 std::function<void()> down_proj_sm80_body(const lora_kernels::DownProjArgs& args,
                                           const lora_kernels::DownProjPlan& plan);
-std::function<void()> down_proj_sm90_body(const lora_kernels::DownProjArgs& args,
-                                          const lora_kernels::DownProjPlan& plan);
+std::function<void()> down_proj_sm90_body(const lora_kernels::DownProjArgs* each, int count,
+                                          const lora_kernels::DownProjGroupPlan& plan);
 std::function<void()> fused_gemm_body(const lora_kernels::FusedGemmGroup& group, void* workspace);
 std::function<void()> forward_body(const lora_kernels::ForwardArgs& args,
                                    const lora_kernels::ForwardPlan& plan, void* workspace);

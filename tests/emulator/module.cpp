@@ -7,6 +7,7 @@
 #include "calls.h"
 #include "instructions.h"
 #include "misuse.h"
+#include "recorder.h"
 
 namespace {
 
@@ -70,6 +71,35 @@ py::dict down_proj(const Array& x, const Array& down, Array h, bool is_bf16,
   add_buffer("h", h, emu::Use::output);
   return run(emu::down_proj_launches(args, plan_down_proj(args, {compute, multiprocessors, true})),
              options_of(schedule, timing, resident_blocks));
+}
+
+// Projections of one x, by one launch; a `down` and an h for each, seeds and scales likewise.
+py::dict down_proj_group(const Array& x, const std::vector<Array>& down,
+                         const std::vector<Array>& h, const py::dict& given) {
+  const Scalars s = scalars_of(given);
+  const auto seeds = given["seeds"].cast<std::vector<std::vector<int64_t>>>();
+  const auto scales = given["scales"].cast<std::vector<float>>();
+  emu::global.clear();
+  add_buffer("x", x, emu::Use::input);
+  std::vector<DownProjArgs> each;
+  for (size_t i = 0; i < down.size(); ++i) {
+    add_buffer("down", down[i], emu::Use::input);
+    add_buffer("h", h[i], emu::Use::output);
+    each.push_back(
+        down_proj_args(x, down[i], h[i], s.is_bf16, seeds.at(i), s.threshold, scales.at(i)));
+  }
+  const auto count = static_cast<int>(each.size());
+  const DownProjGroupPlan plan = plan_down_proj_group(each.data(), count, s.target);
+  if (!plan.served) throw py::value_error(plan.reason);
+  std::vector<emu::Launch> launches;
+  emu::Recorder recorder{s.target, launches};
+  recorder.down_proj_group(each.data(), count, plan);
+  py::dict found = run(launches, s.options);
+  found["rank"] = plan.tile.rank;
+  found["blocks"] = plan.tile.blocks;
+  found["parts"] = plan.tile.rank_blocks;
+  found["text"] = describe(plan);
+  return found;
 }
 
 // ---- fused_gemm and forward ---------------------------------------------------------------------
@@ -248,6 +278,7 @@ PYBIND11_MODULE(emulated, m) {
   m.def("misuse_cases", &emu::misuse_cases);
   m.def("misuse", &misuse, py::arg("name"), py::arg("wrong"), py::arg("schedule") = 0,
         py::arg("timing") = "random");
+  m.def("down_proj_group", &down_proj_group);
   m.def("forward_plan", &forward_plan);
   m.def("forward", &forward);
   m.def("launches", &launches);

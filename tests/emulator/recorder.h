@@ -43,6 +43,11 @@ struct Recorder {
     for (Launch& l : down_proj_launches(args, plan)) error = add(std::move(l));
     return error;
   }
+  int down_proj_group(const DownProjArgs* each, int count, const DownProjGroupPlan& plan) {
+    int error = 0;
+    for (Launch& l : down_proj_group_launches(each, count, plan)) error = add(std::move(l));
+    return error;
+  }
   Launch clusters(const char* name, const FusedGemmPlan& plan, unsigned count) {
     Launch l;
     l.name = name;

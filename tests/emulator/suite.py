@@ -83,6 +83,26 @@ def check_down_proj(emulated, problem: dict[str, np.ndarray], compute: int) -> N
             raise Wrong(f"{found['bank_conflicts']} bank conflicts")
 
 
+def check_down_proj_group(emulated, problem: dict[str, np.ndarray]) -> None:
+    """Each h in a place of its own."""
+    options = json.loads(str(problem["options"]))
+    downs, expected = ([problem[f"{n}{i}"] for i in range(options["count"])] for n in ("down", "h"))
+    for turn, (timing, schedule) in enumerate(SCHEDULES):
+        placed = [place_of_h(*e.shape, (turn + i) % 4) for i, e in enumerate(expected)]
+        hs, around = zip(*placed, strict=True)
+        given = options | {"timing": timing, "schedule": schedule, "resident_blocks": 3}
+        found = emulated.down_proj_group(problem["x"], downs, list(hs), given)
+        for i, h in enumerate(hs):
+            if not np.array_equal(h, expected[i]):
+                raise Wrong(f"{np.sum(h != expected[i])} elements of h {i} differ")
+            if not np.isin(around[i], (0, POISON)).all():
+                raise Wrong(f"memory beside h {i} was written")
+        if found["bank_conflicts"]:
+            raise Wrong(f"{found['bank_conflicts']} bank conflicts")
+        if found["bytes_loaded"] != problem["bytes"]:
+            raise Wrong(f"{found['bytes_loaded']} bytes loaded, expected {problem['bytes']}")
+
+
 def check_forward(emulated, problem: dict[str, np.ndarray]) -> None:
     """y and h of two calls at once; TMA cannot address what `odd` says."""
     options = json.loads(str(problem["options"]))
@@ -162,6 +182,7 @@ def check_relay(emulated, problem: dict[str, np.ndarray]) -> None:
 CHECKS: dict[str, Callable] = {
     "sm80": lambda e, p: check_down_proj(e, p, 80),
     "sm90": lambda e, p: check_down_proj(e, p, 90),
+    "group": check_down_proj_group,
     "forward": check_forward,
     "passes": check_backward,
     "grid": check_backward,
