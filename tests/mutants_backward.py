@@ -1,4 +1,5 @@
-"""Planted bugs of the backward pass, as in mutants.py: "passes", and all in one "grid"."""
+"""Planted bugs of the backward pass, as in mutants.py: "passes", one pass for several "parts", and
+all in one "grid"."""
 
 from __future__ import annotations
 
@@ -9,12 +10,17 @@ TILE, PASS = "csrc/cuda/weight_grad_tile.cuh", "csrc/cuda/weight_grad_sm90.cuh"
 REDUCE, REDUCE_KERNEL = "csrc/cuda/reduce_rows.cuh", "csrc/cuda/reduce.cuh"
 MASKED, GRID = "csrc/cuda/fused_gemm_masked.cuh", "csrc/cuda/backward_sm90.cuh"
 CLAIMS, PASS_PLAN = "csrc/cuda/claims.cuh", "csrc/cuda/weight_grad_plan.cpp"
+PASS_HEADER = "csrc/cuda/weight_grad_plan.h"
 PLAN, PLAN_HEADER = "csrc/cuda/backward_plan.cpp", "csrc/cuda/backward_plan.h"
 ORDER, WORK = "csrc/cuda/backward_order.h", "csrc/cuda/backward_work.h"
 
 
 def passes(file: str, name: str, text: str, replacement: str, *sources: str) -> Mutant:
     return Mutant(name, file, text, replacement, sources or ("weight_grad_sm90",), "passes")
+
+
+def parts(file: str, name: str, text: str, replacement: str, *sources: str) -> Mutant:
+    return Mutant(name, file, text, replacement, sources or ("weight_grad_sm90",), "parts")
 
 
 def grid(file: str, name: str, text: str, replacement: str, *sources: str) -> Mutant:
@@ -91,7 +97,8 @@ KILLED = [
            "row + lane / 4;\n    if (r >= rows)"),
     passes(TILE, "partials past the last row", "if (r >= rows) continue;",
            "if (r > rows) continue;"),
-    passes(TILE, "partials past the last rank", "if (column < columns)\n", "if (true)\n"),
+    passes(TILE, "partials past the last rank", "if (column >= first && column < end)\n",
+           "if (column >= first)\n"),
     passes(REDUCE, "a partial forgotten", "p < job.count; p +=", "p < job.count - 1; p +="),
     passes(REDUCE, "partials past the last", "if (p + j < job.count) ptx",
            "if (p + j <= job.count) ptx"),
@@ -109,7 +116,8 @@ KILLED = [
            "work.K * work.pitch;"),
     passes(PASS, "second block of ranks sums columns too", "work.sums != nullptr && at.rank == 0,",
            "work.sums != nullptr,"),
-    passes(PASS, "ranks of the second block past the first's", "if (rank < columns)", "if (true)"),
+    passes(PASS, "ranks of the second block past the first's", "if (rank < ranks.end)",
+           "if (true)"),
     passes(PASS, "down projection of one block of ranks", "rank + p * 64, column);",
            "p * 64, column);"),
     passes(PASS, "h of one block of ranks", "rank + p * 64, row + sub", "p * 64, row + sub"),
@@ -130,6 +138,33 @@ KILLED = [
     passes(PASS, "phase of a pass kept", "      phase ^= 1;\n", ""),
     passes(PASS, "ones not waited for", "Tile::kThreads);\n  ptx::block_sync();",
            "Tile::kThreads);"),
+    # parts of a pass
+    parts(PASS, "every part is the first", "const MaskedPart& part = work.parts[p];",
+          "const MaskedPart& part = work.parts[0];"),
+    parts(PASS, "every part masked as the first", "end : at.ranks}, part.dropout);",
+          "end : at.ranks}, work.parts[0].dropout);"),
+    parts(PASS, "every part masked as the next", "end : at.ranks}, part.dropout);",
+          "end : at.ranks}, work.parts[(p + 1) % work.part_count].dropout);"),
+    parts(PASS, "part stored over those before it",
+          "ranks.first > rank ? ranks.first - rank : 0,", "0,"),
+    parts(PASS, "ranks of a part counted from the first block's", "? part.first - at.rank : 0;",
+          "? part.first : 0;"),
+    parts(PASS, "last ranks of a part forgotten", "? in_fours(part.end - at.rank) : 0;",
+          "? (part.end - at.rank) / 4 * 4 : 0;"),
+    parts(PASS, "part of the block behind taken too", "if (first < at.ranks && first < end)",
+          "if (first < end)"),
+    parts(PASS, "part of the block before taken too", "if (first < at.ranks && first < end)",
+          "if (first < at.ranks)"),
+    parts(PASS, "last part forgotten", "p < work.part_count; ++p",
+          "p + 1 < work.part_count; ++p"),
+    parts(PASS, "odd turns of no warpgroup", "turn++ % 2 == group", "turn++ % 2 == 0"),
+    parts(PASS, "every fourth turn of no warpgroup", "turn++ % 2 == group,",
+          "turn++ % 2 == group && turn % 4 != 0,"),
+    parts(TILE, "first ranks of a part not stored", "column >= first &&", "column > first &&"),
+    parts(TILE, "ranks before a part stored", "column >= first && column < end", "column < end"),
+    parts(REDUCE, "last columns of a job forgotten", "(job.columns + 3) / 4)", "job.columns / 4)"),
+    parts(REDUCE, "columns beside those of a job read", "(job.columns + 3) / 4)",
+          "job.pitch / 4)"),
     # dx
     passes(MASKED, "dx masked a fragment too far", "apply_dropout(keep, dropout, column + n * 16,",
            "apply_dropout(keep, dropout, column + n * 16 + 16,", "forward_sm90"),
@@ -307,6 +342,15 @@ KILLED = [
     host(PLAN_HEADER, "flags of whole pairs",
          "2 * int64_t{BackwardOrder::kChunkPairs} * order.chunks()",
          "2 * int64_t{order.raster.pairs}", "grid", "backward_sm90", "module_backward"),
+    host(PASS_PLAN, "every part added from the first", "  job.partials += p.first;\n", "", "parts"),
+    host(PASS_PLAN, "columns between parts added too", "job.columns = p.ranks;", ";", "parts"),
+    host(PASS_PLAN, "every part scaled as the pass", "  job.scale = p.scale;\n", "", "parts"),
+    host(PASS_PLAN, "part without dropout loses some too", "  keeps.threshold = 0;  // a part",
+         "  // a part", "parts", "weight_grad_sm90"),
+    host(PASS_PLAN, "one mask for all parts", "std::max(1, pass.part_count) : 0", "1 : 0",
+         "parts"),
+    host(PASS_HEADER, "dropout of the first part decides", "if (parts[p].dropout.seed != nullptr)",
+         "if (parts[0].dropout.seed != nullptr)", "parts", "weight_grad_sm90"),
     host(PASS_PLAN, "partials of one chunk",
          "reserve(pass.with_grad, plan.chunks * a.K * plan.pitch)",
          "reserve(pass.with_grad, a.K * plan.pitch)", "passes"),
@@ -319,6 +363,11 @@ KILLED = [
 ]  # fmt: skip
 
 SURVIVORS = [
+    (
+        parts(PASS, "part stored over those behind it", "ranks.end - rank, grad",
+              "at.ranks - rank, grad"),
+        "benign: warpgroups meet for the mask of the next part, which then stores its own there",
+    ),
     (
         passes(PASS, "last split as long as the others",
                "left < work.tiles_of_split ? left : work.tiles_of_split", "work.tiles_of_split"),

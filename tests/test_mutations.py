@@ -228,6 +228,46 @@ def backward_problem(shape, options, odd) -> dict[str, np.ndarray]:
     }  # fmt: skip
 
 
+# (M, K), ranks and seeds of the parts, multiprocessors, splits of K. Together: every tile, one
+# block of ranks and two, a part without dropout, no dropout at all, rings that wrap.
+PARTS = [
+    ((600, 200), (16, 3, 40), [[5, 6], [], [5, 7]], 1, 1),
+    ((300, 136), (72, 7, 16), [[], [5, 6, 3, 21], [7, 6, 3, 21]], 4, 2),
+    ((140, 72), (200, 40, 24, 16), [[5, 6 + p, 16, 32] for p in range(4)], 1, 1),
+    ((140, 136), (200, 60), [[], []], 1, 1),
+]
+
+
+def parts_problem(shape, ranks, seeds, multiprocessors, splits) -> dict[str, np.ndarray]:
+    """Integers; what lies in h between the parts is NaN."""
+    m, k = shape
+    g = np.random.default_rng(m + k)
+    x = ternary(g, m, k, keep=k // 4)
+    widths = [-(-r // 8) * 8 for r in ranks]
+    h = np.full((m, sum(widths)), 0x7FC0, np.uint16)
+    found, parts, spans = {}, [], []
+    for p, (r, seed) in enumerate(zip(ranks, seeds, strict=True)):
+        own, kept, threshold = ternary(g, m, r, keep=r // 2 + 1), True, 0
+        if seed:
+            kept, threshold = masked(seed, x, np.ones((1, k)))
+        grad = 2.0**p * own.T @ np.where(kept, x, 0)
+        found[f"grad{p}"] = exact(grad) if p % 2 else grad.astype(np.float32)
+        first = sum(widths[:p])
+        spans.append((first, first + r))
+        h[:, first : first + r] = bf16(own)
+        parts.append(dict(first=first, scale=2.0**p, seed=seed, threshold=threshold))
+    tile = next(t for t in (64, 128, 256) if t >= h.shape[1] or t == 256)
+    turns = [
+        sum(first < start + tile and last > start for first, last in spans) if any(seeds) else 1
+        for start in range(0, h.shape[1], tile)
+    ]
+    # x for each turn, h for each split; partial results of every chunk in fours of columns
+    read = 2 * m * (k * sum(turns) + h.shape[1] * splits)
+    read += 4 * -(-m * tile // (64 * 512)) * k * sum(-(-r // 4) * 4 for r in ranks)
+    options = dict(parts=parts, bytes=read, multiprocessors=multiprocessors)
+    return found | dict(x=bf16(x), h=h, options=np.array(json.dumps(options)))
+
+
 def value_of(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
@@ -257,6 +297,7 @@ def problems(tmp_path_factory) -> Path:
     for i, case in enumerate(BACKWARD):
         kind = "grid" if case[1]["form"] == "one_grid" else "passes"
         found[f"{kind}-{i}"] = backward_problem(*case)
+    found |= {f"parts-{i}": parts_problem(*c) for i, c in enumerate(PARTS)}
     found |= {f"gemm-{a}{b}": gemm_problem(a, b) for a, b in [(False, False), (True, True)]}
     source = np.random.default_rng(3).integers(0, 1 << 15, (64 * 5, 64)).astype(np.uint16)
     found["relay"] = {"in": source}
@@ -319,7 +360,7 @@ def test_unchanged_sources_are_green(problems):
 
 def is_slow(mutant: Mutant) -> bool:
     """One that needs plans and kernels compiled anew; of the many of backward two in three."""
-    suites = ("forward", "passes", "grid")
+    suites = ("forward", "passes", "grid", "parts")
     if mutant.suite in suites and mutant.file.endswith((".h", ".cpp")):
         return True
     backward = mutants_backward.KILLED

@@ -158,6 +158,28 @@ def check_backward(emulated, problem: dict[str, np.ndarray]) -> None:
             raise Wrong(found["reason"])
 
 
+def check_parts(emulated, problem: dict[str, np.ndarray]) -> None:
+    """One pass for `parts` projections: their ranks, scales, seeds and thresholds in `options`."""
+    options = json.loads(str(problem["options"]))
+    parts, expected = options.pop("parts"), options.pop("bytes")
+    for timing, schedule in SCHEDULES:
+        grads = [np.zeros_like(problem[f"grad{p}"]) for p in range(len(parts))]
+        given = [
+            (part["first"], grad, part["scale"], part["seed"], part["threshold"])
+            for part, grad in zip(parts, grads, strict=True)
+        ]
+        found = emulated.weight_grad_group(
+            problem["h"], problem["x"], given, {"timing": timing, "schedule": schedule} | options
+        )
+        for p, grad in enumerate(grads):
+            if not np.array_equal(grad, problem[f"grad{p}"]):
+                raise Wrong(f"{np.sum(grad != problem[f'grad{p}'])} elements of part {p} differ")
+        if found["bank_conflicts"]:
+            raise Wrong(f"{found['bank_conflicts']} bank conflicts")
+        if found["bytes_loaded"] != expected:
+            raise Wrong(f"{found['bytes_loaded']} bytes loaded, expected {expected}")
+
+
 def check_gemm(emulated, problem: dict[str, np.ndarray]) -> None:
     for timing, schedule in SCHEDULES:
         c = np.zeros(problem["c"].shape, np.uint16)
@@ -186,6 +208,7 @@ CHECKS: dict[str, Callable] = {
     "forward": check_forward,
     "passes": check_backward,
     "grid": check_backward,
+    "parts": check_parts,
     "gemm": check_gemm,
     "relay": check_relay,
 }
