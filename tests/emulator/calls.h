@@ -57,7 +57,7 @@ inline void add_result(const std::string& name, const Result& a) {
                   emu::Use::output);
 }
 
-struct Results {
+struct __attribute__((visibility("hidden"))) Results {  // as the types of pybind11 are
   Result dx, da, db, dbias;
 };
 
