@@ -27,7 +27,7 @@ export HF_HUB_OFFLINE := 1
 OUT ?= bench/out/gpu
 
 .PHONY: build test test-all lint bench bench-overhead bench-memory bench-kernels bench-gemm \
-  bench-backward bench-training gpu publish gates example clean
+  bench-backward bench-group bench-training gpu publish gates example clean
 
 build: $(STAMP)
 
@@ -74,6 +74,9 @@ bench-gemm: build
 
 bench-backward: build
 	$(PY) -m bench.bench_backward $(ARGS)
+
+bench-group: build
+	$(PY) -m bench.bench_group $(ARGS)
 
 bench-training: build
 	$(PY) -m bench.training $(ARGS)

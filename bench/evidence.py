@@ -138,6 +138,28 @@ def gemm(finished: Finished, path: Path) -> dict:
     return {"means": result["summary"], "left_out": left_out, "headline": headline}
 
 
+def group(finished: Finished, path: Path) -> dict:
+    """Of bench_group: means of a group over frozen and over separate calls, by backend and mode."""
+    exit_code(finished)
+    ratios: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for table in json.loads(path.read_text())["groups"]:
+        for row in table["rows"]:
+            if row.get("of_apart") is not None:
+                for key in ("over_frozen", "of_apart"):
+                    ratios[row["name"], table["mode"]][key].append(row[key])
+    if not ratios:
+        raise NotRun("no backend runs a group")
+    means = {
+        f"{name} {mode}": {key: _geometric_mean(values) for key, values in found.items()}
+        for (name, mode), found in ratios.items()
+    }
+    parts = [
+        f"{what} {mean['over_frozen']:.3f}x frozen {mean['of_apart']:.3f}x apart"
+        for what, mean in means.items()
+    ]
+    return {"geometric_means": means, "headline": ", ".join(parts)}
+
+
 def layers(finished: Finished, path: Path) -> dict:
     """Of `python -m bench`: its own summary."""
     exit_code(finished)

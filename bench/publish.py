@@ -20,7 +20,7 @@ from typing import NamedTuple
 from . import gpu_suite, report, shapes
 from .stages import FAILED, NOT_RUN, PASSED, TIMED_OUT
 
-PLOTTED = ("layers", "kernels", "gemm", "backward")  # stages that leave a JSON file each
+PLOTTED = ("layers", "kernels", "gemm", "backward", "group")  # stages that leave a JSON file each
 ENTRY = ("suite.json", *(f"{name}.{kind}" for name in PLOTTED for kind in ("json", "png")))
 COLORS = {"kernel": "#1b7f5c", "torch": "#b8b8b8"}
 
@@ -94,7 +94,7 @@ def publish(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "suite.json").write_text(report._dump(suite) + "\n")
     passed = {stage["name"] for stage in suite["stages"] if stage["status"] == PASSED}
-    plots = (report.plot, plot_kernels, plot_gemm, plot_backward)
+    plots = (report.plot, plot_kernels, plot_gemm, plot_backward, plot_group)
     for name, plot in zip(PLOTTED, plots, strict=True):
         if name in passed:
             shutil.copyfile(out / f"{name}.json", folder / f"{name}.json")
@@ -218,6 +218,45 @@ def _plot_added(path: Path, groups: list[dict], machine: dict, title: str) -> No
         [f"M x N x K {layer}: GEMM {sum(v) / len(v):.3f}x vendor" for layer, v in plain.items()],
         loc="outside lower center", ncols=2, frameon=False, fontsize=7,
     )  # fmt: skip
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_group(path: Path, groups: list[dict], machine: dict) -> None:
+    """Time over the frozen linears alone: a panel a mode, bars for each table of bench_group."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    modes = list(dict.fromkeys(table["mode"] for table in groups))
+    names = list(dict.fromkeys(row["name"] for table in groups for row in table["rows"]))
+    names.remove("frozen")
+    figure, axes = plt.subplots(
+        len(modes), 1, squeeze=False, layout="constrained", figsize=(8.0, 2.6 * len(modes) + 1.0)
+    )
+    for mode, (axis,) in zip(modes, axes, strict=True):
+        tables = [table for table in groups if table["mode"] == mode]
+        for i, name in enumerate(names):
+            over = [
+                next((row.get("over_frozen") for row in table["rows"] if row["name"] == name), None)
+                for table in tables
+            ]
+            places = [place + (i + 0.5) / len(names) * 0.8 - 0.4 for place in range(len(tables))]
+            axis.bar(places, [value or 0 for value in over], 0.72 / len(names), label=name)
+        labels = [f"{t['label']}\nr={t['rank']} p={t['dropout']:g}" for t in tables]
+        axis.set_xticks(range(len(tables)), labels)
+        axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
+        axis.set_title(mode, loc="left", fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=7, length=0)
+    figure.suptitle(
+        f"Projections of one x on {machine['device_name']}, torch {machine['torch']}", x=0.01,
+        ha="left", fontsize=9,
+    )  # fmt: skip
+    figure.supylabel("time over the frozen linears (lower is better)", fontsize=8)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,9 +25,11 @@ from .stages import skip
 
 OPS = (
     "dropout_mask", "down_proj", "fused_gemm", "weight_grad", "forward", "forward_as", "backward",
-    "backward_as",
+        "backward_as", "forward_group", "backward_group",
 )  # fmt: skip
-CHAINED = ("forward", "forward_as", "backward", "backward_as")  # they round h and dh on the way
+GROUPS = ("forward_group", "backward_group")
+# They round h and dh on the way.
+CHAINED = ("forward", "forward_as", "backward", "backward_as", *GROUPS)
 FORMS = ("one_launch", "two_launches")
 BACKWARD_FORMS = ("one_grid", "passes")
 DTYPES = (torch.bfloat16, torch.float16)
@@ -140,12 +142,37 @@ def _backward_forms(dtype: torch.dtype, shape: tuple[int, ...], p: float) -> Ite
         yield Call("backward_as", args, m + n + r)
 
 
+def _groups(op: str, dtype: torch.dtype, shape: tuple[int, ...], p: float) -> Iterator[Call]:
+    """Calls of three projections that differ in N and r, as they lie and out of line."""
+    m, n, k, r = shape
+    normal = functools.partial(_normal, dtype=dtype)
+    x, ns, rs = normal(m, k), (n, n + 8, 8), (r, 8, 2 * r)
+    weights, lora_as = [normal(n, k) for n in ns], [normal(r, k) for r in rs]
+    lora_bs = [normal(n, r) for n, r in zip(ns, rs, strict=True)]
+    dys, hs = [normal(m, n) for n in ns], [normal(m, r) for r in rs]
+    seeds = [torch.tensor((i, *SEEDS[1][1:])) if p > 0 else None for i in range(3)]
+    threshold, scales = dropout.drop_threshold(p), ([SCALE] * 3, [UP_SCALE] * 3)
+    no = [False] * 3
+    for lie in (lambda t: t, _misaligned):
+        operands = ([lie(t) for t in ts] for ts in (weights, lora_as, lora_bs))
+        if op == "forward_group":
+            args = (lie(x), *operands, [normal(n), None, None], seeds, threshold, *scales)
+            yield Call(op, args, k + 2 * r)
+            continue
+        lists = [[lie(t) for t in dys], *operands, hs, seeds]
+        for needs in ((True, [True, False, True], [True, True, False], [False, False, True]),
+                      (False, [False, True, True], no, no)):  # fmt: skip
+            args = (lie(x), *lists, threshold, *scales, [True, False, False], no, *needs)
+            yield Call(op, args, m + sum(ns) + sum(rs))
+
+
 def calls(op: str) -> Iterator[Call]:
     torch.manual_seed(0)
     if op == "dropout_mask":
         yield from _masks()
         return
     made = {"forward_as": _forms, "backward_as": _backward_forms}
+    made |= {name: functools.partial(_groups, name) for name in GROUPS}
     of_layer = made.get(op, functools.partial(_products, op))
     for dtype in DTYPES:
         for shape in SHAPES + MORE_SHAPES.get(op, ()):
@@ -153,12 +180,20 @@ def calls(op: str) -> Iterator[Call]:
                 yield from of_layer(dtype, shape, p)
 
 
-def _map(args: tuple, change: Callable[[Tensor], Tensor]) -> tuple:
-    return tuple(change(t) if isinstance(t, Tensor) else t for t in args)
+def _map(args: Sequence, change: Callable[[Tensor], Tensor]) -> tuple:
+    def changed(value):
+        if isinstance(value, list):
+            return list(_map(value, change))
+        return change(value) if isinstance(value, Tensor) else value
+
+    return tuple(map(changed, args))
 
 
-def _tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (result,) if isinstance(result, Tensor) else tuple(result)
+def _tuple(result: Tensor | Sequence) -> tuple[Tensor, ...]:
+    """All tensors of a result, which may be lists."""
+    if isinstance(result, Tensor):
+        return (result,)
+    return tuple(t for part in result for t in _tuple(part))
 
 
 def _exact(call: Call, change: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
@@ -168,6 +203,10 @@ def _exact(call: Call, change: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]
         args[5] = False  # `wide` would round the operands to float32
     if call.op in ("backward", "backward_as"):
         args[10:12] = False, False
+    if call.op == "backward_group":
+        args[10:12] = [False] * 3, [False] * 3
+    if call.op in GROUPS:
+        return _tuple(getattr(composed, "group_" + call.op.removesuffix("_group"))(*args))
     if call.op.endswith("_as"):
         args = args[:-3]
     return _tuple(getattr(composed, call.op.removesuffix("_as"))(*args))
@@ -229,16 +268,22 @@ def refused(call: Call, device: str) -> str | None:
 
 def _described(call: Call) -> str:
     """The op and its arguments: of a tensor the shape, and how it lies unless that is plain."""
+    return f"{call.op}({_listed(call.args)})"
+
+
+def _listed(values: Sequence) -> str:
     found = []
-    for value in call.args:
+    for value in values:
         if isinstance(value, Tensor):
             text = str(list(value.shape))
             if not value.is_contiguous() or value.storage_offset():
                 text += f" strides {list(value.stride())} offset {value.storage_offset()}"
             found.append(text)
+        elif isinstance(value, list):
+            found.append(f"[{_listed(value)}]")
         else:
             found.append(repr(value))
-    return f"{call.op}({', '.join(found)})"
+        return ", ".join(found)
 
 
 @torch.no_grad()

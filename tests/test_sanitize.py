@@ -66,6 +66,18 @@ def test_the_mask_on_the_lora_term_is_called_on_both_orders_of_the_weight():
     assert {a[2] is None for a in grads if not a[6]} == {True, False}
 
 
+def test_groups_are_called_on_both_layouts_with_masks_of_their_own():
+    for op in sanitize.GROUPS:
+        found = [call.args for call in sanitize.calls(op)]
+        for offset in (0, 1):
+            seeds = [a[5 if op == "forward_group" else 6] for a in found
+                     if a[0].storage_offset() == offset]  # fmt: skip
+            assert {s[0] is None for s in seeds} == {True, False}
+            assert all(not torch.equal(s[0], s[1]) for s in seeds if s[0] is not None)
+    assert {a[12] for a in found} == {True, False}, "dx or not"
+    assert all({a[i][0] for a in found} == {True, False} for i in (13, 14))
+
+
 def test_operands_reach_the_device_as_they_lie():
     x = sanitize._misaligned(torch.arange(24.0).view(4, 6))
     for t in (
