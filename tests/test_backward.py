@@ -212,9 +212,11 @@ def test_progress_needs_no_residency(emulated, copies, resident, timing, schedul
         assert all(torch.equal(results[name], many[0][name]) for name in results)
 
 
-def test_dy_and_x_are_read_once_beside_the_gemm(emulated):
-    """Bytes from memory of either form: no mask, no copy, nothing twice."""
-    m, n, k, r = 512, 256, 512, 16
+@pytest.mark.parametrize("r", [16, 24])
+def test_dy_and_x_are_read_once_beside_the_gemm(emulated, r):
+    """Bytes from memory of either form: no mask, nothing twice; up to 16 ranks one grid has copies
+    of h and B that lie turned."""
+    m, n, k = 512, 256, 512
     step = Step((m, n, k, r))
     pairs, columns = 2, 2
     gemm = columns * m * (n + r) + pairs * k * (n + r)
@@ -227,8 +229,8 @@ def test_dy_and_x_are_read_once_beside_the_gemm(emulated):
     assert found["bytes_loaded"] == 2 * (gemm + dy_pass + x_pass) + sums
     _, found = step.run(emulated, wanted=NAMES[:3], form="one_grid", tile_n=256)
     dy_pass, x_pass = m * n + m * r + 2 * n * r, m * k + m * r
-    sums = 4 * 2 * (n + k) * r
-    assert found["bytes_loaded"] == 2 * (gemm + dy_pass + x_pass) + sums
+    sums, copied = 4 * 2 * (n + k) * r, (m + n) * r if r == 16 else 0
+    assert found["bytes_loaded"] == 2 * (gemm + dy_pass + x_pass + copied) + sums
 
 
 @pytest.mark.parametrize("form", FORMS)

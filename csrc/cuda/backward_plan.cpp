@@ -79,7 +79,7 @@ const char* not_one_grid(const BackwardArgs& a, const BackwardPlan& plan,
   if (!a.need_x || !plan.reads_x || !a.need_b) return "not all three gradients are wanted";
   if (a.need_bias) return "the bias is trained";
   if (gemm.empty || plan.dy_pass.empty || gemm.r == 0) return "there is no LoRA term";
-  if (a.r > kGridRank) return "r is more than 64";
+  if (a.r > kGridRanks[1]) return "r is more than 64";
   if (!gemm.mn_major) return "the weight is transposed";
   if (!has_backward_tile(gemm.tile_n)) return "its tile has no such kernel";
   return nullptr;
@@ -89,10 +89,11 @@ struct ItemClocks {
   double dy, x, sums;  // of a chunk; of one over all slices; of all sums
 };
 ItemClocks item_clocks(const BackwardArgs& a, const OneGridPlan& grid) {
-  constexpr double kStage = 128 * kRowBytes, kDown = 64 * kRowBytes;
-  constexpr double kProduct = 8 * 4096, kLatency = 800;  // bytes that 8 wgmma m64n64k16 read; of L2
-  constexpr double kPort = 128;                          // bytes a clock of shared memory
-  const double chunk = 2 * kStage / kStreamBytes + kItemClocks;
+  constexpr double kStage = 128 * kRowBytes, kLatency = 800;  // of L2
+  constexpr double kPort = 128;                               // bytes a clock of shared memory
+  const double kDown = grid.rank * double{kRowBytes};
+  const double kProduct = 8 * (2048 + 32.0 * grid.rank);  // bytes that 8 wgmma m64 k16 read
+  const double chunk = 2 * 2 * 128.0 * grid.rank / kStreamBytes + kItemClocks;
   const double dy =
       std::max((kStage + kDown) / kStreamBytes, (2 * kProduct + kStage + kDown) / kPort);
   // The products of a masked stage come after its mask: both warpgroups meet in between.
@@ -122,7 +123,8 @@ double one_grid_cost(const BackwardArgs& a, const BackwardPlan& plan, const Fuse
   const double head = std::max(0.0, item.dy - tile);
   const double tail = item.x / grid.order.slices + kItemClocks;
   return std::max({0.0, more / grid.clusters, memory}) + head + tail + kFlagClocks +
-         kZeroSeconds * kClock + gemm_cycles(gemm, a.N) - gemm_cycles(plan.gemm, a.N);
+         (kZeroSeconds + (grid.turned() ? kLaunchSeconds : 0)) * kClock + gemm_cycles(gemm, a.N) -
+         gemm_cycles(plan.gemm, a.N);
 }
 
 void plan_one_grid(const BackwardArgs& a, const Target& target, const FusedGemmPlan& gemm,
@@ -131,6 +133,7 @@ void plan_one_grid(const BackwardArgs& a, const Target& target, const FusedGemmP
   OneGridPlan& grid = plan.grid;
   BackwardOrder& order = grid.order;
   const Raster& tiles = gemm.raster;
+  grid.rank = kGridRanks[a.r > kGridRanks[0]];
   const uint32_t group = std::min(tiles.group + tiles.group % 2, tiles.pairs);
   constexpr uint32_t kChain = BackwardOrder::kChunkPairs;
   order.raster = Raster(tiles.pairs, tiles.columns, group, kChain);
@@ -218,6 +221,11 @@ void place_operands(const BackwardArgs& a, BackwardPlan& plan) {
   }
   plan.gemm.h.packed = plan.x_pass.h.packed = false;  // dh is made here, as TMA needs it
   plan.gemm.x = plan.dy_pass.x = plan.dy;
+  if (plan.form == BackwardForm::one_grid && plan.grid.turned()) {
+    plan.turned_offset = reserve(a.r * ceil_div(a.M, 8) * 16);
+    plan.dy_pass.h = tma_operand(transposed(a.h), a.r, a.M);
+    plan.dy_pass.down = tma_operand(transposed(a.lora_b), a.r, a.N);
+  }
   for (TmaOperand* o :
        {&plan.gemm.weight, &plan.gemm.up, &plan.dy_pass.h, &plan.dy_pass.down, &plan.x_pass.x})
     o->offset = reserve(o->bytes());

@@ -57,11 +57,14 @@ struct BackwardRequest {
   FusedGemmRequest gemm;
 };
 
-constexpr int kGridRank = 64;  // of the tiles of h, dh and B in one grid
+// Of the tiles of h, dh and B in one grid. Those of 16 need copies of h, dh and B with their ranks
+// as rows: only so is it known that wgmma takes 16 columns.
+constexpr int kGridRanks[] = {16, 64};
 
 // Of one grid; partial results lie where those of the passes would.
 struct OneGridPlan {
   BackwardOrder order;
+  int rank;  // one of kGridRanks
   unsigned clusters;
   uint32_t blocks_of_slice;  // of 64 columns of x
   uint32_t rows_of_sum;
@@ -69,6 +72,7 @@ struct OneGridPlan {
 
   int64_t flags() const { return 2 * int64_t{BackwardOrder::kChunkPairs} * order.chunks(); }
   int64_t sync_words() const { return 2 + flags() + order.slices; }
+  bool turned() const { return rank == kGridRanks[0]; }
 };
 
 struct BackwardPlan {
@@ -83,10 +87,15 @@ struct BackwardPlan {
   OneGridPlan grid;
   int64_t workspace_bytes;
   int64_t dh_offset, dh_width;
-  double overhead;  // over the frozen GEMM of dx, by the model: 0.01 is 1 %; 0 without dx
+  int64_t turned_offset;  // of dh with its ranks as rows
+  double overhead;        // over the frozen GEMM of dx, by the model: 0.01 is 1 %; 0 without dx
 
   Matrix dh(void* workspace, Dtype dtype) const {
     return {static_cast<uint8_t*>(workspace) + dh_offset, dh_width, 1, dtype};
+  }
+  Matrix turned_dh(const BackwardArgs& args, void* workspace) const {
+    return {static_cast<uint8_t*>(workspace) + turned_offset, ceil_div(args.M, 8) * 8, 1,
+            args.dy.dtype};
   }
 };
 

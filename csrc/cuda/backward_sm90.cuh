@@ -24,10 +24,13 @@ constexpr int kPairRows = kClusterRows;  // from a block's rows of a pair to tho
 
 // The rows of h or dh that an item keeps, in the staging panels: free once their last stores have
 // read them.
-template <class Ring>
+template <class Ring, int kRank>
 struct ChunkPanels {
   using Tile = typename Ring::Tile;
-  static constexpr uint32_t kBytes = BackwardOrder::kChunkPairs * Tile::kABytes;
+  // Of 128 rows, which lie as PassForm says.
+  static constexpr bool kTurned = kRank < 64;
+  static constexpr uint32_t kStage = kTurned ? 2 * kRank * kRowBytes : Tile::kABytes;
+  static constexpr uint32_t kBytes = BackwardOrder::kChunkPairs * kStage;
   static_assert(kBytes <= Tile::kStagingBytes, "a chunk takes the place of the staged panels");
   const Ring& ring;
   uint32_t turn = 0;
@@ -47,9 +50,15 @@ struct ChunkPanels {
     ptx::barrier_wait(free(), turn & 1);
     ptx::barrier_arrive_expect(full(), kBytes);
     LK_UNROLL
-    for (uint32_t sub = 0; sub < BackwardOrder::kChunkPairs; ++sub)
-      ptx::tma_load(begin() + sub * Tile::kABytes, map, full(), 0,
-                    static_cast<int>(row + sub * Tile::kCluster * Tile::kM));
+    for (uint32_t sub = 0; sub < BackwardOrder::kChunkPairs; ++sub, row += kPairRows) {
+      const uint32_t to = begin() + sub * kStage;
+      if constexpr (kTurned) {
+        ptx::tma_load(to, map, full(), static_cast<int>(row), 0);
+        ptx::tma_load(to + kStage / 2, map, full(), static_cast<int>(row + kRowElements), 0);
+      } else {
+        ptx::tma_load(to, map, full(), 0, static_cast<int>(row));
+      }
+    }
     ++turn;
   }
   // The consumers'.
@@ -66,6 +75,7 @@ struct ChunkPanels {
 
 struct BackwardMaps {
   const ptx::TensorMap *dy, *weight, *dh, *up, *h, *down, *x;
+  const ptx::TensorMap* dh_of_x;  // as items of x keep it
 };
 
 // What both sides know of where they are.
@@ -80,8 +90,8 @@ struct BackwardRows {
 };
 
 // Stages of dy and B, 64 columns of dy at a time.
-template <class Tile, class Ring>
-__device__ __forceinline__ void load_dy(Ring& ring, ChunkPanels<Ring>& chunk,
+template <class Tile, int kRank, class Ring>
+__device__ __forceinline__ void load_dy(Ring& ring, ChunkPanels<Ring, kRank>& chunk,
                                         const BackwardMaps& maps, uint32_t blocks, uint32_t pair) {
   const BackwardRows<Tile> rows;
   const uint32_t stages = BackwardOrder::kChunkPairs * blocks;
@@ -89,15 +99,15 @@ __device__ __forceinline__ void load_dy(Ring& ring, ChunkPanels<Ring>& chunk,
   for (uint32_t i = 0; i < stages; ++i, ring.advance()) {
     const uint32_t sub = i % BackwardOrder::kChunkPairs, block = i / BackwardOrder::kChunkPairs;
     ring.acquire();
-    load_stage<kGridRank, true>(ring, maps.dy, maps.down, rows.of_chunk(pair, sub), 0,
-                                block * kRowElements);
+    load_stage<kRank, !chunk.kTurned>(ring, maps.dy, maps.down, rows.of_chunk(pair, sub), 0,
+                                      block * kRowElements);
     if (i == chunk.kBehind) chunk.load(maps.h, rows.of_chunk(pair, 0));
   }
 }
 
 // Stages of a slice of x.
-template <class Tile, class Ring>
-__device__ __forceinline__ void load_x(Ring& ring, ChunkPanels<Ring>& chunk,
+template <class Tile, int kRank, class Ring>
+__device__ __forceinline__ void load_x(Ring& ring, ChunkPanels<Ring, kRank>& chunk,
                                        const BackwardMaps& maps, const BackwardWork& work,
                                        uint32_t pair, uint32_t slice) {
   const BackwardRows<Tile> rows;
@@ -114,15 +124,16 @@ __device__ __forceinline__ void load_x(Ring& ring, ChunkPanels<Ring>& chunk,
     if (i != chunk.kBehind) continue;
     for (uint32_t s = 0; s < BackwardOrder::kChunkPairs; ++s)
       wait_for_flag(work.flags + rows.block(pair + s));
-    chunk.load(maps.dh, rows.of_chunk(pair, 0));
+    chunk.load(maps.dh_of_x, rows.of_chunk(pair, 0));
   }
 }
 
 // Claims items and loads their stages. The first stage of an item carries its number; an item
 // without loads has a stage for that alone, and the last one says that there is none.
-template <class Tile, class Ring>
+template <class Tile, int kRank, class Ring>
 __device__ __forceinline__ void produce_backward(Ring& ring, Claims<Ring>& claims,
-                                                 ChunkPanels<Ring>& chunk, const BackwardMaps& maps,
+                                                 ChunkPanels<Ring, kRank>& chunk,
+                                                 const BackwardMaps& maps,
                                                  const BackwardWork& work) {
   const BackwardRows<Tile> rows;
   const uint32_t rank = rows.rank, partials = Tile::kCluster * work.order.chunks();
@@ -176,15 +187,17 @@ __device__ __forceinline__ bool finish_item(const ConsumerPlace& at) {
 }
 
 // dh of this block's rows of a chunk, and its part of dB.
-template <class Tile, class T, class Ring>
-__device__ __forceinline__ void compute_dy(Ring& ring, ChunkPanels<Ring>& chunk,
+template <class Tile, class T, int kRank, class Ring>
+__device__ __forceinline__ void compute_dy(Ring& ring, ChunkPanels<Ring, kRank>& chunk,
                                            const BackwardWork& work, uint32_t pair,
                                            const ConsumerPlace& at) {
-  using Form = PassForm<kGridRank, BackwardOrder::kChunkPairs, kPairRows, true, false>;
+  using Form = PassForm<kRank, BackwardOrder::kChunkPairs, kPairRows, true, false>;
   const BackwardRows<Tile> rows;
   const PassPlace place{
       chunk.begin(), Form::kSubs * Tile::kABytes, 0, true, false, {}, at.group, at.warp(),
       at.lane()};
+  DownProjArgs turned = work.dh;
+  turned.h = work.turned_dh;
   float sum[Form::kSums][Form::kSumCount] = {};
   float* const grads = work.db + work.partial(pair, at.rank) * work.sum_b.rows * work.pitch;
   chunk.wait(at.group, at.thread);
@@ -201,10 +214,11 @@ __device__ __forceinline__ void compute_dy(Ring& ring, ChunkPanels<Ring>& chunk,
   for (int sub = 0; sub < Form::kSubs; ++sub) {
     const int64_t row = rows.of_chunk(pair, sub) + at.group * 64 + at.warp() * 16;
     LK_UNROLL
-    for (int n = 0; n < kGridRank / 8; ++n) {
+    for (int n = 0; n < kRank / 8; ++n) {
       const float* s = sum[sub] + 4 * n;
       const float block[4] = {s[0], s[1], s[2], s[3]};
       store_h<T>(work.dh, true, row, n, block, at.lane());
+      if constexpr (Form::kTurned) store_h<T>(turned, false, row, n, block, at.lane());
     }
   }
   ptx::fence_async_global();  // TMA of other blocks will read dh
@@ -215,11 +229,11 @@ __device__ __forceinline__ void compute_dy(Ring& ring, ChunkPanels<Ring>& chunk,
 }
 
 // This block's part of dA over a chunk of rows and a slice of columns.
-template <class Tile, class T, bool kDropout, class Ring>
-__device__ __forceinline__ void compute_x(Ring& ring, ChunkPanels<Ring>& chunk,
+template <class Tile, class T, bool kDropout, int kRank, class Ring>
+__device__ __forceinline__ void compute_x(Ring& ring, ChunkPanels<Ring, kRank>& chunk,
                                           const BackwardWork& work, uint32_t pair, uint32_t slice,
                                           const ConsumerPlace& at) {
-  using Form = PassForm<kGridRank, BackwardOrder::kChunkPairs, kPairRows, false, kDropout>;
+  using Form = PassForm<kRank, BackwardOrder::kChunkPairs, kPairRows, false, kDropout>;
   const BackwardRows<Tile> rows;
   PassPlace place{
       chunk.begin(), Form::kSubs * Tile::kABytes, 0, true, false, {}, at.group, at.warp(),
@@ -251,8 +265,8 @@ __device__ __forceinline__ void compute_sums(const ReduceJob& job, uint32_t firs
   if (begin < end) reduce_rows(job, begin, end, at.rank * 256 + at.group * 128 + at.thread, 512);
 }
 
-template <class Tile, class T, bool kDropout, class Ring>
-__device__ __forceinline__ void consume_backward(Ring& ring, ChunkPanels<Ring>& chunk,
+template <class Tile, class T, bool kDropout, int kRank, class Ring>
+__device__ __forceinline__ void consume_backward(Ring& ring, ChunkPanels<Ring, kRank>& chunk,
                                                  const ptx::TensorMap* dx_map,
                                                  const BackwardWork& work,
                                                  const ConsumerPlace& at) {
@@ -286,7 +300,7 @@ __device__ __forceinline__ void consume_backward(Ring& ring, ChunkPanels<Ring>& 
   }
 }
 
-template <class Tile, class T, bool kDropout>
+template <class Tile, class T, bool kDropout, int kRank>
 __global__ void __cluster_dims__(Tile::kCluster, 1, 1) __launch_bounds__(Tile::kThreads, 1)
     backward_sm90_kernel(const __grid_constant__ ptx::TensorMap dy_map,
                          const __grid_constant__ ptx::TensorMap weight_map,
@@ -295,11 +309,13 @@ __global__ void __cluster_dims__(Tile::kCluster, 1, 1) __launch_bounds__(Tile::k
                          const __grid_constant__ ptx::TensorMap dx_map,
                          const __grid_constant__ ptx::TensorMap h_map,
                          const __grid_constant__ ptx::TensorMap down_map,
-                         const __grid_constant__ ptx::TensorMap x_map, const BackwardWork work) {
+                         const __grid_constant__ ptx::TensorMap x_map,
+                         const __grid_constant__ ptx::TensorMap turned_map,
+                         const BackwardWork work) {
   using Ring = GemmRing<Tile>;
   Ring ring;
   Claims<Ring> claims{ring, work.ticket, work.order.items()};
-  ChunkPanels<Ring> chunk{ring};
+  ChunkPanels<Ring, kRank> chunk{ring};
   const uint32_t thread = threadIdx.x, warp = ptx::warp_uniform(thread / 32);
 
   if (thread == 0) {
@@ -308,13 +324,15 @@ __global__ void __cluster_dims__(Tile::kCluster, 1, 1) __launch_bounds__(Tile::k
     chunk.initialise();
     ptx::barrier_init_fence();
   }
-  prefetch_maps(thread, &dy_map, &weight_map, &dh_map, &up_map, &dx_map, &h_map, &down_map, &x_map);
+  prefetch_maps(thread, &dy_map, &weight_map, &dh_map, &up_map, &dx_map, &h_map, &down_map, &x_map,
+                &turned_map);
   ptx::cluster_arrive();
   ptx::cluster_wait();
 
   if (warp < 4) {
     ptx::registers_decrease<40>();
-    const BackwardMaps maps{&dy_map, &weight_map, &dh_map, &up_map, &h_map, &down_map, &x_map};
+    const BackwardMaps maps{&dy_map, &weight_map, &dh_map, &up_map,
+                            &h_map,  &down_map,   &x_map,  chunk.kTurned ? &turned_map : &dh_map};
     if (warp == 0 && ptx::elect_one()) produce_backward<Tile>(ring, claims, chunk, maps, work);
     ptx::warp_sync();
   } else {

@@ -11,10 +11,15 @@ void with_backward_sm90(const BackwardPlan& plan, const Launch& launch) {
   with_fused_gemm_tile(plan.gemm.tile_n, [&](auto tile) {
     using Tile = decltype(tile);
     if constexpr (has_backward_tile(Tile::kN)) {
-      if (plan.gemm.masked)
-        launch(backward_sm90_kernel<Tile, T, true>);
+      constexpr int kLow = kGridRanks[0], kHigh = kGridRanks[1];
+      if (plan.gemm.masked && plan.grid.turned())
+        launch(backward_sm90_kernel<Tile, T, true, kLow>);
+      else if (plan.gemm.masked)
+        launch(backward_sm90_kernel<Tile, T, true, kHigh>);
+      else if (plan.grid.turned())
+        launch(backward_sm90_kernel<Tile, T, false, kLow>);
       else
-        launch(backward_sm90_kernel<Tile, T, false>);
+        launch(backward_sm90_kernel<Tile, T, false, kHigh>);
     }
   });
 }

@@ -12,6 +12,7 @@ struct BackwardWork {
   uint32_t* flags;                     // one for 128 rows of dh
   uint32_t *dy_done, *x_done;          // blocks whose partial results are written; x: of each slice
   DownProjArgs dh;                     // where it goes
+  Matrix turned_dh;                    // and again, with its ranks as rows: for tiles of 16 ranks
   float *db, *da;                      // partial results
   uint32_t pitch;                      // of their rows
   uint32_t blocks_x, blocks_of_slice;  // of 64 columns of x
@@ -43,6 +44,8 @@ inline BackwardWork work_of(const BackwardArgs& args, const BackwardPlan& plan, 
           words + 1 + flags,
           words + 2 + flags,
           dh_args_of(args, args.dy, dh),
+          transposed(plan.turned_dh(args, workspace)),
+
           reinterpret_cast<float*>(bytes + dy.grad_offset),
           reinterpret_cast<float*>(bytes + x.grad_offset),
           static_cast<uint32_t>(dy.pitch),
@@ -55,13 +58,21 @@ inline BackwardWork work_of(const BackwardArgs& args, const BackwardPlan& plan, 
 
 // TMA's view of the operands, beside those of dx (maps_of).
 struct BackwardOnlyMaps {
-  TensorMapSpec h, down, x;
+  TensorMapSpec h, down, x, turned_dh;  // the last as items of x keep it
 };
-inline BackwardOnlyMaps backward_maps_of(const BackwardPlan& plan, void* workspace) {
+inline BackwardOnlyMaps backward_maps_of(const BackwardArgs& args, const BackwardPlan& plan,
+                                         void* workspace) {
   constexpr int kRows = 128;
-  return {plan.dy_pass.h.map(workspace, kRows),
-          plan.dy_pass.down.map(workspace, kRowElements / 2),  // each block loads half
-          plan.x_pass.x.map(workspace, kRows)};
+  const int rank = plan.grid.rank;
+  const bool turned = plan.grid.turned();
+  const TensorMapSpec x = plan.x_pass.x.map(workspace, kRows);
+  BackwardOnlyMaps maps{plan.dy_pass.h.map(workspace, turned ? rank : kRows),
+                        // Each block loads half.
+                        plan.dy_pass.down.map(workspace, (turned ? rank : kRowElements) / 2), x, x};
+  if (turned)
+    maps.turned_dh =
+        tma_operand(plan.turned_dh(args, workspace), args.r, args.M).map(nullptr, rank);
+  return maps;
 }
 // The gemm as it finds dh.
 inline FusedGemmPlan gemm_of(const BackwardArgs& args, const BackwardPlan& plan, void* workspace) {

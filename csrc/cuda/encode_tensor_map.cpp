@@ -51,7 +51,6 @@ cudaError_t encode_fused_gemm_maps(const GemmGroupMaps<TensorMapSpec>& specs, in
   cudaError_t error = cudaSuccess;
   for (int i = 0; i < count && error == cudaSuccess; ++i)
     error = encode_fused_gemm_maps(specs.each[i], &maps->each[i]);
-  for (int i = count; i < kMaxGroup; ++i) maps->each[i] = maps->each[0];
   return error;
 }
 

@@ -12,7 +12,8 @@ cudaError_t encode_tensor_map(const TensorMapSpec& spec, CUtensorMap* map);
 
 using EncodedFusedGemmMaps = GemmMaps<CUtensorMap>;
 cudaError_t encode_fused_gemm_maps(const FusedGemmMaps& specs, EncodedFusedGemmMaps* maps);
-// `count` of them; those behind are copies of the first.
+// `count` of them.
+
 cudaError_t encode_fused_gemm_maps(const GemmGroupMaps<TensorMapSpec>& specs, int count,
                                    GemmGroupMaps<CUtensorMap>* maps);
 

@@ -23,10 +23,13 @@ __global__ void fused_gemm_sm90_kernel(const __grid_constant__ GemmGroupMaps<ptx
 namespace lora_kernels {
 namespace {
 
+static_assert(sizeof(GemmGroupMaps<CUtensorMap>) + sizeof(FusedGemmGroupWork) <= 4000,
+              "parameters of a kernel take up to 4 KB before a driver has to copy them");
+
 template <class T>
 cudaError_t launch_typed(const FusedGemmGroup& group, void* workspace, bool early,
                          cudaStream_t stream) {
-  GemmGroupMaps<CUtensorMap> maps;
+  GemmGroupMaps<CUtensorMap> maps{};
   cudaError_t error = encode_fused_gemm_maps(maps_of(group, workspace), group.count, &maps);
   if (error != cudaSuccess) return error;
   error = cudaErrorInvalidConfiguration;

@@ -61,16 +61,19 @@ __global__ void __cluster_dims__(Tile::kCluster, 1, 1) __launch_bounds__(Tile::k
     ring.initialise();
     ptx::barrier_init_fence();
   }
-  if (thread < kMaxGroup) {
-    const GemmMaps<ptx::TensorMap>& map = maps.each[thread];
-    prefetch_maps(0, &map.x, &map.weight, &map.h, &map.up, &map.y);
-  }
   ptx::cluster_arrive();
   ptx::cluster_wait();
 
   if (warp < 4) {
     ptx::registers_decrease<40>();
     if (warp == 0 && ptx::elect_one()) load_tiles<Tile, kMnMajor>(ring, maps, work);
+    if (warp == 1 && ptx::elect_one()) {
+#pragma unroll 1
+      for (uint32_t s = 0; s < work.count; ++s) {
+        const GemmMaps<ptx::TensorMap>& map = maps.each[s];
+        prefetch_maps(0, &map.x, &map.weight, &map.h, &map.up, &map.y);
+      }
+    }
     ptx::warp_sync();
   } else {
     ptx::registers_increase<232>();

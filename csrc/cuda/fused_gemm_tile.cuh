@@ -76,12 +76,11 @@ __device__ __forceinline__ void store_tile(float (&acc)[kCount], const Ring& rin
     }
     ptx::fence_async_shared();
     sync_warpgroup(group);
-    if (!out.by_tma) {
+    if (!out.by_tma)
       copy_panel(out, panel, row, column, thread);
-    } else if (thread == 0) {
+    else if (thread == 0)
       ptx::tma_store(y_map, panel, static_cast<int>(column), static_cast<int>(row));
-      ptx::tma_store_commit();
-    }
+    if (thread == 0) ptx::tma_store_commit();  // or an empty group: panels are counted by them
   }
 }
 

@@ -31,7 +31,7 @@ struct FusedGemmWork : GemmSegment {
 // they are added up.
 struct FusedGemmGroupWork {
   Raster raster;
-  uint32_t segments_of_output;
+  uint32_t count, segments_of_output;
   uint32_t ends[kMaxGroup];  // of each output's columns of tiles
   GemmOutput out[kMaxGroup];
   GemmSegment segment[kMaxGroup];
@@ -87,7 +87,9 @@ inline FusedGemmWork work_of(const FusedGemmArgs& a, const FusedGemmPlan& plan,
 inline FusedGemmGroupWork work_of(const FusedGemmGroup& group, void* workspace) {
   FusedGemmGroupWork work{};
   work.raster = group.raster;
-  work.segments_of_output = static_cast<uint32_t>(group.added ? group.count : 1);
+  work.count = static_cast<uint32_t>(group.count);
+  work.segments_of_output = group.added ? work.count : 1;
+
   uint32_t end = 0;
   for (int i = 0; i < group.outputs(); ++i) {
     work.out[i] = output_of(group.args[i], group.plans[i], workspace);

@@ -8,35 +8,43 @@ namespace lora_kernels {
 
 constexpr uint32_t kStepsOfRows = 128 / kMmaDepth;  // of a stage, when its rows are the depth
 
-// sum += 64 rows of x, a tile of 64 columns from `x` on, times `down`, panels of 64 of its columns.
-// Not complete on return.
-template <class T, int kCount>
+// sum += 64 rows of x, a tile of 64 columns from `x` on, times `down`: panels of 64 of its columns,
+// or kTurned, rows of ranks. Not complete on return.
+template <class T, bool kTurned, int kCount>
 __device__ __forceinline__ void multiply_rows(float (&sum)[kCount], uint32_t x, uint32_t down,
                                               bool accumulate) {
   const uint64_t a = k_major_descriptor(x);
-  const uint64_t b = mn_major_descriptor(down, kRowElements * kRowBytes);
+  const uint64_t b =
+      kTurned ? k_major_descriptor(down) : mn_major_descriptor(down, kRowElements * kRowBytes);
   ptx::wgmma_keep(sum);
   ptx::wgmma_fence();
   LK_UNROLL
   for (uint32_t step = 0; step < kRowElements / kMmaDepth; ++step)
-    ptx::wgmma<T, 0, 1>(sum, advanced(a, step * kKMajorStep), advanced(b, step * kMnMajorStep),
-                        accumulate || step > 0);
+    ptx::wgmma<T, 0, !kTurned>(sum, advanced(a, step * kKMajorStep),
+                               advanced(b, step * (kTurned ? kKMajorStep : kMnMajorStep)),
+                               accumulate || step > 0);
   ptx::wgmma_commit();
   ptx::wgmma_keep(sum);
 }
 
-// grad [64 columns, 2 kCount ranks] += x^T h over the 128 rows of a stage; `h`: its first row,
-// panels of 64 ranks that are `panel` bytes apart. Not complete on return.
-template <class T, int kCount>
+// grad [64 columns, 2 kCount ranks] += x^T h over the 128 rows of a stage; `h`: its first row, in
+// panels of 64 ranks that are `panel` bytes apart, or kTurned, two tiles of 64 rows, each with a
+// row for each rank. Not complete on return.
+template <class T, bool kTurned, int kCount>
 __device__ __forceinline__ void multiply_columns(float (&grad)[kCount], uint32_t x, uint32_t h,
                                                  uint32_t panel, bool accumulate) {
-  const uint64_t a = mn_major_descriptor(x, panel), b = mn_major_descriptor(h, panel);
+  constexpr uint32_t kStepsOfTile = kRowElements / kMmaDepth, kTile = 2 * kCount * kRowBytes;
+  const uint64_t a = mn_major_descriptor(x, panel);
+  const uint64_t b = kTurned ? k_major_descriptor(h) : mn_major_descriptor(h, panel);
   ptx::wgmma_keep(grad);
   ptx::wgmma_fence();
   LK_UNROLL
-  for (uint32_t step = 0; step < kStepsOfRows; ++step)
-    ptx::wgmma<T, 1, 1>(grad, advanced(a, step * kMnMajorStep), advanced(b, step * kMnMajorStep),
-                        accumulate || step > 0);
+  for (uint32_t step = 0; step < kStepsOfRows; ++step) {
+    const uint32_t turned = step / kStepsOfTile * kTile + step % kStepsOfTile * kKMajorStep;
+    ptx::wgmma<T, 1, !kTurned>(grad, advanced(a, step * kMnMajorStep),
+                               advanced(b, kTurned ? turned : step * kMnMajorStep),
+                               accumulate || step > 0);
+  }
   ptx::wgmma_commit();
   ptx::wgmma_keep(grad);
 }
@@ -121,6 +129,10 @@ struct PassForm {
   static constexpr int kRank = kRank_;
   static constexpr int kSubs = kSubs_, kSubRows = kSubRows_;  // stages of a chunk, how far apart
   static constexpr bool kDown = kDown_, kDropout = kDropout_;
+  // Whether h and down come with their ranks as rows: nobody has shown yet that wgmma takes part of
+  // a panel of 64.
+  static constexpr bool kTurned = kRank < 64;
+  static constexpr uint32_t kStageOfH = 2 * kRowBytes * (kTurned ? kRank : 64);  // bytes
   // Beside 128 sums of the down projection there is no room for as many of the gradient.
   static constexpr int kGradRank = kRank < 128 ? kRank : 128;
   // One turn at a stage leaves its gradient in registers when the stage is released.
@@ -157,7 +169,7 @@ __device__ __forceinline__ void pass_columns(float (&sum)[Form::kSums][Form::kSu
       ptx::named_barrier_sync<4>(256);
     }
     if constexpr (Form::kDown) {
-      multiply_rows<T>(sum[sub], own, ring.b(), accumulate);
+      multiply_rows<T, Form::kTurned>(sum[sub], own, ring.b(), accumulate);
       ptx::wgmma_wait<0>();
       ptx::wgmma_keep(sum[sub]);
     }
@@ -169,8 +181,9 @@ __device__ __forceinline__ void pass_columns(float (&sum)[Form::kSums][Form::kSu
     if (mine && at.with_grad) {
       LK_UNROLL
       for (uint32_t rank = 0; rank < Form::kRank; rank += Form::kGradRank) {
-        multiply_columns<T>(grad, ring.a(), at.h + rank / 64 * at.h_panel + sub * 2 * kRowsBytes,
-                            at.h_panel, sub > 0);
+        multiply_columns<T, Form::kTurned>(grad, ring.a(),
+                                           at.h + rank / 64 * at.h_panel + sub * Form::kStageOfH,
+                                           at.h_panel, sub > 0);
         ptx::wgmma_wait<0>();
         ptx::wgmma_keep(grad);
         if (!Form::kStoresLate && sub + 1 == Form::kSubs) store(grad, rank);
