@@ -4,17 +4,26 @@
 
 namespace lora_kernels {
 
-WeightGradPass x_pass_of(const BackwardArgs* args, int count, const BackwardGroupPlan& plan,
-                         void* workspace) {
+namespace {
+
+int64_t padded(int64_t r) { return ceil_div(r, 8) * 8; }
+
+}  // namespace
+
+WeightGradPass x_pass_of(const BackwardArgs* args, const BackwardGroupPlan& plan, int first,
+                         int last, void* workspace) {
   WeightGradPass pass{};
-  const Matrix dh{static_cast<uint8_t*>(workspace) + plan.dh_offset, plan.width, 1, args->x.dtype};
-  pass.grad = {dh, args->x, {}, args->M, args->K, plan.width, 1.0f, {}};
-  for (int i = 0; i < count; ++i) {
+  const Matrix dh = plan.dh(workspace, first, args->x.dtype);
+  int64_t r = 0;
+  for (int i = first; i < last; ++i) {
     const BackwardArgs& a = args[i];
     if (!a.need_a || a.r == 0) continue;
     pass.with_grad = true;
-    pass.parts[pass.part_count++] = {plan.first[i], a.r, a.da, a.masked_scale, a.dropout};
+    const int64_t column = plan.first[i] - plan.first[first];
+    pass.parts[pass.part_count++] = {column, a.r, a.da, a.masked_scale, a.dropout};
+    r = column + padded(a.r);
   }
+  pass.grad = {dh, args->x, {}, args->M, args->K, r, 1.0f, {}};
   return pass;
 }
 
@@ -27,7 +36,7 @@ PackJobs pack_jobs(const BackwardGroupPlan& plan, int count, void* workspace) {
     for (const TmaOperand* o : {&plan.gemm.plans[i].weight, &plan.gemm.plans[i].up})
       jobs.add(*o, workspace);
   }
-  jobs.add(plan.x_pass.x, workspace);
+  if (plan.x_pass_count > 0) jobs.add(plan.x_passes[0].plan.x, workspace);
   return jobs;
 }
 
@@ -38,7 +47,7 @@ void lay_out_dh(const BackwardArgs* args, int count, BackwardGroupPlan& plan) {
   for (int i = 0; i < count; ++i) {
     plan.first[i] = plan.width;
     if (!args[i].needs_dh()) continue;
-    plan.width += ceil_div(args[i].r, 8) * 8;
+    plan.width += padded(args[i].r);
     plan.has_gaps |= args[i].r % 8 != 0;
   }
 }
@@ -68,13 +77,22 @@ const char* plan_dx(const BackwardArgs* args, int count, const Target& target,
                      : nullptr;
 }
 
+// Projections share a pass up to so many ranks. Beyond, a chunk has fewer rows and partial results
+// outweigh a read of x, and each mask is multiplied with the ranks of all.
 const char* plan_x(const BackwardArgs* args, int count, const Target& target,
                    BackwardGroupPlan& plan) {
-  const WeightGradPass pass = x_pass_of(args, count, plan, nullptr);
-  plan.reads_x = pass.with_grad;
-  if (!plan.reads_x) return nullptr;
-  plan.x_pass = plan_weight_grad(pass, target);
-  if (!plan.x_pass.served) return plan.x_pass.reason;
+  for (int first = 0, last = 0; first < count; first = last) {
+    last = first + 1;
+    if (!x_pass_of(args, plan, first, last, nullptr).with_grad) continue;
+    for (; last < count; ++last) {
+      const WeightGradPass wider = x_pass_of(args, plan, first, last + 1, nullptr);
+      if (wider.grad.r > (wider.masked() ? 64 : 128)) break;
+    }
+    XPass& pass = plan.x_passes[plan.x_pass_count++];
+    pass = {first, last, plan_weight_grad(x_pass_of(args, plan, first, last, nullptr), target)};
+    if (!pass.plan.served) return pass.plan.reason;
+  }
+  plan.has_gaps &= plan.x_pass_count > 0;
   // The kernel that zeroes the gaps counts words by 32 bits.
   if (plan.has_gaps && args->M * plan.width / 2 >= int64_t{1} << 32)
     return "dh has more than 2^33 elements";
@@ -100,13 +118,17 @@ void place(const BackwardArgs* args, int count, BackwardGroupPlan& plan) {
     gemm.h.packed = false;  // it is made here, as TMA needs it
     for (TmaOperand* o : {&gemm.weight, &gemm.up}) o->offset = reserve(o->bytes());
   }
-  plan.x_pass.h.packed = false;
-  plan.x_pass.x.offset = reserve(plan.x_pass.x.bytes());
+  const int64_t x_offset = plan.x_pass_count > 0 ? reserve(plan.x_passes[0].plan.x.bytes()) : 0;
   for (int i = 0; i < count; ++i)
     if (plan.reads_dy[i])
       end = place_partials(dy_pass_of(args[i], plan.dh(nullptr, i, args[i].x.dtype)),
                            plan.dy_pass[i], end);
-  if (plan.reads_x) end = place_partials(x_pass_of(args, count, plan, nullptr), plan.x_pass, end);
+  for (int i = 0; i < plan.x_pass_count; ++i) {
+    XPass& pass = plan.x_passes[i];
+    pass.plan.h.packed = false;
+    pass.plan.x.offset = x_offset;
+    end = place_partials(x_pass_of(args, plan, pass.first, pass.last, nullptr), pass.plan, end);
+  }
   plan.workspace_bytes = end;
 }
 
@@ -121,7 +143,6 @@ BackwardGroupPlan plan_backward_group(const BackwardArgs* args, int count, const
     plan.reason = plan_dy(args[i], target, i, plan);
   if (plan.reason == nullptr) plan.reason = plan_dx(args, count, target, plan);
   if (plan.reason == nullptr) plan.reason = plan_x(args, count, target, plan);
-  plan.has_gaps &= plan.reads_x;
   plan.served = plan.reason == nullptr;
   if (plan.served) place(args, count, plan);
   return plan;
@@ -137,7 +158,7 @@ std::string describe(const BackwardGroupPlan& plan, int count) {
     if (plan.down[i].kernel != DownProjKernel::none) add("dh" + of + describe(plan.down[i]));
   }
   if (plan.has_dx) add("dx " + describe(plan.gemm));
-  if (plan.reads_x) add("x pass " + describe(plan.x_pass));
+  for (int i = 0; i < plan.x_pass_count; ++i) add("x pass " + describe(plan.x_passes[i].plan));
   return text.empty() ? "no gradient is needed" : text;
 }
 

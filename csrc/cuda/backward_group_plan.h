@@ -3,21 +3,29 @@
 //
 //   dy passes   dh, dB, dbias of each projection, from its own dy    (weight_grad_sm90.cuh)
 //   dx          one sum over all projections, rounded once           (fused_gemm_sm90.cuh)
-//   x pass      dA of all, by one read of x                          (weight_grad_sm90.cuh)
+//   x passes    dA of all, by as few reads of x as pay               (weight_grad_sm90.cuh)
 //
-// The dh of all projections lie side by side, so that to the x pass they are one matrix. Partial
+// The dh of all projections lie side by side, so that to an x pass they are one matrix. Partial
 // results are added by reduce.cuh, those of dh before dx.
 #pragma once
 #include "backward_plan.h"
 
 namespace lora_kernels {
 
+// A read of x, for projections [first, last).
+struct XPass {
+  int first, last;
+  WeightGradPlan plan;
+};
+
 struct BackwardGroupPlan {
   bool served;
   const char* reason;  // why not
 
-  bool reads_dy[kMaxGroup], reads_x;
-  WeightGradPlan dy_pass[kMaxGroup], x_pass;
+  bool reads_dy[kMaxGroup];
+  WeightGradPlan dy_pass[kMaxGroup];
+  XPass x_passes[kMaxGroup];
+  int x_pass_count;
   TmaOperand dy[kMaxGroup];
   DownProjPlan down[kMaxGroup];  // of a dh that its dy pass does not make
   bool has_dx;
@@ -36,8 +44,8 @@ struct BackwardGroupPlan {
 BackwardGroupPlan plan_backward_group(const BackwardArgs* args, int count, const Target& target);
 std::string describe(const BackwardGroupPlan& plan, int count);
 
-WeightGradPass x_pass_of(const BackwardArgs* args, int count, const BackwardGroupPlan& plan,
-                         void* workspace);
+WeightGradPass x_pass_of(const BackwardArgs* args, const BackwardGroupPlan& plan, int first,
+                         int last, void* workspace);
 // All copies ahead of the passes; each operand once.
 PackJobs pack_jobs(const BackwardGroupPlan& plan, int count, void* workspace);
 
@@ -74,9 +82,10 @@ int run_backward_group(const BackwardArgs* args, int count, const BackwardGroupP
       gemm.plans[i].h.from = gemm.args[i].h = plan.dh(workspace, i, dtype);
     error = launcher.fused_gemm(gemm, workspace, plan.width > 0);
   }
-  if (plan.reads_x) {
-    const WeightGradPass pass = x_pass_of(args, count, plan, workspace);
-    WeightGradPlan x = plan.x_pass;
+  for (int i = 0; i < plan.x_pass_count; ++i) {
+    const XPass& of = plan.x_passes[i];
+    const WeightGradPass pass = x_pass_of(args, plan, of.first, of.last, workspace);
+    WeightGradPlan x = of.plan;
     x.h.from = pass.grad.h;
     if (error == 0 && !x.empty) error = launcher.weight_grad(pass, x, workspace);
     add_grad_jobs(pass, x, workspace, last);

@@ -136,15 +136,15 @@ void plan_one_grid(const BackwardArgs& a, const Target& target, const FusedGemmP
   grid.rank = kGridRanks[a.r > kGridRanks[0]];
   const uint32_t group = std::min(tiles.group + tiles.group % 2, tiles.pairs);
   constexpr uint32_t kChain = BackwardOrder::kChunkPairs;
-  order.raster = Raster(tiles.pairs, tiles.columns, group, kChain);
-  grid.clusters = clusters_of(target, order.raster.items());
-  if (order.chunks() <= (grid.clusters + 3) / 4)
-    order.raster = Raster(tiles.pairs, tiles.columns, group, kChain, true);
-
   const int64_t blocks = ceil_div(a.K, kRowElements);
   const int64_t of_slice = std::max(kLeastBlocks, ceil_div(blocks, kSlices));
   grid.blocks_of_slice = static_cast<uint32_t>(of_slice);
   order.slices = static_cast<uint32_t>(ceil_div(blocks, of_slice));
+  const uint32_t trail = group / kChain * order.slices;
+  order.raster = Raster(tiles.pairs, tiles.columns, group, kChain, false, trail);
+  grid.clusters = clusters_of(target, order.raster.items());
+  if (order.chunks() <= (grid.clusters + 3) / 4)
+    order.raster = Raster(tiles.pairs, tiles.columns, group, kChain, true, trail);
   // A thread adds four columns, and two sums for each cluster are enough.
   constexpr int64_t kThreads = 512;
   const int64_t pitch = plan.dy_pass.pitch, wide = std::max(a.N, a.K);

@@ -110,6 +110,36 @@ DownProjPlan plan_of(DownProjKernel kernel, int64_t M, const TileFacts& t, int64
           t.shared_bytes, blocks_of(M, t), rank_blocks, layout,  reason};
 }
 
+// Projections side by side in parts of up to `capacity` ranks, in order.
+DownProjGroupPlan lay_out(const DownProjArgs* each, int count, int capacity, const char* reason) {
+  DownProjGroupPlan plan{true, reason, {}, {}};
+  const bool dropout = each[0].dropout.seed != nullptr;
+  // `used`: columns of the part at hand, which is no part yet if there are none.
+  int64_t parts = 0, used = 0, widest = 0;
+  for (int i = 0; i < count; ++i) {
+    const int64_t padded = ceil_div(each[i].r, 8) * 8;
+    const bool alone = dropout || padded > capacity;
+    if (used > 0 && (alone || used + padded > capacity)) {
+      ++parts;
+      used = 0;
+    }
+    plan.place[i] = {parts, static_cast<int>(used), 0, layout_of(each[i]).h_pairs};
+    widest = std::max(widest, used + padded);
+    if (alone)
+      parts += ceil_div(each[i].r, capacity);
+    else
+      used += padded;
+  }
+  if (used > 0) ++parts;
+  const TileFacts t = tile_of(kSm90Tiles, 64, std::min<int64_t>(widest, capacity));
+  for (int i = 0; i < count; ++i) {
+    const bool shared = i + 1 < count && plan.place[i + 1].part == plan.place[i].part;
+    plan.place[i].box_rows = (shared ? plan.place[i + 1].column : t.rank) - plan.place[i].column;
+  }
+  plan.tile = plan_of(DownProjKernel::sm90, each[0].M, t, parts, layout_of(each[0]), reason);
+  return plan;
+}
+
 }  // namespace
 
 DownProjPlan plan_down_proj(const DownProjArgs& args, const Target& target) {
@@ -136,29 +166,15 @@ DownProjGroupPlan plan_down_proj_group(const DownProjArgs* each, int count, cons
   plan.tile.reason = "h is empty";
   if (each[0].M <= 0) return plan;
 
-  // `used`: columns of the part at hand, which is no part yet if there are none.
-  int64_t parts = 0, used = 0, widest = 0;
-  for (int i = 0; i < count; ++i) {
-    const int64_t padded = ceil_div(each[i].r, 8) * 8;
-    const bool alone = dropout || padded > kMaxRank;
-    if (used > 0 && (alone || used + padded > kMaxRank)) {
-      ++parts;
-      used = 0;
-    }
-    plan.place[i] = {parts, static_cast<int>(used), 0, layout_of(each[i]).h_pairs};
-    widest = std::max(widest, used + padded);
-    if (alone)
-      parts += ceil_div(each[i].r, kMaxRank);
-    else
-      used += padded;
+  double least = 0;
+  for (const int capacity : {kMaxRank, 128, 64}) {
+    const DownProjGroupPlan found = lay_out(each, count, capacity, plan.reason);
+    const DownProjPlan& tile = found.tile;
+    const int64_t waves = ceil_div(tile.blocks * tile.rank_blocks, target.multiprocessors);
+    const double bytes = double(waves) * (tile.rows + tile.rank) * kRowBytes;
+    if (least == 0 || bytes < least) least = bytes, plan = found;
+    if (dropout) break;  // another part would draw the mask again
   }
-  if (used > 0) ++parts;
-  const TileFacts t = tile_of(kSm90Tiles, 64, widest);
-  for (int i = 0; i < count; ++i) {
-    const bool shared = i + 1 < count && plan.place[i + 1].part == plan.place[i].part;
-    plan.place[i].box_rows = (shared ? plan.place[i + 1].column : t.rank) - plan.place[i].column;
-  }
-  plan.tile = plan_of(DownProjKernel::sm90, each[0].M, t, parts, layout_of(each[0]), plan.reason);
   return plan;
 }
 

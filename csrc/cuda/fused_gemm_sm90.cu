@@ -23,8 +23,8 @@ __global__ void fused_gemm_sm90_kernel(const __grid_constant__ GemmGroupMaps<ptx
 namespace lora_kernels {
 namespace {
 
-static_assert(sizeof(GemmGroupMaps<CUtensorMap>) + sizeof(FusedGemmGroupWork) <= 4000,
-              "parameters of a kernel take up to 4 KB before a driver has to copy them");
+static_assert(sizeof(GemmGroupMaps<CUtensorMap>) + sizeof(FusedGemmGroupWork) <= 4096,
+              "a launch takes 4 KB of parameters");
 
 template <class T>
 cudaError_t launch_typed(const FusedGemmGroup& group, void* workspace, bool early,

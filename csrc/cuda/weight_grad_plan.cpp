@@ -70,10 +70,14 @@ double pass_cycles(const WeightGradPass& pass, const TileFacts& t, int64_t chunk
                                  again * (std::max(port, tensor) + mask)});
   const double h = t.rows * t.rank * 2 / kStreamBytes;
   const auto turns = static_cast<double>(ceil_div(tiles, splits) * t.subs);
-  const double sums = static_cast<double>(splits * pass.grad.M * pass.grad.r) * 8;
+  // Partial results, written and read.
+  const int64_t grads = pass.with_grad ? chunks * pass.grad.K : 0;
+  const int64_t sums = pass.with_down ? splits * pass.grad.M : 0;
+  const double partials =
+      2.0 * 4.0 * static_cast<double>((grads + sums) * reduce_pitch(pass.grad.r));
   return static_cast<double>(ceil_div(blocks, multiprocessors)) *
              (turns * stage + h + kItemClocks) +
-         (pass.with_down ? memory_clocks(sums) : 0);
+         memory_clocks(partials);
 }
 
 void choose_splits(const WeightGradPass& pass, const TileFacts& t, const Target& target,

@@ -144,7 +144,8 @@ py::dict weight_grad_group(const Array& h, const Array& x, const std::vector<Giv
 std::vector<std::tuple<int, uint32_t, uint32_t, uint32_t, uint32_t>> backward_order(
     uint32_t pairs, uint32_t columns, uint32_t group, bool chains_first, uint32_t sums_b,
     uint32_t slices, uint32_t sums_a) {
-  const Raster raster{pairs, columns, group, BackwardOrder::kChunkPairs, chains_first};
+  constexpr uint32_t kChain = BackwardOrder::kChunkPairs;
+  const Raster raster{pairs, columns, group, kChain, chains_first, group / kChain * slices};
   const BackwardOrder order{raster, sums_b, slices, sums_a};
   std::vector<std::tuple<int, uint32_t, uint32_t, uint32_t, uint32_t>> places;
   for (uint32_t item = 0; item < order.items(); ++item) {
