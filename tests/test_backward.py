@@ -169,7 +169,7 @@ SUBSETS = {
     NAMES: [
         "weight_grad_sm90", "reduce", "fused_gemm_sm90", "weight_grad_sm90", "reduce",
     ],
-    NAMES[:3]: ["zero", "backward_sm90"],
+    NAMES[:3]: ["pack", "zero", "backward_sm90"],
     (): [],
 }  # fmt: skip
 

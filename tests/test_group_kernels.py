@@ -106,6 +106,15 @@ def test_whatever_form_a_call_alone_takes(emulated):
     assert forms == {"one_launch", "two_launches", "two_launches sm80"}
 
 
+@pytest.mark.parametrize("timing, schedule", SCHEDULES)
+def test_one_output_by_tma_and_one_by_ordinary_stores(emulated, timing, schedule):
+    """Each cluster makes tiles of both, which share the panels that stage them."""
+    each = layers((200, 40, ((264, 8), (131, 8))), bias=False)
+    options = {"multiprocessors": 2, "timing": timing, "schedule": schedule}
+    results, _ = run_forward(emulated, each, **options)
+    assert_like_alone(emulated, each, results)
+
+
 def test_x_is_read_once_for_all_h(emulated):
     """Ranks that fill a tile: the bytes of x, and of nothing else, are saved."""
     m, k = 512, 256

@@ -156,10 +156,11 @@ def test_the_model_counts_masks(emulated):
         [Group(128, 64, (8,) * n, seeds).run(emulated)[1]["cycles"] for n in (1, 2, 3)]
         for seeds in ("p0", "dropped")
     )
-    assert plain[0] == plain[1] == plain[2] < dropped[0]
+    more = plain[1] - plain[0]  # partial results of eight ranks more
+    assert 0 < more == pytest.approx(plain[2] - plain[1])
     assert dropped[2] - dropped[1] == pytest.approx(dropped[1] - dropped[0])
     # More than a mask for each: the products come again too.
-    assert dropped[1] - dropped[0] > dropped[0] - plain[0] > 0
+    assert dropped[1] - dropped[0] - more > dropped[0] - plain[0] > 0
     assert Group(128, 64, (8,), "dropped").run_alone(emulated, 0)[1]["cycles"] == dropped[0]
 
 

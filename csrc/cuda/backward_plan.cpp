@@ -108,17 +108,18 @@ ItemClocks item_clocks(const BackwardArgs& a, const OneGridPlan& grid) {
           (order.sums_b + double(order.slices) * order.sums_a) * sum};
 }
 
-// Items beside the tiles are free as far as the last wave leaves turns idle, and as memory is.
+// Items beside the tiles are free as far as the last wave leaves turns idle. Reading x hides behind
+// products, but for the last group, whose items may find nothing else running.
 double one_grid_cost(const BackwardArgs& a, const BackwardPlan& plan, const FusedGemmPlan& gemm) {
   const OneGridPlan& grid = plan.grid;
   const ItemClocks item = item_clocks(a, grid);
   const double tile = tile_cycles(gemm.tile_n, ceil_div(a.N, kMmaDepth));
   const double idle = (waves_of(gemm) * grid.clusters - gemm.raster.items()) * tile;
   const double more = grid.order.chunks() * (item.dy + item.x) + item.sums - idle;
-  const double partials =
-      2.0 * grid.order.chunks() * static_cast<double>((a.N + a.K) * plan.dy_pass.pitch * 4);
+  const double last = static_cast<double>(grid.order.last_chunks()) / grid.order.chunks();
+  const double partials = 2.0 * grid.order.chunks() * double(a.K * plan.dy_pass.pitch) * 4;
   const double memory =
-      memory_clocks(static_cast<double>(a.M * a.K * 2) + 2 * partials) - idle / grid.clusters;
+      memory_clocks(last * (double(a.M * a.K * 2) + 2 * partials)) - idle / grid.clusters;
   // The first tiles wait for dh, the end for the last item of x and for what adds its results.
   const double head = std::max(0.0, item.dy - tile);
   const double tail = item.x / grid.order.slices + kItemClocks;

@@ -135,7 +135,8 @@ ForwardPlan plan_forward(const ForwardArgs& args, const Target& target,
 
 unsigned pack_blocks(const PackJobs& jobs, int multiprocessors) {
   int64_t most = 1;
-  for (int i = 0; i < jobs.count; ++i) most = std::max(most, jobs.jobs[i].height);
+  for (int i = 0; i < jobs.count; ++i)
+    most = std::max(most, jobs.jobs[i].height * pieces_of(jobs.jobs[i]));
   return static_cast<unsigned>(std::min<int64_t>(most, 8 * int64_t{multiprocessors}));
 }
 

@@ -77,7 +77,11 @@ struct PackJobs {
   }
 };
 
-constexpr unsigned kPackThreads = 256;  // of a block, which copies rows
+constexpr unsigned kPackThreads = 256;
+constexpr int64_t kPieceColumns = 1024;  // that a block copies at a time
+LK_SHARED_FUNCTION int64_t pieces_of(const PackJob& job) {
+  return (job.width + kPieceColumns - 1) / kPieceColumns;
+}
 // Along x; each job has as many.
 unsigned pack_blocks(const PackJobs& jobs, int multiprocessors);
 inline unsigned zero_blocks(uint32_t words) {

@@ -6,15 +6,18 @@
 
 namespace lora_kernels {
 
-// Job blockIdx.y; a block copies a row at a time.
+// Job blockIdx.y; a block copies a piece of a row at a time: a transposed copy may have few rows.
 __global__ void __launch_bounds__(kPackThreads) pack_kernel(const PackJobs all) {
   const PackJob& job = all.jobs[blockIdx.y];
   const auto* from = static_cast<const uint16_t*>(job.from.data);
   auto* to = static_cast<uint16_t*>(job.to);
+  const int64_t pieces = pieces_of(job);
 #pragma unroll 1
-  for (int64_t row = blockIdx.x; row < job.height; row += gridDim.x) {
+  for (int64_t piece = blockIdx.x; piece < job.height * pieces; piece += gridDim.x) {
+    const int64_t row = piece / pieces, first = piece % pieces * kPieceColumns;
+    const int64_t end = first + kPieceColumns < job.width ? first + kPieceColumns : job.width;
 #pragma unroll 1
-    for (int64_t column = threadIdx.x; column < job.width; column += kPackThreads) {
+    for (int64_t column = first + threadIdx.x; column < end; column += kPackThreads) {
       const uint16_t* at = from + row * job.from.row_stride + column * job.from.col_stride;
       ptx::store_global(to + row * job.width + column, row < job.rows && column < job.columns
                                                            ? ptx::load_global(at)
