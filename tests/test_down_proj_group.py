@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from emulator.suite import SCHEDULES, place_of_h
+from mutation_problems import ternary
 from test_down_proj import DTYPES, THRESHOLD, bits, check
-from test_mutations import ternary
 
 from lora_kernels import dropout
 

@@ -180,6 +180,67 @@ def check_parts(emulated, problem: dict[str, np.ndarray]) -> None:
             raise Wrong(f"{found['bytes_loaded']} bytes loaded, expected {expected}")
 
 
+def projections_of(problem: dict[str, np.ndarray], *names: str) -> tuple[dict, list[dict]]:
+    """(options, and the arrays of these names, or None, of each projection). Those that the options
+    say lie transposed in memory."""
+    options = json.loads(str(problem["options"]))
+    for name in options.pop("transposed", []):
+        problem[name] = np.ascontiguousarray(problem[name].T).T
+    indices = range(len(options["each"]))
+    return options, [{name: problem.get(f"{name}{i}") for name in names} for i in indices]
+
+
+def check_outputs(got: np.ndarray, expected: np.ndarray, name: str) -> None:
+    if not np.array_equal(got, expected):
+        raise Wrong(f"{np.sum(got != expected)} elements of {name} differ")
+
+
+def check_run(found: dict, kernels: list[str]) -> None:
+    if found["bank_conflicts"]:
+        raise Wrong(f"{found['bank_conflicts']} bank conflicts")
+    if found["kernels"] != kernels:
+        raise Wrong(f"launched {found['kernels']}")
+
+
+def check_forward_group(emulated, problem: dict[str, np.ndarray]) -> None:
+    """y and h of projections that share x."""
+    options, each = projections_of(problem, "weight", "a", "b", "bias", "y", "h")
+    own, kernels = options.pop("each"), options.pop("kernels")
+    for timing, schedule in SCHEDULES[: options.pop("turns", None)]:
+        results = [{name: np.zeros_like(p[name]) for name in ("y", "h")} for p in each]
+        operands = [
+            [p["weight"], p["a"], p["b"], to["y"], to["h"]]
+            for p, to in zip(each, results, strict=True)
+        ]
+        given = {"timing": timing, "schedule": schedule, "resident_blocks": 2 + schedule} | options
+        biases = [p["bias"] for p in each]
+        found = emulated.forward_group(problem["x"], operands, biases, own, given)
+        for i, (p, to) in enumerate(zip(each, results, strict=True)):
+            for name in ("h", "y"):
+                check_outputs(to[name], p[name], f"{name} {i}")
+        check_run(found, kernels)
+
+
+def check_backward_group(emulated, problem: dict[str, np.ndarray]) -> None:
+    """dx of all projections and those gradients of each that the problem has."""
+    names = ("dy", "weight", "a", "b", "h")
+    options, each = projections_of(problem, *names, *GRADIENTS)
+    own, kernels = options.pop("each"), options.pop("kernels")
+    each[0]["dx"] = problem.get("dx")
+    operands = [[p[name] for name in names] for p in each]
+    for timing, schedule in SCHEDULES[: options.pop("turns", None)]:
+        results = [
+            {name: np.zeros_like(p[name]) for name in GRADIENTS if p[name] is not None}
+            for p in each
+        ]
+        given = {"timing": timing, "schedule": schedule, "resident_blocks": 2 + schedule} | options
+        found = emulated.backward_group(problem["x"], operands, results, own, given)
+        for i, (p, to) in enumerate(zip(each, results, strict=True)):
+            for name, got in to.items():
+                check_outputs(got, p[name], f"{name} {i}")
+        check_run(found, kernels)
+
+
 def check_gemm(emulated, problem: dict[str, np.ndarray]) -> None:
     for timing, schedule in SCHEDULES:
         c = np.zeros(problem["c"].shape, np.uint16)
@@ -209,6 +270,8 @@ CHECKS: dict[str, Callable] = {
     "passes": check_backward,
     "grid": check_backward,
     "parts": check_parts,
+    "forward_group": check_forward_group,
+    "backward_group": check_backward_group,
     "gemm": check_gemm,
     "relay": check_relay,
 }
