@@ -4,7 +4,7 @@ all in one "grid"."""
 from __future__ import annotations
 
 from mutants import DROPOUT, Mutant
-from mutants_forward import PACK, RING, TILE_STORE
+from mutants_forward import PACK, RASTER, RING, TILE_STORE
 
 TILE, PASS = "csrc/cuda/weight_grad_tile.cuh", "csrc/cuda/weight_grad_sm90.cuh"
 REDUCE, REDUCE_KERNEL = "csrc/cuda/reduce_rows.cuh", "csrc/cuda/reduce.cuh"
@@ -33,17 +33,25 @@ def host(file: str, name: str, text: str, replacement: str, suite: str, *more: s
 
 KILLED = [
     # a stage of x: descriptors
-    passes(TILE, "x of a down projection taken as columns", "wgmma<T, 0, 1>(sum",
-           "wgmma<T, 1, 1>(sum"),
-    passes(TILE, "rows of down not transposed", "wgmma<T, 0, 1>(sum", "wgmma<T, 0, 0>(sum"),
-    passes(TILE, "x of a gradient not transposed", "wgmma<T, 1, 1>(grad", "wgmma<T, 0, 1>(grad"),
-    passes(TILE, "h of a gradient not transposed", "wgmma<T, 1, 1>(grad", "wgmma<T, 1, 0>(grad"),
+    passes(TILE, "x of a down projection taken as columns", "wgmma<T, 0, !kTurned>(sum",
+           "wgmma<T, 1, !kTurned>(sum"),
+    passes(TILE, "rows of down not transposed", "wgmma<T, 0, !kTurned>(sum", "wgmma<T, 0, 0>(sum"),
+    grid(TILE, "rows of ranks taken for columns", "wgmma<T, 0, !kTurned>(sum",
+         "wgmma<T, 0, 1>(sum"),
+    passes(TILE, "x of a gradient not transposed", "wgmma<T, 1, !kTurned>(grad",
+           "wgmma<T, 0, !kTurned>(grad"),
+    passes(TILE, "h of a gradient not transposed", "wgmma<T, 1, !kTurned>(grad",
+           "wgmma<T, 1, 0>(grad"),
+    grid(TILE, "turned h of a gradient transposed", "wgmma<T, 1, !kTurned>(grad",
+         "wgmma<T, 1, 1>(grad"),
+    grid(TILE, "steps of turned h by rows", "step % kStepsOfTile * kKMajorStep",
+         "step % kStepsOfTile * kMnMajorStep"),
+    grid(TILE, "second tile of turned h is the first", "step / kStepsOfTile * kTile", "0"),
+    grid(TILE, "steps of turned down by rows", "(kTurned ? kKMajorStep : kMnMajorStep)",
+         "(kMnMajorStep)"),
     passes(TILE, "ones with rows for columns", "wgmma<T, 1, 0>(sums", "wgmma<T, 0, 0>(sums"),
-    passes(TILE, "steps of h by columns",
-           "advanced(b, step * kMnMajorStep), accumulate || step > 0);\n  ptx::wgmma_commit();\n  "
-           "ptx::wgmma_keep(grad)",
-           "advanced(b, step * kKMajorStep), accumulate || step > 0);\n  ptx::wgmma_commit();\n  "
-           "ptx::wgmma_keep(grad)"),
+    passes(TILE, "steps of h by columns", "kTurned ? turned : step * kMnMajorStep",
+           "kTurned ? turned : step * kKMajorStep"),
     passes(TILE, "steps of x by columns", "grad, advanced(a, step * kMnMajorStep)",
            "grad, advanced(a, step * kKMajorStep)"),
     passes(TILE, "panels of h too close", "mn_major_descriptor(h, panel)",
@@ -56,8 +64,8 @@ KILLED = [
            "at.h_panel, sub >= 0);"),
     passes(TILE, "gradient of the last stage alone", "at.h_panel, sub > 0);",
            "at.h_panel, false);"),
-    passes(TILE, "rows of h of the first stage", "at.h_panel + sub * 2 * kRowsBytes,",
-           "at.h_panel + sub * kRowsBytes,"),
+    passes(TILE, "rows of h of the first stage", "at.h_panel + sub * Form::kStageOfH,",
+           "at.h_panel + sub * (Form::kStageOfH / 2),"),
     passes(TILE, "both warpgroups multiply the first rows", "ring.a() + at.group * kRowsBytes",
            "ring.a()"),
     passes(TILE, "ranks past 128 are the first", "at.h + rank / 64 * at.h_panel", "at.h"),
@@ -202,8 +210,15 @@ KILLED = [
     # one grid: rows, order of its parts
     grid(GRID, "second rows of a chunk one block on", "rows.of_chunk(pair, sub), 0,",
          "rows.of_chunk(pair, 0) + sub * Tile::kM, 0,"),
-    grid(GRID, "rows of a chunk kept one block apart", "row + sub * Tile::kCluster * Tile::kM",
-         "row + sub * Tile::kM"),
+    grid(GRID, "rows of a chunk kept one block apart", "++sub, row += kPairRows)",
+         "++sub, row += Tile::kM)"),
+    grid(GRID, "second rows of turned h are the first", "static_cast<int>(row + kRowElements), 0",
+         "static_cast<int>(row), 0"),
+    grid(GRID, "second rows of turned h over the first", "to + kStage / 2", "to"),
+    grid(GRID, "dh not turned", "if constexpr (Form::kTurned) store_h", "if (false) store_h"),
+    grid(GRID, "x with the dh of dx", "chunk.kTurned ? &turned_map : &dh_map", "&dh_map"),
+    grid(WORK, "dh turned the other way", "transposed(plan.turned_dh(args, workspace))",
+         "plan.turned_dh(args, workspace)"),
     grid(GRID, "mask of dA one block apart", "kPairRows = kClusterRows", "kPairRows = 128"),
     grid(GRID, "dA of the rows of the first chunk", "static_cast<int>(rows.of_chunk(pair, sub)));",
          "static_cast<int>(rows.of_chunk(0, sub)));"),
@@ -305,8 +320,18 @@ KILLED = [
          "return {BackwardItem::sum_a, {}, slice < slices ? slice : slice - 1,", "grid",
          "backward_sm90"),
     host(ORDER, "sums of dB skipped", "item -= sums_b;\n", "", "grid", "backward_sm90"),
-    host(ORDER, "last slice has no sums", "sums_b + slices * (chunks() + sums_a)",
-         "sums_b + slices * chunks() + (slices - 1) * sums_a", "grid", "backward_sm90"),
+    host(ORDER, "last slice has no sums", "sums_b + slices * (last_chunks() + sums_a)",
+         "sums_b + slices * last_chunks() + (slices - 1) * sums_a", "grid", "backward_sm90"),
+    host(ORDER, "trailing x of one slice", "tile.column / of_group", "0", "grid", "backward_sm90"),
+    host(ORDER, "trailing x of the first group", "first + tile.column % of_group",
+         "tile.column % of_group", "grid", "backward_sm90"),
+    host(ORDER, "last x from the first row on", "first = chunks() - count;", "first = 0;", "grid",
+         "backward_sm90"),
+    host(RASTER, "trailing items of the first group", "item += trail;", ";", "grid",
+         "backward_sm90"),
+    host(RASTER, "trailing items of the group at hand", "(at - 1) * group, item",
+         "at * group, item", "grid", "backward_sm90"),
+    host(PLAN, "turned dh over h", "reserve(a.r * ceil_div(a.M, 8) * 16)", "0", "grid"),
     host(ORDER, "last chunk of one pair forgotten",
          "(raster.pairs + kChunkPairs - 1) / kChunkPairs", "raster.pairs / kChunkPairs", "grid",
          "backward_sm90"),

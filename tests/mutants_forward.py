@@ -161,7 +161,8 @@ KILLED = [
            "down_proj_sm90", "down_proj_sm80"),
     # copies
     kernel(PACK, "padding not zero", "column < job.columns ?", "true ?"),
-    kernel(PACK, "grid stride forgotten", "row += gridDim.x", "row += gridDim.x * 2"),
+    kernel(PACK, "grid stride forgotten", "piece += gridDim.x", "piece += gridDim.x * 2"),
+    kernel(PACK, "every piece is the first", "piece % pieces * kPieceColumns", "0"),
     # host
     host(RASTER, "last group as high as the others",
          "number + 1 < groups_ ? group : pairs - number * group", "group"),

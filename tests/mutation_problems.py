@@ -158,7 +158,7 @@ def forward_problem(shape, options, odd) -> dict[str, np.ndarray]:
 # (M, N, K, r), options, and what else is odd about it. Together: chunks of 512, 256 and 128 rows,
 # two blocks of ranks, splits of both passes, rings that wrap, masks of two rank stages, aligned and
 # not, fp32 gradients, every subset, copies, no depth; in one grid both tiles, several groups,
-# chunks, slices and waves, more clusters than chunks.
+# chunks, slices and waves, more clusters than chunks, tiles of 16 ranks and of 64.
 GRID = dict(form="one_grid", tile_n=128)
 ALIGNED, UNALIGNED = [5, 6, 16, 32], [5, 6, 3, 21]
 BACKWARD = [
@@ -171,7 +171,7 @@ BACKWARD = [
         {"bias": True},
     ),
     ((100, 0, 72, 8), dict(form="passes", seed=ALIGNED, turns=1), {}),
-    ((1100, 72, 584, 24), dict(GRID, group=2, multiprocessors=12, turns=2), {}),
+    ((1100, 72, 584, 16), dict(GRID, group=2, multiprocessors=12, turns=2), {}),
     ((1100, 72, 72, 24), dict(GRID, group=2, multiprocessors=12), {}),
     ((600, 136, 136, 40), dict(GRID, group=2, multiprocessors=4, seed=ALIGNED, limited=True), {}),
     (
