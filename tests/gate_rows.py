@@ -122,23 +122,25 @@ EXPECTED: tuple[Row, ...] = (
             ("false, true", 0, 0, {"LDSM": 5 * subs, "STSM": 5 * subs}),
         )
     ),
-    # <tile, dtype, dropout>: dx as in fused_gemm, dh and dB of dy, dA of x as in weight_grad,
-    # without sums of columns; a release for each flag of dh and for either counter
+    # <tile, dtype, dropout, ranks>: dx as in fused_gemm, dh and dB of dy, dA of x as in weight_grad,
+    # without sums of columns; a release for each flag of dh and for either counter. 16 ranks lie as
+    # rows: chunks come by two loads for one, and the products do not transpose them
     *(
         Row(
-            f"backward_sm90_kernel<FusedGemmSm90Tile<{n}, .*>, .*, {dropout}>",
+            f"backward_sm90_kernel<FusedGemmSm90Tile<{n}, .*>, .*, {dropout}, {rank}>",
             "90a",
             {
                 "HGMMA": steps + 2 * (8 + 4) + 2 * 8,
                 "tnspA": 2 * 8 + 2 * 8,
-                "tnspB": steps + 2 * (8 + 4) + 2 * 8,
-                "UTMALDG": 2 + n // 32 + 2 + 2 + 1 + 2,
+                "tnspB": steps + (2 * (8 + 4) + 2 * 8 if rank == 64 else 0),
+                "UTMALDG": 2 + n // 32 + 2 + 2 + 1 + 2 + (4 if rank == 16 else 0),
                 "UTMASTG": n // 64,
                 "MEMBAR.GPU": 2 + 2 + 2,
             }
             | more,
         )
         for n in (256, 128)
+        for rank in (16, 64)
         for dropout, steps, more in (
             ("false", 5, {"STSM": n // 16}),
             (

@@ -60,7 +60,7 @@ BACKWARD_GROUPS = [
         ],
         dict(multiprocessors=4, turns=1),
         ["weight_grad_sm90", "weight_grad_sm90", "reduce", "down_proj_sm90", "fused_gemm_sm90",
-         "weight_grad_sm90", "reduce"],
+         "weight_grad_sm90", "weight_grad_sm90", "reduce"],
     ),
     (
         (20, 264),

@@ -43,7 +43,7 @@ DOWN_PROJ = [
 GROUPS = [
     ((130, 328), (8, 3, 9), [], 1),
     ((70, 1160), (120, 40, 100, 9), [], 2),
-    ((70, 72), (24, 300, 5, 8), [], 4),
+    ((70, 72), (24, 300, 5, 8), [], 7),
     ((130, 136), (16, 7, 16), [[5, 6], [6, 6, 16, 32], [7, 6, 3, 21]], 3),
     ((70, 72), (300, 24), [[5, 6], [5, 7]], 3),
 ]
@@ -123,7 +123,7 @@ FORWARD = [
     ((50, 131, 67, 7), dict(PINNED, form="two_launches", multiprocessors=2), {"bias": False}),
     ((100, 136, 200, 0), dict(PINNED), {}),
     ((20, 264, 72, 16), dict(PINNED, form="two_launches", tile_n=256), {"mn_major": True}),
-    ((20, 24, 333, 7), dict(PINNED, form="one_launch", multiprocessors=2), {}),
+    ((20, 24, 1333, 7), dict(PINNED, form="one_launch", multiprocessors=2), {}),
 ]
 
 

@@ -245,6 +245,19 @@ def test_x_is_read_once_for_all_dA(emulated):
     assert alone - found["bytes_loaded"] == 3 * 2 * m * k
 
 
+@pytest.mark.parametrize("r, seed, passes", [
+    (16, None, 1), (16, [1, 2], 1), (48, None, 1), (48, [1, 2], 3), (72, None, 3),
+])  # fmt: skip
+def test_projections_share_a_read_of_x_while_that_pays(emulated, r, seed, passes):
+    """Up to 128 ranks in all, 64 with masks of their own."""
+    each = layers((140, 72, ((72, r), (40, r), (40, r))), seed=seed, kind=Step)
+    if r == 48 and passes == 1:
+        each = each[:2]
+    results, found = run_backward(emulated, each, [("da",)] * len(each))
+    check_backward(each, results)
+    assert found["kernels"].count("weight_grad_sm90") == passes
+
+
 def test_dx_is_rounded_once(emulated):
     """Terms far larger than their sum: adding up in 16 bits would leave nothing of it."""
     each = layers((140, 72, ((72, 8), (72, 8), (72, 8))), kind=Step)
