@@ -122,9 +122,9 @@ EXPECTED: tuple[Row, ...] = (
             ("false, true", 0, 0, {"LDSM": 5 * subs, "STSM": 5 * subs}),
         )
     ),
-    # <tile, dtype, dropout, ranks>: dx as in fused_gemm, dh and dB of dy, dA of x as in weight_grad,
-    # without sums of columns; a release for each flag of dh and for either counter. 16 ranks lie as
-    # rows: chunks come by two loads for one, and the products do not transpose them
+    # <tile, dtype, dropout, ranks>: dx as in fused_gemm, dh and dB of dy, dA of x as in
+    # weight_grad, without sums of columns; a release for each flag of dh and for either counter. 16
+    # ranks lie as rows: chunks come by two loads for one, and the products do not transpose them
     *(
         Row(
             f"backward_sm90_kernel<FusedGemmSm90Tile<{n}, .*>, .*, {dropout}, {rank}>",
