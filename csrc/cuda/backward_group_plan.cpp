@@ -1,9 +1,6 @@
 #include "backward_group_plan.h"
 
-#include <algorithm>
-
 namespace lora_kernels {
-
 namespace {
 
 int64_t padded(int64_t r) { return ceil_div(r, 8) * 8; }
