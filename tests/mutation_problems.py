@@ -171,7 +171,8 @@ BACKWARD = [
         {"bias": True},
     ),
     ((100, 0, 72, 8), dict(form="passes", seed=ALIGNED, turns=1), {}),
-    ((1100, 72, 584, 16), dict(GRID, group=2, multiprocessors=12, turns=2), {}),
+    ((70, 75, 72, 8), dict(form="passes", subsets=[["dx", "db"]], turns=1), {}),
+    ((1100, 72, 584, 12), dict(GRID, group=2, multiprocessors=12, turns=2), {}),
     ((1100, 72, 72, 24), dict(GRID, group=2, multiprocessors=12), {}),
     ((600, 136, 136, 40), dict(GRID, group=2, multiprocessors=4, seed=ALIGNED, limited=True), {}),
     (
@@ -179,6 +180,7 @@ BACKWARD = [
         dict(GRID, tile_n=256, multiprocessors=2, seed=UNALIGNED, calls=2, turns=2),
         {"wide": True},
     ),
+    ((150, 75, 250, 20), dict(GRID, multiprocessors=2, turns=2), {}),
 ]
 
 
