@@ -12,6 +12,7 @@ from emulator import build
 from torch.utils import cpp_extension
 
 import lora_kernels as lk
+from lora_kernels.schemas import on_hopper
 
 USABLE = [name for name, missing in lk.backends().items() if missing is None and name != "cuda"]
 # Paths that round the frozen product before the rank-r term is added: their bound says so.
@@ -60,6 +61,12 @@ def emulated():
     if build.compiler() is None:
         pytest.skip("no C++ compiler")
     return build.load(build.build())
+
+
+@pytest.fixture
+def hopper():
+    if not on_hopper(torch.device("cuda")):
+        pytest.skip("needs compute capability 9.0 and a build with sm_90a")
 
 
 def pytest_collection_modifyitems(items):

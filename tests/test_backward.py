@@ -12,7 +12,6 @@ from test_forward import DTYPES, SCALE, SEEDS, SHAPES, THRESHOLD, VIEWS, bits
 from test_kernels import UNIT, close
 
 from lora_kernels import dropout
-from lora_kernels.schemas import on_hopper
 
 UP = 0.75  # of the up projection: scale of dA, dB and of the LoRA term of dx
 FORMS = ("passes", "one_grid")
@@ -362,12 +361,6 @@ def test_every_item_waits_for_smaller_numbers_only(emulated):
 
 
 # ---- on a device --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def hopper():
-    if not on_hopper(torch.device("cuda")):
-        pytest.skip("needs compute capability 9.0 and a build with sm_90a")
 
 
 def on_device(step: Step, form: str, wanted=NAMES, tile_n=0, runs=2) -> dict[str, torch.Tensor]:

@@ -11,7 +11,6 @@ from emulator.suite import SCHEDULES
 from test_kernels import close
 
 from lora_kernels import dropout
-from lora_kernels.schemas import on_hopper
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FORMS = ("one_launch", "two_launches")
@@ -304,12 +303,6 @@ def test_far_apart_rows(emulated):
 
 
 # ---- on a device --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def hopper():
-    if not on_hopper(torch.device("cuda")):
-        pytest.skip("needs compute capability 9.0 and a build with sm_90a")
 
 
 def on_device(layer: Layer, form: str, **pinned) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,6 @@ from test_backward import NAMES, UP, Step, assert_near
 from test_forward import DTYPES, SCALE, THRESHOLD, Layer, bits
 
 from lora_kernels import dropout
-from lora_kernels.schemas import on_hopper
 
 # (M, K, (N, r) of each projection): each is there for a reason
 GROUPS = {
@@ -326,12 +325,6 @@ def test_every_launch_of_backward_may_fail(emulated):
 
 
 # ---- on a device --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def hopper():
-    if not on_hopper(torch.device("cuda")):
-        pytest.skip("needs compute capability 9.0 and a build with sm_90a")
 
 
 def seeds_on_device(each) -> list:

@@ -45,7 +45,6 @@ inline BackwardWork work_of(const BackwardArgs& args, const BackwardPlan& plan, 
           words + 2 + flags,
           dh_args_of(args, args.dy, dh),
           transposed(plan.turned_dh(args, workspace)),
-
           reinterpret_cast<float*>(bytes + dy.grad_offset),
           reinterpret_cast<float*>(bytes + x.grad_offset),
           static_cast<uint32_t>(dy.pitch),

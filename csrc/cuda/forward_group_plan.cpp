@@ -21,7 +21,6 @@ const char* plan_joined(const ForwardArgs* args, const Target& target, ForwardGr
     plan.lora_a[plan.joined[i]] = tma_operand(down.down, down.r, down.K);
   }
   joined_args_of(args, plan, nullptr, joined);
-
   if (plan.joined_count == 0) return nullptr;
   plan.down = plan_down_proj_group(joined, plan.joined_count, target);
   return plan.down.served ? nullptr : plan.down.reason;

@@ -148,7 +148,8 @@ const char* plan_fused_gemm_group(const FusedGemmArgs* args, int count, bool add
   return nullptr;
 }
 
-int64_t place_packed(FusedGemmPlan& plan, int64_t offset) {
+int64_t place_packed(FusedGemmPlan& plan) {
+  int64_t offset = 0;
   for (TmaOperand* operand : {&plan.x, &plan.weight, &plan.h, &plan.up, &plan.bias}) {
     operand->offset = offset;
     offset += operand->bytes();

@@ -95,8 +95,8 @@ inline FusedGemmGroup group_of(const FusedGemmArgs& args, const FusedGemmPlan& p
 }
 std::string describe(const FusedGemmGroup& group);
 
-// Gives every packed operand its place, from `offset` on; where they end.
-int64_t place_packed(FusedGemmPlan& plan, int64_t offset = 0);
+// Gives every packed operand its place; the bytes of all.
+int64_t place_packed(FusedGemmPlan& plan);
 
 // As many as the device holds, a cluster of two blocks being two multiprocessors.
 inline unsigned clusters_of(const Target& target, int64_t items) {
