@@ -27,6 +27,7 @@ from pathlib import Path
 import sass
 from emulator import build
 from gate_rows import ALLOWED, EXPECTED, FORMS, WATCHED, Allowance, Row
+from includes import closure
 
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / "build/gates"
@@ -94,7 +95,7 @@ def compile_all(
     The lock makes a second process wait for the first and then find all of it done.
     """
     jobs = [(source, arch) for source in sources for arch in archs or architectures()]
-    common = _digest([nvcc_version(nvcc), *nvcc_flags()], _headers())
+    common = _digest([nvcc_version(nvcc), *nvcc_flags()], [])
     cache.mkdir(parents=True, exist_ok=True)
     with open(cache / "lock", "w") as lock, ThreadPoolExecutor(CORES) as pool:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -107,7 +108,8 @@ def compile_all(
 
 
 def _compile(nvcc: str, source: Path, arch: str, common: str, cache: Path) -> Compiled:
-    place = cache / f"{source.stem}.{arch}.{_digest([common, arch], [source])}"
+    made_of = closure(source, [ROOT / "csrc"])
+    place = cache / f"{source.stem}.{arch}.{_digest([common, arch], made_of)}"
     cubin, result = place / "kernels.cubin", place / "result.json"
     if not result.exists():
         place.mkdir(exist_ok=True)
@@ -125,11 +127,6 @@ def _compile(nvcc: str, source: Path, arch: str, common: str, cache: Path) -> Co
         draft.write_text(json.dumps({"log": text, "seconds": usage.ru_utime}))
         draft.rename(result)
     return Compiled(source, arch, cubin, **json.loads(result.read_text()))
-
-
-def _headers() -> list[Path]:
-    places = ("csrc/*.h", "csrc/cuda/*.h", "csrc/cuda/*.cuh", "tests/emulator/*.cuh")
-    return [path for place in places for path in sorted(ROOT.glob(place))]
 
 
 def _digest(words: Sequence[str], files: Sequence[Path]) -> str:

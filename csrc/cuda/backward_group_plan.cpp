@@ -59,8 +59,8 @@ const char* plan_dy(const BackwardArgs& a, const Target& target, int i, Backward
   plan.dy[i].from = a.dy;  // down_proj takes it as it lies
   if (plan.has_dx || (plan.reads_dy[i] && !plan.dy_pass[i].empty))
     plan.dy[i] = tma_operand(a.dy, a.M, a.N);
-  plan.down[i].kernel = DownProjKernel::none;
-  if (a.needs_dh() && !pass.with_down)
+  plan.down[i].kernel = Kernel::none;
+  if (a.needs_dh() && !plan.dy_pass[i].makes_down)
     plan.down[i] = plan_down_proj(dh_args_of(a, plan.dy[i].at(nullptr), dh), target);
   return nullptr;
 }
@@ -152,7 +152,7 @@ std::string describe(const BackwardGroupPlan& plan, int count) {
   for (int i = 0; i < count; ++i) {
     const std::string of = " of projection " + std::to_string(i) + " ";
     if (plan.reads_dy[i]) add("dy pass" + of + describe(plan.dy_pass[i]));
-    if (plan.down[i].kernel != DownProjKernel::none) add("dh" + of + describe(plan.down[i]));
+    if (plan.down[i].kernel != Kernel::none) add("dh" + of + describe(plan.down[i]));
   }
   if (plan.has_dx) add("dx " + describe(plan.gemm));
   for (int i = 0; i < plan.x_pass_count; ++i) add("x pass " + describe(plan.x_passes[i].plan));

@@ -66,13 +66,13 @@ int run_backward_group(const BackwardArgs* args, int count, const BackwardGroupP
     const WeightGradPlan& dy = plan.dy_pass[i];
     if (error == 0 && plan.reads_dy[i] && !dy.empty)
       error = launcher.weight_grad(pass, dy, workspace);
-    if (pass.with_down) first.add(down_job(pass, dy, workspace));
+    if (dy.makes_down) first.add(down_job(pass, dy, workspace));
     if (pass.with_grad) last.add(grad_job(pass, dy, workspace));
     if (pass.with_sums) last.add(sums_job(pass, dy, workspace));
   }
   if (error == 0 && first.count > 0) error = launcher.reduce(first);
   for (int i = 0; i < count; ++i)
-    if (error == 0 && plan.down[i].kernel != DownProjKernel::none)
+    if (error == 0 && plan.down[i].kernel != Kernel::none)
       error = launcher.down_proj(
           dh_args_of(args[i], plan.dy[i].at(workspace), plan.dh(workspace, i, dtype)),
           plan.down[i]);

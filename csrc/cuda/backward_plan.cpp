@@ -233,7 +233,7 @@ void place_operands(const BackwardArgs& a, BackwardPlan& plan) {
   WeightGradPass dy_pass = dy_pass_of(a, {}), x_pass = x_pass_of(a, {});
   if (plan.form == BackwardForm::one_grid) {
     plan.dy_pass.chunks = plan.x_pass.chunks = 2 * int64_t{plan.grid.order.chunks()};
-    dy_pass.with_down = false;  // sums of dh stay in registers
+    plan.dy_pass.makes_down = false;  // sums of dh stay in registers
   }
   if (plan.reads_dy) end = place_partials(dy_pass, plan.dy_pass, end);
   if (plan.reads_x) end = place_partials(x_pass, plan.x_pass, end);
@@ -260,7 +260,7 @@ BackwardPlan plan_backward(const BackwardArgs& args, const Target& target,
   if (plan.served) choose_form(args, target, request, plan);
   if (!plan.served) return plan;
   place_operands(args, plan);
-  if (args.needs_dh() && !dy_pass.with_down)
+  if (plan.form == BackwardForm::passes && args.needs_dh() && !plan.dy_pass.makes_down)
     plan.down = plan_down_proj(dh_args_of(args, plan.dy.at(nullptr), dh), target);
   return plan;
 }
@@ -285,7 +285,7 @@ std::string describe(const BackwardPlan& plan) {
            std::to_string(order.slices) + " slices";
   } else {
     if (plan.reads_dy) add("dy pass " + describe(plan.dy_pass));
-    if (plan.down.kernel != DownProjKernel::none) add("dh " + describe(plan.down));
+    if (plan.down.kernel != Kernel::none) add("dh " + describe(plan.down));
     if (plan.gemm.served) add("dx " + describe(plan.gemm));
     if (plan.reads_x) add("x pass " + describe(plan.x_pass));
     if (text.empty()) return "no gradient is needed";

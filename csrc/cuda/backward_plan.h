@@ -152,12 +152,12 @@ int run_passes(const BackwardArgs& args, const BackwardPlan& plan, void* workspa
   if (plan.reads_dy) {
     if (error == 0 && !plan.dy_pass.empty)
       error = launcher.weight_grad(dy_pass, plan.dy_pass, workspace);
-    if (dy_pass.with_down) first.add(down_job(dy_pass, plan.dy_pass, workspace));
+    if (plan.dy_pass.makes_down) first.add(down_job(dy_pass, plan.dy_pass, workspace));
     if (dy_pass.with_grad) last.add(grad_job(dy_pass, plan.dy_pass, workspace));
     if (dy_pass.with_sums) last.add(sums_job(dy_pass, plan.dy_pass, workspace));
   }
   if (error == 0 && first.count > 0) error = launcher.reduce(first);
-  if (error == 0 && args.needs_dh() && !dy_pass.with_down)
+  if (error == 0 && args.needs_dh() && !plan.dy_pass.makes_down)
     error = launcher.down_proj(dh_args_of(args, plan.dy.at(workspace), dh), plan.down);
   if (error == 0 && args.need_x && !plan.gemm.empty) {
     FusedGemmPlan gemm = plan.gemm;

@@ -104,7 +104,7 @@ const char* not_group(const DownProjArgs* each, int count, const Target& target)
   return nullptr;
 }
 
-DownProjPlan plan_of(DownProjKernel kernel, int64_t M, const TileFacts& t, int64_t rank_blocks,
+DownProjPlan plan_of(Kernel kernel, int64_t M, const TileFacts& t, int64_t rank_blocks,
                      const DownProjLayout& layout, const char* reason) {
   return {kernel,         t.rank,          t.rows,      t.depth, t.stages, t.threads,
           t.shared_bytes, blocks_of(M, t), rank_blocks, layout,  reason};
@@ -136,7 +136,7 @@ DownProjGroupPlan lay_out(const DownProjArgs* each, int count, int capacity, con
     const bool shared = i + 1 < count && plan.place[i + 1].part == plan.place[i].part;
     plan.place[i].box_rows = (shared ? plan.place[i + 1].column : t.rank) - plan.place[i].column;
   }
-  plan.tile = plan_of(DownProjKernel::sm90, each[0].M, t, parts, layout_of(each[0]), reason);
+  plan.tile = plan_of(Kernel::sm90, each[0].M, t, parts, layout_of(each[0]), reason);
   return plan;
 }
 
@@ -145,13 +145,12 @@ DownProjGroupPlan lay_out(const DownProjArgs* each, int count, int capacity, con
 DownProjPlan plan_down_proj(const DownProjArgs& args, const Target& target) {
   const DownProjLayout layout = layout_of(args);
   if (args.M <= 0 || args.r <= 0)
-    return {DownProjKernel::none, 0, 0, 0, 0, 0, 0, 0, 0, layout, "h is empty"};
+    return {Kernel::none, 0, 0, 0, 0, 0, 0, 0, 0, layout, "h is empty"};
   const char* reason = not_sm90(args, layout, target);
   const bool sm90 = reason == nullptr;
   const bool tall = (args.M + 63) / 64 >= target.multiprocessors;
   const TileFacts t = sm90 ? sm90_tile(args, layout) : tile_of(kSm80Tiles, tall ? 64 : 16, args.r);
-  return plan_of(sm90 ? DownProjKernel::sm90 : DownProjKernel::sm80, args.M, t,
-                 ceil_div(args.r, t.rank), layout,
+  return plan_of(sm90 ? Kernel::sm90 : Kernel::sm80, args.M, t, ceil_div(args.r, t.rank), layout,
                  sm90 ? "TMA and wgmma: x and down lie as TMA needs them" : reason);
 }
 
@@ -184,9 +183,9 @@ DownProjGroupPlan group_of_one(const DownProjPlan& plan) {
 }
 
 std::string describe(const DownProjPlan& p) {
-  if (p.kernel == DownProjKernel::none) return p.reason;
+  if (p.kernel == Kernel::none) return p.reason;
   const auto number = [](int64_t n) { return std::to_string(n); };
-  return std::string("down_proj_") + (p.kernel == DownProjKernel::sm90 ? "sm90" : "sm80") + " " +
+  return std::string("down_proj_") + (p.kernel == Kernel::sm90 ? "sm90" : "sm80") + " " +
          number(p.rows) + "x" + number(p.rank) + "x" + number(p.depth) + ", " + number(p.stages) +
          " stages, " + number(p.blocks) + " x " + number(p.rank_blocks) + " blocks of " +
          number(p.threads) + " threads, " + number(p.shared_bytes / 1024) + " KB shared (" +

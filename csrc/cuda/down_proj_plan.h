@@ -78,7 +78,8 @@ struct DownProjSm90Tile {
 
 // ---- the choice ---------------------------------------------------------------------------------
 
-enum class DownProjKernel { none, sm80, sm90 };
+// cp.async and mma.sync, or TMA and wgmma.
+enum class Kernel { none, sm80, sm90 };
 
 // What the kernels are to run on.
 struct Target {
@@ -102,7 +103,7 @@ struct DownProjLayout {
 };
 
 struct DownProjPlan {
-  DownProjKernel kernel;  // none: h is empty
+  Kernel kernel;  // none: h is empty
   int rank, rows, depth, stages, threads, shared_bytes;
   int64_t blocks, rank_blocks;  // the grid: over rows, over ranks
   DownProjLayout layout;

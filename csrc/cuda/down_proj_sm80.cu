@@ -10,7 +10,7 @@ cudaError_t launch_typed(const DownProjArgs& args, const DownProjPlan& plan, cud
   cudaError_t error = cudaErrorInvalidConfiguration;
   with_down_proj_sm80<T>(plan, [&](auto kernel) {
     error = launch_kernel(kernel, grid_of(plan), plan.threads, plan.shared_bytes, stream, false,
-                          args, plan.layout.mn_major, plan.layout.h_pairs);
+                          args, plan.layout);
   });
   return error;
 }

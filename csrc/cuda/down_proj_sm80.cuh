@@ -6,57 +6,12 @@
 // the sums of the slices are added in order at the end, which keeps the result independent of
 // timing. Dropout is applied to x in registers, between ldmatrix and mma.
 #pragma once
+#include "copy_tile.cuh"
 #include "down_proj_plan.h"
 #include "dropout.cuh"
 #include "store_h.cuh"
 
 namespace lora_kernels {
-
-// A tile in global memory: element (row, col) of it, counted from the matrix's own (0, 0), lies at
-// row * row_stride + col * col_stride; rows and cols bound it.
-struct TileSource {
-  const uint16_t* data;
-  int64_t row_stride, col_stride, rows, cols;
-};
-
-// The 8 elements from `from` on, of which `valid` exist.
-__device__ __forceinline__ void load_elements(uint32_t (&v)[4], const uint16_t* from,
-                                              int64_t stride, int valid) {
-  LK_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t low = 2 * i < valid ? ptx::load_global(from + 2 * i * stride) : 0;
-    const uint32_t high = 2 * i + 1 < valid ? ptx::load_global(from + (2 * i + 1) * stride) : 0;
-    v[i] = low | high << 16;
-  }
-}
-
-// Rows [row0, row0 + kRows) by 8 kChunks columns from col0 on, zero where the matrix ends.
-// place(row, chunk) is where a chunk of 8 elements goes. A thread takes one column of chunks, so
-// its share costs an address and an addition each.
-template <int kRows, int kChunks, int kThreads, bool kVectors, class Place>
-__device__ __forceinline__ void load_tile(const TileSource& m, int64_t row0, int64_t col0,
-                                          uint32_t thread, const Place& place) {
-  static_assert(kThreads % kChunks == 0, "a thread's chunks must lie below one another");
-  constexpr int kRowStep = kThreads / kChunks;
-  const uint32_t row = thread / kChunks, chunk = thread % kChunks;
-  const int64_t col = col0 + chunk * 8, left = m.cols - col, first = row0 + row;
-  const int valid = left < 0 ? 0 : left > 8 ? 8 : static_cast<int>(left);
-  const uint16_t* from = m.data + first * m.row_stride + col * m.col_stride;
-  LK_UNROLL
-  for (int i = 0; i < (kRows + kRowStep - 1) / kRowStep; ++i) {
-    const uint32_t r = row + i * kRowStep;
-    if (kRows % kRowStep != 0 && r >= kRows) break;
-    const int here = first + i * kRowStep < m.rows ? valid : 0;
-    const uint16_t* at = here > 0 ? from + i * kRowStep * m.row_stride : m.data;
-    if constexpr (kVectors) {
-      ptx::cp_async_16(place(r, chunk), at, here * 2);
-    } else {
-      uint32_t v[4];
-      load_elements(v, at, m.col_stride, here);
-      ptx::store_shared_x4(place(r, chunk), v);
-    }
-  }
-}
 
 // Where chunk c of a row of kDepth elements lies: swizzled, so that 8 rows meet 8 bank groups.
 template <class Tile>
@@ -65,22 +20,22 @@ __device__ __forceinline__ uint32_t chunk_offset(uint32_t row, uint32_t chunk) {
 }
 
 // x and down of one stage, `k` elements into the depth.
-template <class Tile, bool kVectors>
+template <class Tile>
 __device__ __forceinline__ void load_stage(uint32_t stage, const TileSource& x,
                                            const TileSource& down, bool mn_major, int64_t block_row,
                                            int64_t k, uint32_t thread) {
   constexpr int kChunks = Tile::kDepth / 8;
   const uint32_t to = stage + Tile::kXBytes;
-  load_tile<Tile::kRows, kChunks, Tile::kThreads, kVectors>(
+  load_tile<Tile::kRows, kChunks, Tile::kThreads>(
       x, block_row, k, thread,
       [&](uint32_t row, uint32_t chunk) { return stage + chunk_offset<Tile>(row, chunk); });
   if (mn_major)
-    load_tile<Tile::kDepth, Tile::kRank / 8, Tile::kThreads, kVectors>(
+    load_tile<Tile::kDepth, Tile::kRank / 8, Tile::kThreads>(
         down, k, 0, thread, [&](uint32_t row, uint32_t chunk) {
           return to + row * Tile::kDownPitch + chunk * kChunkBytes;
         });
   else
-    load_tile<Tile::kRank, kChunks, Tile::kThreads, kVectors>(
+    load_tile<Tile::kRank, kChunks, Tile::kThreads>(
         down, 0, k, thread,
         [&](uint32_t row, uint32_t chunk) { return to + chunk_offset<Tile>(row, chunk); });
 }
@@ -146,9 +101,9 @@ __device__ __forceinline__ void multiply_stage(float (&sum)[Tile::kRank / 8][4],
   }
 }
 
-template <class Tile, class T, bool kVectors>
+template <class Tile, class T>
 __global__ void __launch_bounds__(Tile::kThreads)
-    down_proj_sm80_kernel(const DownProjArgs all, const bool mn_major, const bool h_pairs) {
+    down_proj_sm80_kernel(const DownProjArgs all, const DownProjLayout layout) {
   ptx::grid_launch_dependents();  // who needs h waits for it
   const uint32_t thread = threadIdx.x, lane = thread % 32;
   const uint32_t warp_m = thread / 32 % Tile::kWarpsM, warp_k = thread / 32 / Tile::kWarpsM;
@@ -156,16 +111,21 @@ __global__ void __launch_bounds__(Tile::kThreads)
   const int64_t block_row = int64_t{blockIdx.x} * Tile::kRows;
   const DownProjArgs args = rank_slice(all, int64_t{blockIdx.y} * Tile::kRank, Tile::kRank);
   const Matrix &x = args.x, &d = args.down;
-  const TileSource x_tile{static_cast<const uint16_t*>(x.data), x.row_stride, x.col_stride, args.M,
-                          args.K};
+  const bool mn_major = layout.mn_major;
+  const TileSource x_tile{static_cast<const uint16_t*>(x.data),
+                          x.row_stride,
+                          x.col_stride,
+                          args.M,
+                          args.K,
+                          layout.x_vectors};
   const auto* down = static_cast<const uint16_t*>(d.data);
-  const TileSource down_tile = mn_major
-                                   ? TileSource{down, d.col_stride, d.row_stride, args.K, args.r}
-                                   : TileSource{down, d.row_stride, d.col_stride, args.r, args.K};
+  const TileSource down_tile =
+      mn_major ? TileSource{down, d.col_stride, d.row_stride, args.K, args.r, layout.down_vectors}
+               : TileSource{down, d.row_stride, d.col_stride, args.r, args.K, layout.down_vectors};
   const LaneDropout dropout = load_dropout(args.dropout, block_row + warp_m * 16, lane);
   const auto load = [&](uint32_t slot, int64_t k) {
-    load_stage<Tile, kVectors>(shared + slot * Tile::kStageBytes, x_tile, down_tile, mn_major,
-                               block_row, k, thread);
+    load_stage<Tile>(shared + slot * Tile::kStageBytes, x_tile, down_tile, mn_major, block_row, k,
+                     thread);
   };
   float sum[Tile::kRank / 8][4] = {};
 
@@ -196,19 +156,13 @@ __global__ void __launch_bounds__(Tile::kThreads)
   if (warp_k > 0) return;
   LK_UNROLL
   for (int n = 0; n < Tile::kRank / 8; ++n)
-    store_h<T>(args, h_pairs, block_row + warp_m * 16, n, sum[n], lane);
+    store_h<T>(args, layout.h_pairs, block_row + warp_m * 16, n, sum[n], lane);
 }
 
 // Calls launch(kernel) with the instance that serves the plan; false if none was built.
 template <class T, class Launch>
 bool with_down_proj_sm80(const DownProjPlan& plan, const Launch& launch) {
-  return with_sm80_tile(plan, [&](auto tile) {
-    using Tile = decltype(tile);
-    if (plan.layout.x_vectors && plan.layout.down_vectors)
-      launch(down_proj_sm80_kernel<Tile, T, true>);
-    else
-      launch(down_proj_sm80_kernel<Tile, T, false>);
-  });
+  return with_sm80_tile(plan, [&](auto tile) { launch(down_proj_sm80_kernel<decltype(tile), T>); });
 }
 
 }  // namespace lora_kernels

@@ -46,7 +46,7 @@ cudaError_t launch_typed(const DownProjArgs* each, int count, const DownProjGrou
 cudaError_t launch_down_proj_group(const DownProjArgs* each, int count,
                                    const DownProjGroupPlan& plan, cudaStream_t stream) {
   if (!plan.served) return cudaErrorInvalidValue;
-  if (plan.tile.kernel == DownProjKernel::none) return cudaSuccess;
+  if (plan.tile.kernel == Kernel::none) return cudaSuccess;
   return each[0].x.dtype == Dtype::bf16 ? launch_typed<ptx::bf16>(each, count, plan, stream)
                                         : launch_typed<ptx::f16>(each, count, plan, stream);
 }

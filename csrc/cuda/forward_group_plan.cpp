@@ -5,10 +5,10 @@ namespace {
 
 // Where h of projection i is made, with the bits that it has alone.
 void plan_h(const ForwardArgs& args, const ForwardPlan& alone, int i, ForwardGroupPlan& plan) {
-  plan.alone[i].kernel = DownProjKernel::none;
+  plan.alone[i].kernel = Kernel::none;
   plan.h_padded[i] = alone.h_padded;
   if (args.down.r == 0 || args.down.M == 0) return;
-  if (alone.form == ForwardForm::one_launch || alone.down.kernel == DownProjKernel::sm90)
+  if (alone.form == ForwardForm::one_launch || alone.down.kernel == Kernel::sm90)
     plan.joined[plan.joined_count++] = i;
   else
     plan.alone[i] = alone.down;
@@ -80,7 +80,7 @@ std::string describe(const ForwardGroupPlan& plan, int count) {
   if (plan.joined_count > 0)
     add("h of " + std::to_string(plan.joined_count) + " " + describe(plan.down));
   for (int i = 0; i < count; ++i)
-    if (plan.alone[i].kernel != DownProjKernel::none)
+    if (plan.alone[i].kernel != Kernel::none)
       add("h of projection " + std::to_string(i) + " " + describe(plan.alone[i]));
   if (plan.output_count > 0) add(describe(plan.gemm));
   return text.empty() ? "there is nothing to do" : text;

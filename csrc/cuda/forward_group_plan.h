@@ -89,7 +89,7 @@ int run_forward_group(const ForwardArgs* args, int count, const ForwardGroupPlan
 
   int error = before.count > 0 ? launcher.pack(before) : 0;
   for (int i = 0; i < count; ++i)
-    if (error == 0 && plan.alone[i].kernel != DownProjKernel::none)
+    if (error == 0 && plan.alone[i].kernel != Kernel::none)
       error = launcher.down_proj(each[i], plan.alone[i]);
   if (error == 0 && plan.joined_count > 0)
     error = launcher.down_proj_group(joined, plan.joined_count, plan.down);

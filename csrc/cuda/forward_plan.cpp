@@ -147,7 +147,7 @@ std::string describe(const ForwardPlan& plan) {
   const bool one = plan.form == ForwardForm::one_launch;
   std::string text = one ? "one launch (" : "two launches (";
   text += std::string(plan.reason) + "): ";
-  if (!one && plan.down.kernel != DownProjKernel::none) text += describe(plan.down) + "; ";
+  if (!one && plan.down.kernel != Kernel::none) text += describe(plan.down) + "; ";
   text += one ? describe(plan.gemm, plan.raster, plan.clusters) : describe(plan.gemm);
   if (one && plan.lora_a.packed) text += "; A copied first";
   if (plan.h_padded) text += "; h copied out of padded rows";

@@ -101,6 +101,8 @@ WeightGradPlan plan_weight_grad(const WeightGradPass& pass, const Target& target
   WeightGradPlan plan{};
   plan.reason = not_served(a, target);
   plan.served = plan.reason == nullptr;
+  plan.kernel = plan.served ? Kernel::sm90 : Kernel::none;
+  plan.makes_down = plan.served && pass.with_down;
   plan.empty = a.M == 0 || a.K == 0;
   plan.pitch = reduce_pitch(a.r);
   plan.masks = pass.masked() ? std::max(1, pass.part_count) : 0;
@@ -117,7 +119,7 @@ WeightGradPlan plan_weight_grad(const WeightGradPass& pass, const Target& target
   choose_splits(pass, t, target, plan);
   plan.x = tma_operand(a.x, a.M, a.K);
   if (pass.with_grad) plan.h = tma_operand(a.h, a.M, a.r);
-  if (pass.with_down) plan.down = tma_operand(transposed(pass.down.down), a.K, a.r);
+  if (plan.makes_down) plan.down = tma_operand(transposed(pass.down.down), a.K, a.r);
   return plan;
 }
 
@@ -130,7 +132,7 @@ int64_t place_partials(const WeightGradPass& pass, WeightGradPlan& plan, int64_t
   const WeightGradArgs& a = pass.grad;
   plan.grad_offset = reserve(pass.with_grad, plan.chunks * a.K * plan.pitch);
   plan.sums_offset = reserve(pass.with_sums, plan.chunks * a.K * kSumsPitch);
-  plan.down_offset = reserve(pass.with_down, plan.splits * a.M * plan.pitch);
+  plan.down_offset = reserve(plan.makes_down, plan.splits * a.M * plan.pitch);
   return offset;
 }
 
@@ -197,7 +199,7 @@ WeightGradWork work_of(const WeightGradPass& pass, const WeightGradPlan& plan, v
   };
   return {at(pass.with_grad, plan.grad_offset),
           at(pass.with_sums, plan.sums_offset),
-          at(pass.with_down, plan.down_offset),
+          at(plan.makes_down, plan.down_offset),
           a.M,
           a.K,
           static_cast<uint32_t>(a.r),
@@ -229,7 +231,7 @@ WeightGradMaps maps_of(const WeightGradPass& pass, const WeightGradPlan& plan, v
   const TensorMapSpec x = plan.x.map(workspace, kRows);
   WeightGradMaps maps{x, x, x};  // any valid one where nothing is loaded
   if (pass.with_grad) maps.h = plan.h.map(workspace, kRows);
-  if (pass.with_down) maps.down = plan.down.map(workspace, kRowElements);
+  if (plan.makes_down) maps.down = plan.down.map(workspace, kRowElements);
   return maps;
 }
 

@@ -67,7 +67,9 @@ struct WeightGradSm90Tile {
 constexpr int64_t kSumsPitch = 4;  // the sum of a column, four times
 
 struct WeightGradPlan {
-  bool served;  // else `reason` says why not
+  Kernel kernel;
+  bool makes_down;  // whether it is this kernel that makes the down projection of the pass
+  bool served;      // else `reason` says why not
   const char* reason;
   bool empty;  // there is nothing to read: results are zeros
   int rank, rows, threads, shared_bytes;

@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+from includes import closure
+
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "emulator"
 EMULATOR = ROOT / "tests" / "emulator"
@@ -36,10 +38,8 @@ def sources(root: Path = ROOT) -> list[Path]:
     return sorted((root / "tests/emulator").glob("*.cpp"))
 
 
-def _included(root: Path) -> list[Path]:
-    places = ("csrc/*.h", "csrc/cuda/*.h", "csrc/cuda/*.cuh", "csrc/cuda/*.cpp")
-    own = ("tests/emulator/*.h", "tests/emulator/*.cuh")
-    return sorted(path for place in places + own for path in root.glob(place))
+def _folders(root: Path) -> list[Path]:
+    return [root / f for f in ("csrc", "csrc/cuda", "tests", "tests/emulator")]
 
 
 def _digest(parts: list[bytes]) -> str:
@@ -66,8 +66,7 @@ def _run(command: list[str]) -> None:
 def _compile(source: Path, root: Path, flags: list[str], target: Path) -> None:
     import pybind11
 
-    folders = [root / f for f in ("csrc", "csrc/cuda", "tests", "tests/emulator")]
-    folders += [Path(pybind11.get_include()), Path(sysconfig.get_path("include"))]
+    folders = [*_folders(root), Path(pybind11.get_include()), Path(sysconfig.get_path("include"))]
     include = [f"-I{folder}" for folder in folders]
     half_done = target.with_suffix(".tmp.o")
     _run([str(compiler()), *flags, *include, "-c", str(source), "-o", str(half_done)])
@@ -76,7 +75,7 @@ def _compile(source: Path, root: Path, flags: list[str], target: Path) -> None:
 
 def _object(source: Path) -> Path:
     """The object of one source of the emulator, from the cache if it is there."""
-    parts = [" ".join(FLAGS).encode(), *(p.read_bytes() for p in [source, *_included(ROOT)])]
+    parts = [" ".join(FLAGS).encode(), *map(Path.read_bytes, closure(source, _folders(ROOT)))]
     target = CACHE / f"{source.stem}.{_digest(parts)}.o"
     with _locked(target):
         if not target.exists():

@@ -9,9 +9,7 @@ using namespace lora_kernels;
 
 std::function<void()> down_proj_sm80_body(const DownProjArgs& args, const DownProjPlan& plan) {
   std::function<void()> body;
-  const auto keep = [&](auto kernel) {
-    body = [=] { kernel(args, plan.layout.mn_major, plan.layout.h_pairs); };
-  };
+  const auto keep = [&](auto kernel) { body = [=] { kernel(args, plan.layout); }; };
   if (args.x.dtype == Dtype::bf16)
     with_down_proj_sm80<Bf16>(plan, keep);
   else
