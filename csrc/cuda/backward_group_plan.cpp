@@ -135,7 +135,6 @@ BackwardGroupPlan plan_backward_group(const BackwardArgs* args, int count, const
   BackwardGroupPlan plan{};
   plan.has_dx = args->need_x && args->M > 0 && args->K > 0;
   lay_out_dh(args, count, plan);
-  plan.reason = no_sm90a(target);
   for (int i = 0; i < count && plan.reason == nullptr; ++i)
     plan.reason = plan_dy(args[i], target, i, plan);
   if (plan.reason == nullptr) plan.reason = plan_dx(args, count, target, plan);

@@ -79,6 +79,7 @@ const char* not_one_grid(const BackwardArgs& a, const BackwardPlan& plan,
   if (!a.need_x || !plan.reads_x || !a.need_b) return "not all three gradients are wanted";
   if (a.need_bias) return "the bias is trained";
   if (gemm.empty || plan.dy_pass.empty || gemm.r == 0) return "there is no LoRA term";
+  if (gemm.kernel == Kernel::sm80) return "only the sm_90a kernels have that form";
   if (a.r > kGridRanks[1]) return "r is more than 64";
   if (!gemm.mn_major) return "the weight is transposed";
   if (!has_backward_tile(gemm.tile_n)) return "its tile has no such kernel";
@@ -160,7 +161,8 @@ void plan_one_grid(const BackwardArgs& a, const Target& target, const FusedGemmP
 // Of dx in the best tile that has a kernel for one grid.
 FusedGemmPlan grid_gemm(const BackwardArgs& a, const Target& target, const FusedGemmPlan& gemm,
                         const FusedGemmRequest& request) {
-  if (!gemm.served || gemm.empty || request.tile_n != 0 || has_backward_tile(gemm.tile_n))
+  if (!gemm.served || gemm.empty || gemm.kernel == Kernel::sm80 || request.tile_n != 0 ||
+      has_backward_tile(gemm.tile_n))
     return gemm;
   const FusedGemmArgs args = dx_args_of(a, gemm.h.from);
   const FusedGemmPlan wide = plan_fused_gemm(args, target, {256, request.group});
@@ -192,13 +194,12 @@ void choose_form(const BackwardArgs& a, const Target& target, const BackwardRequ
       cost = in_one;
     }
   }
-  if (frozen == 0) return;
+  if (frozen == 0 || plan.gemm.kernel == Kernel::sm80) return;  // the model is of a Hopper
   cost += waves_of(plan.gemm) * tile_extra(a, plan.gemm);
   plan.overhead = cost / frozen;
 }
 
-const char* not_served(const BackwardArgs& a, const BackwardPlan& plan, const Target& target) {
-  if (const char* reason = no_sm90a(target)) return reason;
+const char* not_served(const BackwardArgs& a, const BackwardPlan& plan) {
   if (a.need_x && !plan.gemm.served) return plan.gemm.reason;
   if (plan.reads_dy && !plan.dy_pass.served) return plan.dy_pass.reason;
   if (plan.reads_x && !plan.x_pass.served) return plan.x_pass.reason;
@@ -255,7 +256,7 @@ BackwardPlan plan_backward(const BackwardArgs& args, const Target& target,
   if (plan.reads_dy) plan.dy_pass = plan_weight_grad(dy_pass, target);
   if (plan.reads_x) plan.x_pass = plan_weight_grad(x_pass, target);
   if (args.need_x) plan.gemm = plan_fused_gemm(dx_args_of(args, dh), target, request.gemm);
-  plan.reason = not_served(args, plan, target);
+  plan.reason = not_served(args, plan);
   plan.served = plan.reason == nullptr;
   if (plan.served) choose_form(args, target, request, plan);
   if (!plan.served) return plan;

@@ -1,4 +1,4 @@
-// The launchers of fused_gemm_sm90.cuh, forward_sm90.cuh and pack.cuh.
+// The launchers of fused_gemm_sm90.cuh, fused_gemm_sm80.cuh, forward_sm90.cuh and pack.cuh.
 #pragma once
 #include <cuda_runtime_api.h>
 
@@ -15,6 +15,8 @@ cudaError_t launch_forward(const ForwardArgs& args, const ForwardPlan& plan, voi
 
 cudaError_t launch_pack(const PackJobs& jobs, int multiprocessors, cudaStream_t stream);
 cudaError_t launch_zero(uint32_t* words, uint32_t count, cudaStream_t stream);
+cudaError_t launch_fused_gemm_sm80(const FusedGemmGroup& group, void* workspace,
+                                   cudaStream_t stream);
 // `early`: it may start before the launch ahead of it ends, and waits for that before it reads h.
 cudaError_t launch_fused_gemm_sm90(const FusedGemmGroup& group, void* workspace, bool early,
                                    cudaStream_t stream);

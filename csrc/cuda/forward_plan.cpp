@@ -64,6 +64,7 @@ double choose_chains(const ForwardArgs& a, const Target& target, uint32_t wanted
 const char* not_one_launch(const ForwardArgs& a, const FusedGemmPlan& gemm) {
   if (gemm.r == 0) return "there is no LoRA term";
   if (gemm.empty) return "y is empty";
+  if (gemm.kernel == Kernel::sm80) return "only the sm_90a kernel has that form";
   if (a.down.r > kForwardRanks[1]) return "r is more than 128";
   if (gemm.mn_major) return "the weight is transposed";
   return nullptr;
@@ -77,7 +78,7 @@ void choose_form(const ForwardArgs& args, const Target& target, const ForwardReq
   plan.form = ForwardForm::two_launches;
   plan.reason = one;
   if (wanted == ForwardForm::one_launch && one != nullptr) plan.served = false;
-  if (args.down.r == 0 || plan.gemm.empty) return;
+  if (args.down.r == 0 || plan.gemm.empty || plan.gemm.kernel == Kernel::sm80) return;
   double cost = two_launches_cost(args);
   if (one == nullptr) {
     plan.rank = kForwardRanks[args.down.r > kForwardRanks[0]];
@@ -151,6 +152,7 @@ std::string describe(const ForwardPlan& plan) {
   text += one ? describe(plan.gemm, plan.raster, plan.clusters) : describe(plan.gemm);
   if (one && plan.lora_a.packed) text += "; A copied first";
   if (plan.h_padded) text += "; h copied out of padded rows";
+  if (plan.gemm.kernel == Kernel::sm80) return text;  // the model is of a Hopper
   return text + "; LoRA term " + percent + " over the frozen GEMM by the model";
 }
 

@@ -25,9 +25,19 @@ __device__ __forceinline__ void multiply_term(float (&term)[2][4], const uint32_
   }
 }
 
-// What the mask keeps of a lane's part of 16 rows by 64 kPanels columns: in word p for columns
-// [64 p, 64 p + 64), bit 4 n + v for the even column of register v of fragment n, 16 bits higher
-// for the odd one.
+// What the mask keeps of a lane's part of the fragment at local column `column`: bit v for the even
+// column of register v, 16 bits higher for the odd one.
+__device__ __forceinline__ uint32_t draw_kept(const LaneDropout& dropout, uint32_t column,
+                                              uint32_t lane) {
+  uint32_t keep[4] = {~0u, ~0u, ~0u, ~0u}, bits = 0;
+  apply_dropout(keep, dropout, column, draw_straddling(dropout, column, 0, 1, lane));
+  LK_UNROLL
+  for (uint32_t v = 0; v < 4; ++v) bits |= keep[v] & (0x10001u << v);
+  return bits;
+}
+
+// The same of 16 rows by 64 kPanels columns: in word p for columns [64 p, 64 p + 64), of fragment n
+// from bit 4 n on.
 template <int kPanels>
 struct KeptBits {
   static constexpr uint32_t kFragments = 4 * kPanels;
@@ -37,12 +47,7 @@ struct KeptBits {
   // for each stage of the main loop costs nothing there.
   __device__ __forceinline__ void draw(const LaneDropout& dropout, uint32_t column, uint32_t n,
                                        uint32_t lane) {
-    uint32_t keep[4] = {~0u, ~0u, ~0u, ~0u}, bits = 0;
-    apply_dropout(keep, dropout, column + n * 16,
-                  draw_straddling(dropout, column + n * 16, 0, 1, lane));
-    LK_UNROLL
-    for (uint32_t v = 0; v < 4; ++v) bits |= keep[v] & (0x10001u << v);
-    bits <<= 4 * (n % 4);
+    const uint32_t bits = draw_kept(dropout, column + n * 16, lane) << 4 * (n % 4);
     LK_UNROLL
     for (uint32_t p = 0; p < kPanels; ++p) words[p] |= n / 4 == p ? bits : 0;
   }

@@ -8,25 +8,39 @@ namespace {
 // Pairs of row blocks, at most: 66 clusters then work on about 8 x 8 tiles.
 constexpr int64_t kGroup = 8;
 
-// nullptr if the kernel serves the call, else why it does not.
-const char* not_served(const FusedGemmArgs& a, const Target& target) {
+// nullptr if TMA and wgmma serve the call, else why they do not.
+const char* not_sm90(const FusedGemmArgs& a, const Target& target) {
   if (const char* reason = no_sm90a(target)) return reason;
-
   if (std::max({a.M, a.N, a.K, a.r}) >= kTmaLimit - kClusterRows)
     return "a dimension is past 2^31, which TMA cannot address";
-  if (ceil_div(a.M, kClusterRows) * (ceil_div(a.N, 64) + 1) >= kTmaLimit)
-    return "y has more than 2^31 tiles";
+  return nullptr;
+}
+
+// nullptr if some kernel serves the call, else why none does.
+const char* not_served(const FusedGemmArgs& a, const Target& target) {
+  if (target.compute < 80) return "the device is older than compute capability 8.0";
+  if (std::max({a.M, a.N, a.K, a.r}) >= kTmaLimit * kSm80Depth)
+    return "a dimension is past 2^36, more stages than are counted";
+  if (ceil_div(a.M, 64) * (ceil_div(a.N, 64) + 1) >= kTmaLimit) return "y has more than 2^31 tiles";
   return nullptr;
 }
 
 struct TileFacts {
-  int n, stages, threads, shared_bytes;
+  Kernel kernel;
+  int m, n, stages, threads, shared_bytes;
+
+  int64_t rows_of_pair() const { return kernel == Kernel::sm90 ? 2 * m : m; }
 };
-#define LK_FACTS(...)                                                           \
-  {FusedGemmSm90Tile<__VA_ARGS__>::kN, FusedGemmSm90Tile<__VA_ARGS__>::kStages, \
-   FusedGemmSm90Tile<__VA_ARGS__>::kThreads, FusedGemmSm90Tile<__VA_ARGS__>::kSharedBytes},
-constexpr TileFacts kTiles[] = {LK_FUSED_GEMM_SM90_TILES(LK_FACTS)};
-#undef LK_FACTS
+template <class Tile>
+constexpr TileFacts facts(Kernel kernel) {
+  return {kernel, Tile::kM, Tile::kN, Tile::kStages, Tile::kThreads, Tile::kSharedBytes};
+}
+#define LK_FACTS_80(...) facts<FusedGemmSm80Tile<__VA_ARGS__>>(Kernel::sm80),
+#define LK_FACTS_90(...) facts<FusedGemmSm90Tile<__VA_ARGS__>>(Kernel::sm90),
+constexpr TileFacts kTiles[] = {LK_FUSED_GEMM_SM90_TILES(LK_FACTS_90)
+                                    LK_FUSED_GEMM_SM80_TILES(LK_FACTS_80)};
+#undef LK_FACTS_80
+#undef LK_FACTS_90
 
 // Outputs whose tiles stand side by side.
 struct Outputs {
@@ -41,11 +55,11 @@ struct Outputs {
 };
 
 // Groups as even as possible: one of a pair or two would load all of W for little.
-Raster raster_of(const Outputs& outputs, int tile_n, int wanted_group) {
-  const int64_t pairs = ceil_div(outputs.args->M, kClusterRows), wanted = wanted_group;
+Raster raster_of(const Outputs& outputs, const TileFacts& tile, int wanted_group) {
+  const int64_t pairs = ceil_div(outputs.args->M, tile.rows_of_pair()), wanted = wanted_group;
   const int64_t group =
       wanted > 0 ? std::min(wanted, pairs) : ceil_div(pairs, ceil_div(pairs, kGroup));
-  return {static_cast<uint32_t>(pairs), static_cast<uint32_t>(outputs.columns(tile_n)),
+  return {static_cast<uint32_t>(pairs), static_cast<uint32_t>(outputs.columns(tile.n)),
           static_cast<uint32_t>(group)};
 }
 
@@ -53,14 +67,26 @@ double waves_cycles(const Raster& raster, unsigned clusters, int tile_n, int64_t
   const auto waves = ceil_div(raster.items(), clusters);
   return static_cast<double>(waves) * tile_cycles(tile_n, ceil_div(K, kMmaDepth));
 }
+double cycles_of(const Raster& raster, const TileFacts& tile, int64_t K, const Target& target) {
+  if (tile.kernel == Kernel::sm90)
+    return waves_cycles(raster, clusters_of(target, raster.items()), tile.n, K);
+  const auto waves = ceil_div(raster.items(), std::max(1, target.multiprocessors));
+  return static_cast<double>(waves) * sm80_tile_cycles(tile.m, tile.n, ceil_div(K, kMmaDepth));
+}
+
+// Clusters, or blocks.
+unsigned launched(Kernel kernel, const Target& target, const Raster& raster) {
+  return kernel == Kernel::sm90 ? clusters_of(target, raster.items()) : raster.items();
+}
 
 // The tile whose waves take the fewest clocks; the widest of equals.
-const TileFacts& best_tile(const Outputs& outputs, int64_t K, const Target& target, int wanted) {
+const TileFacts& best_tile(const Outputs& outputs, int64_t K, const Target& target, Kernel kernel,
+                           int wanted) {
   const TileFacts* best = nullptr;
   double least = 0;
   for (const TileFacts& t : kTiles) {
-    const Raster raster = raster_of(outputs, t.n, 0);
-    const double cycles = waves_cycles(raster, clusters_of(target, raster.items()), t.n, K);
+    if (t.kernel != kernel) continue;
+    const double cycles = cycles_of(raster_of(outputs, t, 0), t, K, target);
     if (t.n == wanted) return t;
     if (best == nullptr || cycles < least) best = &t, least = cycles;
   }
@@ -79,6 +105,17 @@ double tile_cycles(int tile_n, int64_t steps) {
          kEpilogue * tile_n;
 }
 
+// mma.sync takes 1024 products a clock on an A100. Its warps read their rows and columns of each
+// k16 step from shared memory, into which cp.async writes those of the tile, 128 bytes a clock in
+// all.
+double sm80_tile_cycles(int tile_m, int tile_n, int64_t steps) {
+  constexpr double kReached = 0.8, kEpilogue = 6.0;  // clocks a column of 128 rows
+  const double products = tile_m * tile_n * 16.0 / 1024;
+  const double shared = (8 * (tile_m / 2 + tile_n / 4) + tile_m + tile_n) * 32.0 / 128;
+  return static_cast<double>(steps) * std::max(products, shared) / kReached +
+         kEpilogue * tile_n * tile_m / 128;
+}
+
 double gemm_cycles(const FusedGemmPlan& plan, int64_t K) {
   return waves_cycles(plan.raster, plan.clusters, plan.tile_n, K);
 }
@@ -90,9 +127,13 @@ FusedGemmPlan plan_fused_gemm(const FusedGemmArgs& args, const Target& target,
   plan.reason = not_served(args, target);
   plan.served = plan.reason == nullptr;
   if (plan.empty || !plan.served) return plan;
-  plan.reason = "TMA and wgmma";
+  const char* fallback = request.kernel == Kernel::sm80 ? "as others of its group" : nullptr;
+  if (const char* reason = not_sm90(args, target)) fallback = reason;
+  plan.kernel = fallback == nullptr ? Kernel::sm90 : Kernel::sm80;
+  plan.reason = fallback == nullptr ? "TMA and wgmma" : fallback;
   const Outputs output{&args, 1};
-  const TileFacts& tile = best_tile(output, args.K, target, request.tile_n);
+  const TileFacts& tile = best_tile(output, args.K, target, plan.kernel, request.tile_n);
+  plan.tile_m = tile.m;
   plan.tile_n = tile.n;
   plan.stages = tile.stages;
   plan.threads = tile.threads;
@@ -114,8 +155,8 @@ FusedGemmPlan plan_fused_gemm(const FusedGemmArgs& args, const Target& target,
   if (plan.r == 0) plan.h.packed = plan.up.packed = false;  // nothing is loaded of them
   if (args.bias.data != nullptr) plan.bias = tma_operand(args.bias, 1, args.N);
   plan.y_vectors = !tma_operand(args.y, args.M, args.N).packed;
-  plan.raster = raster_of(output, tile.n, request.group);
-  plan.clusters = clusters_of(target, plan.raster.items());
+  plan.raster = raster_of(output, tile, request.group);
+  plan.clusters = launched(plan.kernel, target, plan.raster);
   return plan;
 }
 
@@ -125,14 +166,17 @@ const char* plan_fused_gemm_group(const FusedGemmArgs* args, int count, bool add
   *group = {{}, {}, count, added, {}, 0};
   const Outputs outputs{args, group->outputs()};
   int64_t depth = 0, tiles = 0;
+  FusedGemmRequest each = request;
   for (int i = 0; i < count; ++i) {
     if (const char* reason = not_served(args[i], target)) return reason;
     depth = added ? depth + args[i].K : std::max(depth, args[i].K);
-    tiles += ceil_div(args[i].M, kClusterRows) * (ceil_div(args[i].N, 64) + 1);
+    tiles += ceil_div(args[i].M, 64) * (ceil_div(args[i].N, 64) + 1);
+    if (not_sm90(args[i], target) != nullptr) each.kernel = Kernel::sm80;
   }
   if (tiles >= kTmaLimit) return "the outputs have more than 2^31 tiles";
-  FusedGemmRequest each = request;
-  each.tile_n = best_tile(outputs, depth, target, request.tile_n).n;
+  const Kernel kernel = each.kernel == Kernel::sm80 ? Kernel::sm80 : Kernel::sm90;
+  const TileFacts& tile = best_tile(outputs, depth, target, kernel, request.tile_n);
+  each.tile_n = tile.n;
   // Where some are MN-major all are: at most one more turn.
   for (bool again = true; again;) {
     again = false;
@@ -143,8 +187,8 @@ const char* plan_fused_gemm_group(const FusedGemmArgs* args, int count, bool add
     }
     each.mn_major |= again;
   }
-  group->raster = raster_of(outputs, each.tile_n, request.group);
-  group->clusters = clusters_of(target, group->raster.items());
+  group->raster = raster_of(outputs, tile, request.group);
+  group->clusters = launched(kernel, target, group->raster);
   return nullptr;
 }
 
@@ -170,7 +214,7 @@ std::string describe_packing(const FusedGemmPlan& p) {
   add(p.up, "B");
   add(p.bias, "bias");
   std::string text;
-  if (!copied.empty()) text = "; copied first, into rows that TMA can address: " + copied;
+  if (!copied.empty()) text = "; copied first, into rows on 16-byte boundaries: " + copied;
   if (!p.y_vectors) text += "; y by ordinary stores: its rows are not on 16-byte boundaries";
   return text;
 }
@@ -178,6 +222,11 @@ std::string describe_packing(const FusedGemmPlan& p) {
 std::string describe_tiles(const FusedGemmPlan& p, const Raster& raster, unsigned clusters,
                            bool masked) {
   const auto number = [](int64_t n) { return std::to_string(n); };
+  if (p.kernel == Kernel::sm80)
+    return "fused_gemm_sm80 " + number(p.tile_m) + "x" + number(p.tile_n) + "x" +
+           number(kSm80Depth) + " (" + p.reason + "), " + number(p.stages) + " stages, " +
+           number(raster.items()) + " tiles, " + (p.mn_major ? "MN" : "K") + "-major weight, " +
+           (masked ? "masked LoRA term, " : "") + number(p.shared_bytes / 1024) + " KB shared";
   const int64_t tiles = raster.items() - raster.chains(), tenths = tiles * 10 / clusters;
   return "fused_gemm_sm90 128x" + number(p.tile_n) + "x64, " + number(p.stages) + " stages, " +
          number(2 * clusters) + " blocks in clusters of 2, " + number(tiles) +

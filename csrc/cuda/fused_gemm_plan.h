@@ -38,26 +38,54 @@ struct FusedGemmSm90Tile {
 
 constexpr int kClusterRows = 256;  // of y: those of both blocks
 
+// ---- sm_80: cp.async and mma.sync ---------------------------------------------------------------
+
+constexpr int kSm80Depth = 32;  // of a stage
+
+// A block computes kM rows by kN columns of y, its warps kWarpsM by kWarpsN parts of that.
+template <int kM_, int kN_, int kWarpsM_, int kWarpsN_, int kStages_, int kBlocks_>
+struct FusedGemmSm80Tile {
+  static constexpr int kM = kM_, kN = kN_, kWarpsM = kWarpsM_, kWarpsN = kWarpsN_;
+  static constexpr int kStages = kStages_, kThreads = 32 * kWarpsM * kWarpsN;
+  static constexpr int kBlocks = kBlocks_;  // of a multiprocessor, for which registers suffice
+  static constexpr int kWarpRows = kM / kWarpsM, kWarpColumns = kN / kWarpsN;
+  static constexpr int kABytes = kM * kSm80Depth * 2, kBBytes = kN * kSm80Depth * 2;
+  static constexpr int kStageBytes = kABytes + kBBytes;
+  static constexpr int kTileBytes = kM * (kN * 2 + 16);  // y on its way out
+  static constexpr int kSharedBytes = kStages * kStageBytes + kSharedAlign;
+  static_assert(kWarpRows % 16 == 0 && kWarpColumns % 16 == 0, "parts are whole fragments");
+  static_assert(kN % 64 == 0, "the swizzle works on rows of 128 bytes");
+  static_assert(kTileBytes <= kStages * kStageBytes, "y reuses the stages");
+  static_assert(kSharedBytes <= kSharedSm80, "sm_86 and sm_89 have 99 KB of shared memory a block");
+};
+//                          rows, columns, warps M, N, stages, blocks
+#define LK_FUSED_GEMM_SM80_TILES(X) \
+  X(128, 256, 2, 4, 4, 1) X(128, 128, 2, 2, 4, 2) X(64, 64, 2, 2, 6, 3)
+
+// ---- the choice ---------------------------------------------------------------------------------
+
 // What a plan chooses by itself where this says 0. For tuning.
 struct FusedGemmRequest {
   int tile_n = 0, group = 0;
-  bool mn_major = false;  // take the weight so, if need be by a copy
+  bool mn_major = false;         // take the weight so, if need be by a copy
+  Kernel kernel = Kernel::none;  // or sm80
 };
 
 struct FusedGemmPlan {
   bool served;  // else `reason` says why not
   bool empty;   // y has no elements
-  const char* reason;
-  int tile_n, stages, threads, shared_bytes;
+  Kernel kernel;
+  const char* reason;  // of the kernel, if served
+  int tile_m, tile_n, stages, threads, shared_bytes;
   bool mn_major;  // weight and up have N contiguous
   bool masked;    // dropout's mask on the LoRA term
 
-  bool y_vectors;               // TMA stores y; else ordinary stores do
+  bool y_vectors;               // y is stored by TMA, or in 16-byte pieces
   TmaOperand x, weight, h, up;  // weight and up transposed if mn_major; their offsets still 0
   TmaOperand bias;              // a row; not by TMA, but contiguous too
   int64_t r;                    // 0 where the LoRA term has no part in y
-  Raster raster;                // over the tiles of y
-  unsigned clusters;
+  Raster raster;                // over the tiles of y; of sm_80 its pairs are single row blocks
+  unsigned clusters;            // of sm_80 blocks, one a tile
 };
 
 FusedGemmPlan plan_fused_gemm(const FusedGemmArgs& args, const Target& target,
@@ -110,6 +138,8 @@ std::string describe(const FusedGemmPlan& plan, const Raster& raster, unsigned c
 
 // Clocks of one cluster for a tile of so many k16 steps, by the model of docs/fused_gemm.md.
 double tile_cycles(int tile_n, int64_t steps);
+// Of one multiprocessor for a tile of the sm_80 kernel.
+double sm80_tile_cycles(int tile_m, int tile_n, int64_t steps);
 // Of the frozen GEMM alone, in the plan's tiles.
 double gemm_cycles(const FusedGemmPlan& plan, int64_t K);
 
@@ -120,6 +150,20 @@ inline int b_box_rows(const FusedGemmPlan& plan) {
 }
 
 // Calls f(Tile{}) for the tile of a plan; false if no kernel was built for it.
+template <class F>
+bool with_fused_gemm_sm80_tile(int tile_n, const F& f) {
+#define LK_TILE(...)                             \
+  {                                              \
+    using Tile = FusedGemmSm80Tile<__VA_ARGS__>; \
+    if (tile_n == Tile::kN) {                    \
+      f(Tile{});                                 \
+      return true;                               \
+    }                                            \
+  }
+  LK_FUSED_GEMM_SM80_TILES(LK_TILE)
+#undef LK_TILE
+  return false;
+}
 template <class F>
 bool with_fused_gemm_tile(int tile_n, const F& f) {
 #define LK_TILE(...)                             \

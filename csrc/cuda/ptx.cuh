@@ -90,6 +90,12 @@ LK_PTX void store_shared_x4(uint32_t address, const uint32_t (&v)[4]) {
                "r"(v[2]), "r"(v[3])
                : "memory");
 }
+LK_PTX void load_shared_x4(uint32_t (&v)[4], uint32_t address) {
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(address)
+               : "memory");
+}
 LK_PTX uint16_t load_global(const uint16_t* address) {
   uint16_t v;
   asm volatile("ld.global.b16 %0, [%1];" : "=h"(v) : "l"(address) : "memory");
@@ -111,6 +117,12 @@ LK_PTX void store_global(uint32_t* address, uint32_t value) {
 }
 LK_PTX void store_global(float* address, float value) {
   asm volatile("st.global.f32 [%0], %1;" ::"l"(address), "f"(value) : "memory");
+}
+// Eight 16-bit elements at once, on a 16-byte boundary.
+LK_PTX void store_global_x4(uint16_t* address, const uint32_t (&v)[4]) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v[0]), "r"(v[1]),
+               "r"(v[2]), "r"(v[3])
+               : "memory");
 }
 // Two at once, on an 8-byte boundary.
 LK_PTX void store_global_pair(float* address, float first, float second) {

@@ -20,7 +20,9 @@ struct StreamLauncher {
     return launch_down_proj_group(each, count, plan, stream);
   }
   cudaError_t fused_gemm(const FusedGemmGroup& group, void* workspace, bool early) {
-    return launch_fused_gemm_sm90(group, workspace, early, stream);
+    return group.plans[0].kernel == Kernel::sm90
+               ? launch_fused_gemm_sm90(group, workspace, early, stream)
+               : launch_fused_gemm_sm80(group, workspace, stream);
   }
   cudaError_t forward(const ForwardArgs& args, const ForwardPlan& plan, void* workspace) {
     return launch_forward_sm90(args, plan, workspace, stream);

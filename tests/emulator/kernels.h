@@ -42,6 +42,8 @@ std::function<void()> down_proj_sm80_body(const lora_kernels::DownProjArgs& args
 std::function<void()> down_proj_sm90_body(const lora_kernels::DownProjArgs* each, int count,
                                           const lora_kernels::DownProjGroupPlan& plan);
 std::function<void()> fused_gemm_body(const lora_kernels::FusedGemmGroup& group, void* workspace);
+std::function<void()> fused_gemm_sm80_body(const lora_kernels::FusedGemmGroup& group,
+                                           void* workspace);
 std::function<void()> forward_body(const lora_kernels::ForwardArgs& args,
                                    const lora_kernels::ForwardPlan& plan, void* workspace);
 std::function<void()> weight_grad_body(const lora_kernels::WeightGradPass& pass,

@@ -27,8 +27,8 @@ std::map<std::string, int> shared_bytes() {
   LK_FUSED_GEMM_SM90_TILES(LK_TILE)
 #undef LK_TILE
 #define LK_TILE(...) \
-  found["WeightGradSm90Tile<" #__VA_ARGS__ ">"] = WeightGradSm90Tile<__VA_ARGS__>::kSharedBytes;
-  LK_WEIGHT_GRAD_SM90_TILES(LK_TILE)
+  found["FusedGemmSm80Tile<" #__VA_ARGS__ ">"] = FusedGemmSm80Tile<__VA_ARGS__>::kSharedBytes;
+  LK_FUSED_GEMM_SM80_TILES(LK_TILE)
 #undef LK_TILE
 #define LK_TILE(...) \
   found["WeightGradSm90Tile<" #__VA_ARGS__ ">"] = WeightGradSm90Tile<__VA_ARGS__>::kSharedBytes;

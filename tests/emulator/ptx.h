@@ -57,6 +57,10 @@ LK_PTX uint32_t load_shared_word(uint32_t address, Place at = Place::here()) {
 LK_PTX void store_shared_word(uint32_t address, uint32_t value, Place at = Place::here()) {
   emu::block().shared->write(address, &value, 4, emu::generic_access("st.shared", at));
 }
+LK_PTX void load_shared_x4(uint32_t (&v)[4], uint32_t address, Place at = Place::here()) {
+  if (address % 16 != 0) emu::machine->fail("ld.shared.v4 off its 16-byte boundary", at);
+  emu::block().shared->read(address, v, 16, emu::generic_access("ld.shared.v4", at));
+}
 LK_PTX void store_shared_x4(uint32_t address, const uint32_t (&v)[4], Place at = Place::here()) {
   emu::block().shared->write(address, v, 16, emu::generic_access("st.shared.v4", at));
 }
@@ -76,6 +80,11 @@ LK_PTX void load_global_x4(float (&v)[4], const float* address, Place at = Place
     emu::machine->fail("ld.global.v4 off its 16-byte boundary", at);
   emu::global.read(address, v, 16, emu::generic_access("ld.global.v4", at));
   emu::machine->statistics.bytes_loaded += 16;
+}
+LK_PTX void store_global_x4(uint16_t* address, const uint32_t (&v)[4], Place at = Place::here()) {
+  if (reinterpret_cast<uintptr_t>(address) % 16 != 0)
+    emu::machine->fail("st.global.v4 off its 16-byte boundary", at);
+  emu::global.write(address, v, 16, emu::generic_access("st.global.v4", at));
 }
 LK_PTX void store_global_pair(float* address, float first, float second, Place at = Place::here()) {
   const float both[2] = {first, second};

@@ -58,9 +58,20 @@ struct Recorder {
     return l;
   }
   int fused_gemm(const FusedGemmGroup& group, void* workspace, bool early) {
-    Launch l = clusters("fused_gemm_sm90", group.plans[0], group.clusters);
+    const FusedGemmPlan& plan = group.plans[0];
+    if (plan.kernel == Kernel::sm80) return fused_gemm_sm80(group, workspace);
+    Launch l = clusters("fused_gemm_sm90", plan, group.clusters);
     l.body = fused_gemm_body(group, workspace);
     return add(std::move(l), early);
+  }
+  int fused_gemm_sm80(const FusedGemmGroup& group, void* workspace) {
+    Launch l;
+    l.name = "fused_gemm_sm80";
+    l.body = fused_gemm_sm80_body(group, workspace);
+    l.grid_x = group.raster.items();
+    l.threads = static_cast<unsigned>(group.plans[0].threads);
+    l.shared_bytes = static_cast<uint32_t>(group.plans[0].shared_bytes);
+    return add(std::move(l));
   }
   int forward(const ForwardArgs& args, const ForwardPlan& plan, void* workspace) {
     Launch l = clusters("forward_sm90", plan.gemm, plan.clusters);
