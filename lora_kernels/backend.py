@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import composed
-from .schemas import EXTENSION_ERROR, has_kernel, on_hopper
+from .schemas import CAPABILITY, EXTENSION_ERROR, has_kernel
 
 ENV = "LORA_KERNELS_BACKEND"
 
@@ -270,51 +270,29 @@ def _on_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"x is on {device}, not on a CUDA device"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"it has no {dtype} kernels"
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    if torch.cuda.get_device_capability(device) < CAPABILITY:
         return "its kernels need compute capability 8.0"
     return None
 
 
 def _cuda_flow() -> dict[str, Callable]:
-    """In C++ where sm_90a runs; elsewhere op by op, by down_proj and the vendor's GEMMs."""
     ops = torch.ops.lora_kernels
-    by_op = composed.data_flow(ops.down_proj.default, composed.fused_gemm, composed.weight_grad)
-
-    def forward(x, *args):
-        return (ops.forward.default if on_hopper(x.device) else by_op[0])(x, *args)
-
-    def backward(dy, *args):
-        return (ops.backward.default if on_hopper(dy.device) else by_op[1])(dy, *args)
-
-    apart = composed.group_flow(forward, composed.adding(backward))
-    joined = composed.sliced_flow(
+    group_forward, group_backward = composed.sliced_flow(
         ops.forward_group.default, ops.backward_group.default, ops.max_group
     )
-
-    def group_forward(x, *args):
-        return (joined if on_hopper(x.device) else apart)[0](x, *args)
-
-    def group_backward(x, *args):
-        return (joined if on_hopper(x.device) else apart)[1](x, *args)
-
     return dict(
-        forward=forward,
-        backward=backward,
+        forward=ops.forward.default,
+        backward=ops.backward.default,
         group_forward=group_forward,
         group_backward=group_backward,
     )
 
 
-_CUDA_SUMMARY = (
-    "C++/CUDA down_proj, and on sm_90 fused_gemm and weight_grad; those elsewhere by the vendor's "
-    "GEMMs"
-)
+_CUDA_SUMMARY = "C++/CUDA down_proj, fused_gemm and weight_grad: of sm_90a on Hopper, else of sm_80"
 
 
 def _cuda_plan(x, weight, lora_a, lora_b, seed, up_scale) -> str:
     ops = torch.ops.lora_kernels
-    if not on_hopper(x.device):
-        return f"{ops.down_proj_plan(x, lora_a, seed)}; all else by the vendor's GEMMs"
     call = (x, weight, lora_a, lora_b, seed, "", 0, 0, up_scale)
     return f"forward: {ops.forward_plan(*call)}; backward: {ops.backward_plan(*call)}"
 

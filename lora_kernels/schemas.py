@@ -17,7 +17,8 @@ Autograd looks for tensors only in lists that hold nothing else, so in `lora_lin
 bias is a tensor of no elements, and without dropout the list of seeds is empty.
 
 `forward_as` and `forward_plan`: `forward` in a form of the caller's choice, for tests and tuning;
-`backward_as` and `backward_plan` likewise, the plan being that of all three gradients.
+`backward_as` and `backward_plan` likewise, the plan being that of all three gradients. The form
+"sm80" takes the kernels of sm_80 on any device.
 
 """
 
@@ -28,11 +29,7 @@ import functools
 import torch
 
 KERNELS = ("down_proj", "fused_gemm", "weight_grad")
-# On CUDA these have kernels for Hopper alone yet.
-SM90 = (
-    "fused_gemm", "weight_grad", "forward", "forward_as", "forward_plan",
-    "backward", "backward_as", "backward_plan", "forward_group", "backward_group",
-)  # fmt: skip
+CAPABILITY = (8, 0)  # of the oldest CUDA device with kernels
 SCHEMAS = (
     "cpu_isa() -> str",
     "has_sm90a() -> bool",
@@ -101,7 +98,7 @@ def has_kernel(op: str, device: str) -> bool:
 
 @functools.cache
 def on_hopper(device: torch.device) -> bool:
-    """Whether the sm_90a kernels, SM90 among the ops, run on this CUDA device."""
+    """Whether the sm_90a kernels run on this CUDA device; others take those of sm_80."""
     return torch.cuda.get_device_capability(device) == (9, 0) and torch.ops.lora_kernels.has_sm90a()
 
 
@@ -109,4 +106,4 @@ def runs_here(op: str, device: str) -> bool:
     """Whether C++ serves this op on "CPU", or on the current device of "CUDA"."""
     if not has_kernel(op, device):
         return False
-    return device != "CUDA" or op not in SM90 or on_hopper(torch.device("cuda"))
+    return device != "CUDA" or torch.cuda.get_device_capability() >= CAPABILITY

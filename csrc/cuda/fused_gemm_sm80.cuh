@@ -167,29 +167,31 @@ __device__ __forceinline__ void add_masked_stages(Sm80Sums<Tile>& acc,
     for (uint32_t p = 0; p < kRows; ++p) kept[p] |= m == p ? bits : 0;
   }
 #pragma unroll 1
-  for (uint32_t stage = 0; stage < stages; ++stage) {
+  while (true) {
     LK_UNROLL
     for (uint32_t m = 0; m < kRows; ++m) {
-      ptx::warp_sync();  // or fragments of all rows would be loaded ahead, and others spilled
-      uint32_t a[kSteps][4], b[kSteps][4];
+      uint32_t a[kSteps][4], b[4];
       LK_UNROLL
       for (uint32_t step = 0; step < kSteps; ++step)
         load_a_fragment(a[step], at, ring.slot, step, m);
       LK_UNROLL
       for (uint32_t n = 0; n < kColumns; ++n) {
+        // Also keeps the compiler from loading fragments of all columns ahead, and spilling others.
+        if (at.column + at.first_column() + n * 16 >= ring.out.N) break;
         float term[2][4] = {};
         LK_UNROLL
         for (uint32_t step = 0; step < kSteps; ++step) {
-          load_b_fragment<Tile, kMnMajor>(b[step], at, ring.slot, step, n);
-          ptx::mma_m16n8k16(term[0], a[step], b[step][0], b[step][1], T{});
-          ptx::mma_m16n8k16(term[1], a[step], b[step][2], b[step][3], T{});
+          load_b_fragment<Tile, kMnMajor>(b, at, ring.slot, step, n);
+          ptx::mma_m16n8k16(term[0], a[step], b[0], b[1], T{});
+          ptx::mma_m16n8k16(term[1], a[step], b[2], b[3], T{});
         }
         add_kept(acc[m][2 * n], term, kept[m], n, s.scale);
       }
     }
     ring.load();
     ring.advance();
-    if (stage + 1 < stages) ring.wait();
+    if (--stages == 0) break;
+    ring.wait();
   }
 }
 

@@ -83,8 +83,9 @@ ForwardPlan plan_of(const ForwardCall& call, const Target& target, const Forward
 
 ForwardRequest request_of(const std::string& form, int64_t tile_n, int64_t group) {
   ForwardRequest request;
-  STD_TORCH_CHECK(form_of(form, &request.form), "forward_as: form is '", form,
-                  "'; expected one_launch, two_launches or '' for the better one");
+  const std::string name = form == "sm80" ? "two_launches" : form;  // by the kernels of sm_80
+  STD_TORCH_CHECK(form_of(name, &request.form), "forward_as: form is '", form,
+                  "'; expected one_launch, two_launches, sm80 or '' for the best");
   request.gemm = gemm_request_of(tile_n, group, "forward_as");
   return request;
 }
@@ -99,7 +100,7 @@ std::tuple<Tensor, Tensor> forward_as_cuda(const Tensor& x, const Tensor& weight
   ForwardCall call(op, flatten_rows(x, op, "x"), weight, lora_a, lora_b, bias, seed, threshold,
                    h_scale, up_scale);
   OnDeviceOf device(x);
-  const Target target = target_of(x);
+  const Target target = target_of(x, form);
   Tensor y = empty_like(x, sizes_of_y(x, call.args.gemm.N));
   Tensor h = empty_like(x, {call.h.rows, call.h.cols});
   call.args.gemm.y.data = y.mutable_data_ptr();
@@ -128,7 +129,7 @@ std::string forward_plan_cuda(const Tensor& x, const Tensor& weight, const Tenso
   const ForwardCall call(op, flatten_rows(x, op, "x"), weight, lora_a, lora_b, std::nullopt, seed,
                          0, 1.0, up_scale);
   OnDeviceOf device(x);
-  return describe(plan_of(call, target_of(x), request_of(form, tile_n, group)));
+  return describe(plan_of(call, target_of(x, form), request_of(form, tile_n, group)));
 }
 
 bool has_sm90a() { return built_with_sm90a(); }

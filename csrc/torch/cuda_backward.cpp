@@ -58,8 +58,9 @@ BackwardPlan plan_of(const BackwardCall& call, const Target& target,
 
 BackwardRequest request_of(const std::string& form, int64_t tile_n, int64_t group) {
   BackwardRequest request;
-  STD_TORCH_CHECK(form_of(form, &request.form), "backward_as: form is '", form,
-                  "'; expected one_grid, passes or '' for the better one");
+  const std::string name = form == "sm80" ? "passes" : form;  // by the kernels of sm_80
+  STD_TORCH_CHECK(form_of(name, &request.form), "backward_as: form is '", form,
+                  "'; expected one_grid, passes, sm80 or '' for the best");
   request.gemm = gemm_request_of(tile_n, group, "backward_as");
   return request;
 }
@@ -76,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_as_cuda(
   call.needs(need_x, need_a, need_b, need_bias);
   BackwardArgs& args = call.args;
   OnDeviceOf device(x);
-  const Target target = target_of(x);
+  const Target target = target_of(x, form);
   Tensor dx = empty_like(x, need_x ? sizes_of_y(x, args.K) : std::vector<int64_t>{0});
   Tensor da = empty_grad(x, need_a, {args.r, args.K}, wide_a);
   Tensor db = empty_grad(x, need_b, {args.N, args.r}, wide_b);
@@ -111,7 +112,7 @@ std::string backward_plan_cuda(const Tensor& x, const Tensor& weight, const Tens
   call.needs(true, true, true, false);
   call.args.dx = {nullptr, call.args.K, 1, call.x.matrix.dtype};
   OnDeviceOf device(x);
-  return describe(plan_of(call, target_of(x), request_of(form, tile_n, group)));
+  return describe(plan_of(call, target_of(x, form), request_of(form, tile_n, group)));
 }
 
 }  // namespace

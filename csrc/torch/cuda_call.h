@@ -56,6 +56,13 @@ inline Target target_of(const Tensor& x) {
   return target;
 }
 
+// And for a form that a caller asks for: "sm80" is the kernels of sm_80, on any device.
+inline Target target_of(const Tensor& x, const std::string& form) {
+  Target target = target_of(x);
+  if (form == "sm80") target.compute = 80;
+  return target;
+}
+
 // Memory for the length of a call; the stream's order keeps it from being used again too early.
 class Workspace {
  public:

@@ -189,7 +189,8 @@ py::dict fused_gemm(const Array& x, const Array& weight, const Array& h, const A
   emu::global.clear();
   add_inputs({{"x", x}, {"weight", weight}, {"h", h}, {"up", up}}, bias);
   add_buffer("y", y, emu::Use::output);
-  const FusedGemmArgs args = fused_gemm_args(x, weight, h, up, bias, y, s);
+  FusedGemmArgs args = fused_gemm_args(x, weight, h, up, bias, y, s);
+  args.dropout = dropout_of(s);
   FusedGemmPlan plan = plan_fused_gemm(args, s.target, s.request);
   if (!plan.served) throw py::value_error(plan.reason);
   Workspace workspace(place_packed(plan), 0, 0);
@@ -198,6 +199,7 @@ py::dict fused_gemm(const Array& x, const Array& weight, const Array& h, const A
   py::dict found = run(launches, s.options);
   found["text"] = describe(plan);
   found["mn_major"] = plan.mn_major;
+  found["tile_n"] = plan.tile_n;
   return found;
 }
 
