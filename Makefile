@@ -27,7 +27,7 @@ export HF_HUB_OFFLINE := 1
 OUT ?= bench/out/gpu
 
 .PHONY: build test test-all lint bench bench-overhead bench-memory bench-kernels bench-gemm \
-  bench-backward bench-group bench-training gpu publish gates example clean
+  bench-backward bench-group bench-decode bench-training gpu publish gates example clean
 
 build: $(STAMP)
 
@@ -77,6 +77,9 @@ bench-backward: build
 
 bench-group: build
 	$(PY) -m bench.bench_group $(ARGS)
+
+bench-decode: build
+	$(PY) -m bench.bench_decode $(ARGS)
 
 bench-training: build
 	$(PY) -m bench.training $(ARGS)

@@ -107,6 +107,9 @@ def suffix(tile_n: int, group: int) -> str:
 class Layer:
     """One layer's operands at one dropout."""
 
+    FORMS = FORMS  # of ours
+    COLUMNS = COLUMNS
+
     def __init__(self, problem: contenders.Problem, p: float):
         self.x, self.weight, self.a, self.b, _ = (t.detach() for t in problem)
         self.p, self.threshold = p, dropout.drop_threshold(p)
@@ -119,6 +122,9 @@ class Layer:
     def _lora(self) -> tuple:
         drop = (self.seed, self.threshold)
         return (self.x, self.weight, self.a, self.b, None, *drop, contenders.SCALING, 1.0)
+
+    def _frozen(self) -> tuple:
+        return (self.x, self.weight, self.a[:0], self.b[:, :0], None, None, 0, 1.0, 1.0)
 
     def others(self) -> dict[str, Callable]:
         """What is neither ours nor the vendor's GEMM."""
@@ -136,16 +142,20 @@ class Layer:
 
     def ours(self, tile_n: int, group: int) -> Iterator[Ours]:
         """`plain` and what it is compared with; 0 leaves tile_n or group to the kernel."""
-        frozen = (self.x, self.weight, self.a[:0], self.b[:, :0], None, None, 0, 1.0, 1.0)
-        for form in ("", *FORMS):
-            x, w, a, b, _, seed, *_ = operands = self._lora() if form else frozen
+        for form in ("", *self.FORMS):
+            operands = self._lora if form else self._frozen
             how = (form, tile_n, group)
+            x, w, a, b, _, seed, *_ = operands()
             yield Ours(
                 (form or "plain") + suffix(tile_n, group),
-                functools.partial(OPS.forward_as, *operands, *how),
+                functools.partial(self._call, operands, *how),
                 functools.partial(OPS.forward_plan, x, w, a, b, seed, *how),
                 "lora" if form else "frozen",
             )
+
+    @staticmethod
+    def _call(operands: Callable[[], tuple], *how) -> tuple[torch.Tensor, torch.Tensor]:
+        return OPS.forward_as(*operands(), *how)
 
 
 def planned(plan: str) -> dict:
@@ -201,9 +211,11 @@ def measure(case: Case, layer: Layer, args: argparse.Namespace, timer) -> dict:
             call()
     measured = timing.interleave(calls, timer, args.rounds, args.seconds)
     flops, _ = shapes.flops(case, "forward")
+    weight_bytes = layer.weight.numel() * layer.weight.element_size()
     for name, summary in measured.items():
         row = rows.setdefault(name, {})
         row |= dataclasses.asdict(summary) | {"tflops": flops / summary.median_ms * 1e-9}
+        row["weight_gb_per_s"] = weight_bytes / summary.median_ms * 1e-6
         plain = measured.get(" ".join(["plain", *name.split(" ")[1:]]))
         row["over_plain"] = summary.median_ms / plain.median_ms if plain else None
         row["over_vendor"] = summary.median_ms / measured["vendor"].median_ms
@@ -230,10 +242,12 @@ def summarise(groups: list[dict]) -> list[dict]:
     ]
 
 
-def show(console: Console, case: Case, group: dict, said: set[tuple[str, str]]) -> None:
+def show(
+    console: Console, case: Case, group: dict, said: set[tuple[str, str]], columns: dict
+) -> None:
     """One table, and under it the plans; why something is left out is said once."""
     say = functools.partial(console.print, soft_wrap=True, markup=False, highlight=False)
-    console.print(report.table(f"{case}  dropout {group['dropout']:g}", group["rows"], COLUMNS))
+    console.print(report.table(f"{case}  dropout {group['dropout']:g}", group["rows"], columns))
     for row in group["rows"]:
         if "plan" in row:
             say(f"{row['name']}: {row['plan']}", style="dim")
@@ -260,7 +274,13 @@ def parse(name: str, doc: str, ranks: str) -> argparse.Namespace:
     return args
 
 
-def run(name: str, args: argparse.Namespace, served: bool, layer: type[Layer]) -> int:
+def run(
+    name: str,
+    args: argparse.Namespace,
+    served: bool,
+    layer: type[Layer],
+    default: Callable[[str, int], list[Case]] = default_cases,
+) -> int:
     """Measures every case, each at every dropout; ours only if `served`. The exit code."""
     console, machine = Console(), report.environment(args.device)
     if not served:
@@ -272,7 +292,7 @@ def run(name: str, args: argparse.Namespace, served: bool, layer: type[Layer]) -
         "tile_n": args.tile_n, "group": args.group,
         "warm_up_calls": timing.WARM_UP_CALLS[args.device],
     }  # fmt: skip
-    cases = shapes.cases(args, default_cases)
+    cases = shapes.cases(args, default)
     with report.progress(console) as bar:
         task = bar.add_task("", total=len(cases))
         for case in cases:
@@ -280,7 +300,7 @@ def run(name: str, args: argparse.Namespace, served: bool, layer: type[Layer]) -
             problem = contenders.make_problem(case, args.device)
             for p in args.dropout:
                 groups.append(measure(case, layer(problem, p), args, timer))
-                show(console, case, groups[-1], said)
+                show(console, case, groups[-1], said, layer.COLUMNS)
             report.write(args.json, name, machine, settings, {"groups": groups})
             bar.advance(task)
     summary = summarise(groups)

@@ -30,8 +30,8 @@ OPS = (
 GROUPS = ("forward_group", "backward_group")
 # They round h and dh on the way.
 CHAINED = ("forward", "forward_as", "backward", "backward_as", *GROUPS)
-FORMS = ("one_launch", "two_launches")
-BACKWARD_FORMS = ("one_grid", "passes")
+FORMS = ("one_launch", "two_launches", "decode", "sm80")
+BACKWARD_FORMS = ("one_grid", "passes", "sm80")
 DTYPES = (torch.bfloat16, torch.float16)
 # M, N, K, r: one element, ragged everywhere, a multiple of every tile, and more than one tile.
 SHAPES = ((1, 8, 8, 1), (17, 40, 72, 3), (128, 128, 128, 16), (145, 264, 328, 24))
@@ -136,6 +136,8 @@ def _backward_forms(dtype: torch.dtype, shape: tuple[int, ...], p: float) -> Ite
         ("passes", ragged, (False, True), (True, True, True, False), 192),
         ("passes", k_major, (True, True), (True, True, False, False), 0),
         ("passes", dense, (False, True), (False, False, True, True), 0),
+        ("sm80", dense, (False, True), (True, True, True, True), 0),
+        ("sm80", ragged, (True, False), (True, True, True, False), 0),
     ):
         scales = (SCALE, UP_SCALE)
         args = (*operands, *drop, *scales, *wide, *needs, form, tile_n, 0)
@@ -283,7 +285,7 @@ def _listed(values: Sequence) -> str:
             found.append(f"[{_listed(value)}]")
         else:
             found.append(repr(value))
-        return ", ".join(found)
+    return ", ".join(found)
 
 
 @torch.no_grad()

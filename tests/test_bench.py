@@ -17,7 +17,8 @@ from lora_kernels import composed
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import bench_backward, bench_gemm, contenders, gpu_suite  # noqa: E402
+from bench import bench_backward, bench_decode, bench_gemm, contenders, gpu_suite  # noqa: E402
+from bench.shapes import Case, Shape  # noqa: E402
 
 
 def run(*args: str) -> subprocess.CompletedProcess:
@@ -378,3 +379,26 @@ def test_backward_compares_what_computes_the_same():
     for got, want in zip(layer.eager(), (dx, da, db), strict=True):
         torch.testing.assert_close(got, want)
     torch.testing.assert_close(layer.vendor(), layer.dy @ layer.weight)
+
+
+# ---- bench_decode --------------------------------------------------------------------------------
+
+
+def test_decode_looks_at_another_copy_of_the_weight_each_time(gemm, monkeypatch):
+    """So many that none is still in a cache when its turn comes again."""
+    monkeypatch.setattr(bench_decode, "COLD_BYTES", 5 * 24 * 32 * 2)
+    case = Case(Shape("", 16, 24, 32), "bf16", 4)
+    layer = bench_decode.Layer(contenders.make_problem(case, "cpu"), 0.0)
+    seen = [layer.weight for _ in range(10)]
+    assert len({w.data_ptr() for w in seen}) == 5 and seen[0] is seen[5]
+    assert all(torch.equal(w, seen[0]) for w in seen)
+
+
+def test_decode_times_its_form_over_the_vendor(gemm, monkeypatch, capsys):
+    monkeypatch.setattr(FakeTimer, "MS", FakeTimer.MS | {"decode": 1.05})
+    monkeypatch.setattr(bench_gemm, "main", bench_decode.main)
+    code, result = gemm(right, "--rank", "4", "--dropout", "0")
+    assert code == 0, capsys.readouterr().out
+    rows = rows_of(result["groups"][0])
+    assert rows["decode"]["over_vendor"] == 1.05 and "one_launch" not in rows
+    assert rows["decode"]["weight_gb_per_s"] == pytest.approx(24 * 32 * 4 / 1.05e-3 * 1e-9)
