@@ -71,7 +71,7 @@ double cycles_of(const Raster& raster, const TileFacts& tile, int64_t K, const T
   if (tile.kernel == Kernel::sm90)
     return waves_cycles(raster, clusters_of(target, raster.items()), tile.n, K);
   const auto waves = ceil_div(raster.items(), std::max(1, target.multiprocessors));
-  return static_cast<double>(waves) * sm80_tile_cycles(tile.m, tile.n, ceil_div(K, kMmaDepth));
+  return static_cast<double>(waves) * sm80_tile_cycles(tile.n, ceil_div(K, kMmaDepth));
 }
 
 // Clusters, or blocks.
@@ -108,12 +108,18 @@ double tile_cycles(int tile_n, int64_t steps) {
 // mma.sync takes 1024 products a clock on an A100. Its warps read their rows and columns of each
 // k16 step from shared memory, into which cp.async writes those of the tile, 128 bytes a clock in
 // all.
-double sm80_tile_cycles(int tile_m, int tile_n, int64_t steps) {
+double sm80_tile_cycles(int tile_n, int64_t steps) {
   constexpr double kReached = 0.8, kEpilogue = 6.0;  // clocks a column of 128 rows
-  const double products = tile_m * tile_n * 16.0 / 1024;
-  const double shared = (8 * (tile_m / 2 + tile_n / 4) + tile_m + tile_n) * 32.0 / 128;
-  return static_cast<double>(steps) * std::max(products, shared) / kReached +
-         kEpilogue * tile_n * tile_m / 128;
+  double cycles = 0;
+  with_fused_gemm_sm80_tile(tile_n, [&](auto tile) {
+    using Tile = decltype(tile);
+    constexpr int kRead = Tile::kThreads / 32 * (Tile::kWarpRows + Tile::kWarpColumns);
+    constexpr double kProducts = Tile::kM * Tile::kN * 16.0 / 1024;
+    constexpr double kShared = (kRead + Tile::kM + Tile::kN) * 32.0 / 128;
+    cycles = static_cast<double>(steps) * std::max(kProducts, kShared) / kReached +
+             kEpilogue * Tile::kN * Tile::kM / 128;
+  });
+  return cycles;
 }
 
 double gemm_cycles(const FusedGemmPlan& plan, int64_t K) {

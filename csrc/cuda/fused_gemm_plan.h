@@ -139,7 +139,7 @@ std::string describe(const FusedGemmPlan& plan, const Raster& raster, unsigned c
 // Clocks of one cluster for a tile of so many k16 steps, by the model of docs/fused_gemm.md.
 double tile_cycles(int tile_n, int64_t steps);
 // Of one multiprocessor for a tile of the sm_80 kernel.
-double sm80_tile_cycles(int tile_m, int tile_n, int64_t steps);
+double sm80_tile_cycles(int tile_n, int64_t steps);
 // Of the frozen GEMM alone, in the plan's tiles.
 double gemm_cycles(const FusedGemmPlan& plan, int64_t K);
 
