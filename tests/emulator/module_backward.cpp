@@ -177,6 +177,7 @@ py::dict weight_grad_group(const Array& h, const Array& x, const std::vector<Giv
     pass.parts[pass.part_count++] = {first, grad.shape(0), result_of(grad, s.is_bf16), scale,
                                      dropout};
   }
+  add_sums(pass, s, given);
   return run_pass(pass, s);
 }
 
