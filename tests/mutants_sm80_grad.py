@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from mutants import Mutant
+from mutants import DROPOUT, Mutant
 
 KERNEL, PLAN = "csrc/cuda/weight_grad_sm80.cuh", "csrc/cuda/weight_grad_plan.cpp"
 
 
-def grad(name: str, text: str, replacement: str) -> Mutant:
-    return Mutant(name, KERNEL, text, replacement, ("weight_grad_sm80",), "grad80")
+def grad(name: str, text: str, replacement: str, file: str = KERNEL) -> Mutant:
+    return Mutant(name, file, text, replacement, ("weight_grad_sm80",), "grad80")
 
 
 def host(name: str, text: str, replacement: str) -> Mutant:
@@ -37,6 +37,11 @@ KILLED = [
     grad("mask of the first stage", "dropout = below(dropout, Tile::kDepth);", ""),
     grad("mask of the first strip", "lane), at.column + warp * 16);", "lane), warp * 16);"),
     grad("bits of the first fragment that straddles", "kept >> 8 * step", "kept"),
+    grad("draws of the first fragment that straddles", "draw_any_dropout(below(d, i * 16), 0",
+         "draw_any_dropout(d, 0", DROPOUT),
+    grad("groups of the first strip", "d.column_group += static_cast<uint32_t>(columns / 4);", "",
+         DROPOUT),
+    grad("columns of the first strip", "d.col0 += columns;", "", DROPOUT),
     # parts and results
     grad("h of the first ranks of a part", "h, row, at.first, thread",
          "h, row, work.parts[at.part].first, thread"),

@@ -260,7 +260,7 @@ def parts_problem(shape, ranks, seeds, multiprocessors, splits) -> dict[str, np.
 # (M, K), ranks and seeds of the parts, multiprocessors, and what else is odd about it. Together:
 # every tile of the sm_80 kernel, rings that wrap, chunks, blocks of ranks, sums, element loads.
 GRAD80 = [
-    ((420, 200), (8, 3), [[5, 6], [5, 7, 16, 32]], 1, {}),
+    ((420, 200), (8, 5), [[5, 6], [5, 7, 16, 32]], 1, {}),
     ((420, 136), (13,), [[]], 4, {"sums": True}),
     ((300, 72), (72, 7, 16), [[], [5, 6, 3, 21], [7, 6, 3, 21]], 4, {}),
     ((140, 40), (200, 60), [[], []], 1, {"sums": True}),
