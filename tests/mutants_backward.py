@@ -102,8 +102,8 @@ KILLED = [
     passes(TILE, "x not masked", "ptx::store_matrix_x4(at(step), a[step]);", ";"),
     passes(TILE, "masked x not swizzled", "return x + swizzled((warp", "return x + ((warp"),
     # partial results
-    passes(PARTIALS, "lower rows over the upper ones", "row + lane / 4 + half * 8;\n    if (r >= rows)",
-           "row + lane / 4;\n    if (r >= rows)"),
+    passes(PARTIALS, "lower rows over the upper ones",
+           "row + lane / 4 + half * 8;\n    if (r >= rows)", "row + lane / 4;\n    if (r >= rows)"),
     passes(PARTIALS, "partials past the last row", "if (r >= rows) continue;",
            "if (r > rows) continue;"),
     passes(PARTIALS, "partials past the last rank", "if (column >= first && column < end)\n",
