@@ -7,7 +7,9 @@ import re
 import numpy as np
 import pytest
 import torch
+from emulator import build
 from emulator.suite import POISON, SCHEDULES, far_apart
+from pages import table_of
 from test_backward import assert_near
 from test_down_proj import VIEWS
 from test_forward import DTYPES, SEEDS, THRESHOLD, bits
@@ -246,6 +248,14 @@ def test_which_kernel(emulated):
         found = plan_of(emulated, **dict(m=4096, k=4096, r=16) | given)
         assert found["kernel"] == kernel and reason in found["text"]
         assert found["served"] == (kernel != "none")
+
+
+def test_the_page_quotes_the_tiles(emulated):
+    rows = table_of(build.ROOT / "docs/backward.md", "## dA and dB on other GPUs")
+    assert [rank for rank, *_ in rows] == ["16", "64", "128"]
+    for rank, stages, memory, registers in rows:
+        size = emulated.shared_bytes()[f"WeightGradSm80Tile<{rank}, {stages}>"]
+        assert memory == f"{size / 1024:.0f} KB" and int(registers) == int(rank) // 2
 
 
 def test_down_projections_are_left_to_down_proj(emulated):
