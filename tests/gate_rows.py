@@ -122,6 +122,21 @@ EXPECTED: tuple[Row, ...] = (
             ("false, true", 0, 0, {"LDSM": 5 * subs, "STSM": 5 * subs}),
         )
     ),
+    # <tile, dtype>: of a stage four k16 steps, a product for each eight ranks and one for the sums
+    # of columns, ldmatrix of x, masked or not, and of 16 ranks of h; its loads twice, to fill the
+    # ring and in the main loop, four of x a thread
+    *(
+        Row(
+            f"weight_grad_sm80_kernel<WeightGradSm80Tile<{rank}, .*>, .*>",
+            None,
+            {
+                "HMMA": 4 * (rank // 8 + 1),
+                "LDGSTS": 2 * (4 + max(1, rank // 32)),
+                "LDSM": 4 * (2 + rank // 16),
+            },
+        )
+        for rank in (16, 64, 128)
+    ),
     # <tile, dtype, dropout, ranks>: dx as in fused_gemm, dh and dB of dy, dA of x as in
     # weight_grad, without sums of columns; a release for each flag of dh and for either counter. 16
     # ranks lie as rows: chunks come by two loads for one, and the products do not transpose them

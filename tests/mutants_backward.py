@@ -7,6 +7,7 @@ from mutants import DROPOUT, Mutant
 from mutants_forward import PACK, RASTER, RING, TILE_STORE
 
 TILE, PASS = "csrc/cuda/weight_grad_tile.cuh", "csrc/cuda/weight_grad_sm90.cuh"
+PARTIALS = "csrc/cuda/store_partials.cuh"
 REDUCE, REDUCE_KERNEL = "csrc/cuda/reduce_rows.cuh", "csrc/cuda/reduce.cuh"
 MASKED, GRID = "csrc/cuda/fused_gemm_masked.cuh", "csrc/cuda/backward_sm90.cuh"
 CLAIMS, PASS_PLAN = "csrc/cuda/claims.cuh", "csrc/cuda/weight_grad_plan.cpp"
@@ -101,11 +102,11 @@ KILLED = [
     passes(TILE, "x not masked", "ptx::store_matrix_x4(at(step), a[step]);", ";"),
     passes(TILE, "masked x not swizzled", "return x + swizzled((warp", "return x + ((warp"),
     # partial results
-    passes(TILE, "lower rows over the upper ones", "row + lane / 4 + half * 8;\n    if (r >= rows)",
-           "row + lane / 4;\n    if (r >= rows)"),
-    passes(TILE, "partials past the last row", "if (r >= rows) continue;",
+    passes(PARTIALS, "lower rows over the upper ones",
+           "row + lane / 4 + half * 8;\n    if (r >= rows)", "row + lane / 4;\n    if (r >= rows)"),
+    passes(PARTIALS, "partials past the last row", "if (r >= rows) continue;",
            "if (r > rows) continue;"),
-    passes(TILE, "partials past the last rank", "if (column >= first && column < end)\n",
+    passes(PARTIALS, "partials past the last rank", "if (column >= first && column < end)\n",
            "if (column >= first)\n"),
     passes(REDUCE, "a partial forgotten", "p < job.count; p +=", "p < job.count - 1; p +="),
     passes(REDUCE, "partials past the last", "if (p + j < job.count) ptx",
@@ -168,8 +169,9 @@ KILLED = [
     parts(PASS, "odd turns of no warpgroup", "turn++ % 2 == group", "turn++ % 2 == 0"),
     parts(PASS, "every fourth turn of no warpgroup", "turn++ % 2 == group,",
           "turn++ % 2 == group && turn % 4 != 0,"),
-    parts(TILE, "first ranks of a part not stored", "column >= first &&", "column > first &&"),
-    parts(TILE, "ranks before a part stored", "column >= first && column < end", "column < end"),
+    parts(PARTIALS, "first ranks of a part not stored", "column >= first &&", "column > first &&"),
+    parts(PARTIALS, "ranks before a part stored", "column >= first && column < end",
+          "column < end"),
     parts(REDUCE, "last columns of a job forgotten", "(job.columns + 3) / 4)", "job.columns / 4)"),
     parts(REDUCE, "columns beside those of a job read", "(job.columns + 3) / 4)",
           "job.pitch / 4)"),

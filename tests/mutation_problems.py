@@ -257,6 +257,49 @@ def parts_problem(shape, ranks, seeds, multiprocessors, splits) -> dict[str, np.
     return found | dict(x=bf16(x), h=h, options=np.array(json.dumps(options)))
 
 
+# (M, K), ranks and seeds of the parts, multiprocessors, and what else is odd about it. Together:
+# every tile of the sm_80 kernel, rings that wrap, chunks, blocks of ranks, sums, element loads.
+GRAD80 = [
+    ((420, 200), (8, 5), [[5, 6], [5, 7, 16, 32]], 1, {}),
+    ((420, 136), (13,), [[]], 4, {"sums": True}),
+    ((300, 72), (72, 7, 16), [[], [5, 6, 3, 21], [7, 6, 3, 21]], 4, {}),
+    ((140, 40), (200, 60), [[], []], 1, {"sums": True}),
+    ((150, 67), (7,), [[5, 6, 3, 21]], 2, {"transposed": True}),
+    ((140, 72), (200, 40), [[5, 6, 16, 32], [5, 7, 16, 32]], 1, {}),
+    ((300, 136), (40,), [[]], 1, {}),
+]
+
+
+def grad80_problem(shape, ranks, seeds, multiprocessors, odd) -> dict[str, np.ndarray]:
+    """As parts_problem; where all drop x it is infinite."""
+    m, k = shape
+    found = parts_problem(shape, ranks, seeds, multiprocessors, 1)
+    options = json.loads(str(found["options"]))
+    pitch, strips, widest = found["h"].shape[1], -(-k // 128), max(ranks)
+    if odd.get("sums"):
+        found["sums"] = exact(value_of(found["x"]).sum(0, keepdims=True))
+    if not any(seeds):
+        widest, ranks = pitch, (pitch,)
+    if all(seeds):
+        drops = [
+            ~dropout.reference_mask(torch.tensor(p["seed"]), m, k, p["threshold"]).numpy()
+            for p in options["parts"]
+        ]
+        found["x"][np.all(drops, 0)] = 0x7F80
+    tile = next(t for t in (16, 64, 128) if t >= widest or t == 128)
+    blocks = sum(-(-r // tile) for r in ranks)
+    floats = pitch + (4 if odd.get("sums") else 0)
+    most = min(2 * multiprocessors // (strips * blocks), m // (8 * floats))
+    rows = -(-m // max(1, most) // 64) * 64
+    # x for each block of ranks, h for each strip, partial results in fours
+    own = [p[-1].shape[0] for p in sorted(found.items()) if p[0].startswith("grad")]
+    read = 2 * m * (k * blocks + sum(ranks) * strips)
+    read += 4 * -(-m // rows) * k * (sum(-(-r // 4) * 4 for r in own) + floats - pitch)
+    options |= dict(bytes=read, compute=80)
+    odd = np.array(odd.get("transposed", False))
+    return found | dict(options=np.array(json.dumps(options)), transposed=odd)
+
+
 def value_of(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
@@ -287,6 +330,7 @@ def all_problems() -> dict[str, dict[str, np.ndarray]]:
         kind = "grid" if case[1]["form"] == "one_grid" else "passes"
         found[f"{kind}-{i}"] = backward_problem(*case)
     found |= {f"parts-{i}": parts_problem(*c) for i, c in enumerate(PARTS)}
+    found |= {f"grad80-{i}": grad80_problem(*c) for i, c in enumerate(GRAD80)}
     found |= {f"gemm-{a}{b}": gemm_problem(a, b) for a, b in [(False, False), (True, True)]}
     source = np.random.default_rng(3).integers(0, 1 << 15, (64 * 5, 64)).astype(np.uint16)
     return found | {"relay": {"in": source}}

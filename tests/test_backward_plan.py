@@ -134,6 +134,16 @@ def test_what_tma_cannot_count_is_refused(emulated, large):
     assert not plan["served"] and "2^31" in plan["reason"]
 
 
+def test_one_grid_takes_no_pass_of_the_sm_80_kernel(emulated):
+    """Which serves what is past 32-bit counts of dh, and makes no dh."""
+    shape = (1 << 28, 8, 8, 64)
+    text = plan_of(emulated, *shape)["text"]
+    assert text.startswith("passes (") and "dy pass weight_grad_sm80" in text
+    assert "dh down_proj_sm90" in text
+    plan = plan_of(emulated, *shape, form="one_grid")
+    assert not plan["served"] and "2^34" in plan["reason"]
+
+
 @pytest.mark.parametrize("name, fields", [
     ("weight_grad_sm90", {}),
     ("backward_sm90", {"x": "dy", "h": "dh", "y": "dx"}),

@@ -136,3 +136,15 @@ def test_ldmatrix_and_stmatrix(emulated, transposed):
             assert registers[4 * lane + m] == low | high << 16
     if not transposed:
         assert emulated.stmatrix(registers) == matrices.ravel().tolist()
+
+
+def test_movmatrix(emulated):
+    """Its operand as ldmatrix gives it, its result as the transposing one does."""
+    matrix = np.arange(64, dtype=np.uint32).reshape(8, 8)
+
+    def registers(name: str) -> list[int]:
+        pairs = ([int(matrix[r, c]) for r, c in FRAGMENTS[name][lane]] for lane in LANES)
+        return [low | high << 16 for low, high in pairs]
+
+    given, expected = registers("ldmatrix.m8n8.b16"), registers("ldmatrix.m8n8.trans.b16")
+    assert given != expected and emulated.movmatrix(given) == expected

@@ -13,13 +13,14 @@ import mutants
 import mutants_backward
 import mutants_forward
 import mutants_group
+import mutants_sm80_grad
 import mutation_problems
 import numpy as np
 import pytest
 from emulator import build
 from mutants import Mutant
 
-FILES = (mutants, mutants_forward, mutants_backward, mutants_group)
+FILES = (mutants, mutants_forward, mutants_backward, mutants_group, mutants_sm80_grad)
 KILLED = [mutant for file in FILES for mutant in file.KILLED]
 SURVIVORS = [known for file in FILES for known in file.SURVIVORS]
 ALL = KILLED + [mutant for mutant, _ in SURVIVORS]
@@ -91,10 +92,11 @@ def test_unchanged_sources_are_green(problems):
 
 def is_slow(mutant: Mutant) -> bool:
     """One that needs plans and kernels compiled anew; of many most of the others too."""
-    suites = ("forward", "passes", "grid", "parts")
+    suites = ("forward", "passes", "grid", "parts", "grad80")
     if mutant.suite in suites and mutant.file.endswith((".h", ".cpp")):
         return True
-    for many, fast in ((mutants_backward.KILLED, 3), (mutants_group.KILLED, 4)):
+    counts = {mutants_backward: 3, mutants_group: 4, mutants_sm80_grad: 4}
+    for many, fast in ((file.KILLED, n) for file, n in counts.items()):
         if mutant in many:
             return many.index(mutant) % fast != 0
     return False

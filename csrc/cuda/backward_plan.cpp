@@ -81,6 +81,8 @@ const char* not_one_grid(const BackwardArgs& a, const BackwardPlan& plan,
   if (gemm.empty || plan.dy_pass.empty || gemm.r == 0) return "there is no LoRA term";
   if (gemm.kernel == Kernel::sm80) return "only the sm_90a kernels have that form";
   if (a.r > kGridRanks[1]) return "r is more than 64";
+  for (const WeightGradPlan* pass : {&plan.dy_pass, &plan.x_pass})
+    if (pass->kernel != Kernel::sm90) return pass->reason;
   if (!gemm.mn_major) return "the weight is transposed";
   if (!has_backward_tile(gemm.tile_n)) return "its tile has no such kernel";
   return nullptr;

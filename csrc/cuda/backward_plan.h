@@ -118,6 +118,7 @@ int run_weight_grad(const WeightGradPass& pass, const WeightGradPlan& plan, void
   if (!plan.empty)
     for (const TmaOperand* o : {&plan.x, &plan.h}) before.add(*o, workspace);
   add_grad_jobs(pass, plan, workspace, after);
+  if (pass.with_sums) after.add(sums_job(pass, plan, workspace));
   int error = before.count > 0 ? launcher.pack(before) : 0;
   if (error == 0 && !plan.empty) error = launcher.weight_grad(pass, plan, workspace);
   if (error == 0 && after.count > 0) error = launcher.reduce(after);

@@ -85,5 +85,21 @@ __device__ __forceinline__ LaneDropout below(LaneDropout d, uint32_t rows) {
   d.row_group += rows / 2;
   return d;
 }
+// The same lane for the columns from `columns` on, a multiple of 16, as local column 0.
+__device__ __forceinline__ LaneDropout beside(LaneDropout d, int64_t columns) {
+  d.col0 += columns;
+  d.column_group += static_cast<uint32_t>(columns / 4);
+  return d;
+}
+
+// Of `count` fragments 16 rows below one another at local column 0.
+__device__ __forceinline__ uint32_t draw_straddling_below(const LaneDropout& d, uint32_t count,
+                                                          uint32_t lane) {
+  uint32_t kept = 0;
+  if (!d.on || d.aligned) return kept;
+#pragma unroll 1
+  for (uint32_t i = 0; i < count; ++i) kept |= draw_any_dropout(below(d, i * 16), 0, lane) << 8 * i;
+  return kept;
+}
 
 }  // namespace lora_kernels

@@ -305,6 +305,12 @@ LK_PTX void store_matrix_x4(uint32_t address, const uint32_t (&r)[4]) {
                "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
                : "memory");
 }
+// Transposes an 8x8 matrix of 16-bit elements that the warp holds as ldmatrix gives it.
+LK_PTX uint32_t transpose_matrix(uint32_t matrix) {
+  uint32_t r;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(matrix));
+  return r;
+}
 
 // d [16, 8] += a [16, 16] * b [16, 8], fragments as in the PTX ISA.
 LK_PTX void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bf16) {

@@ -28,7 +28,7 @@ struct StreamLauncher {
     return launch_forward_sm90(args, plan, workspace, stream);
   }
   cudaError_t weight_grad(const WeightGradPass& pass, const WeightGradPlan& plan, void* workspace) {
-    return launch_weight_grad_sm90(pass, plan, workspace, stream);
+    return launch_weight_grad_pass(pass, plan, workspace, stream);
   }
   cudaError_t reduce(const ReduceJobs& jobs) {
     return launch_reduce(jobs, multiprocessors, stream);

@@ -24,13 +24,27 @@ const TileFacts& tile_of(int64_t r) {
   return kTiles[std::size(kTiles) - 1];
 }
 
-const char* not_served(const WeightGradArgs& a, const Target& target) {
+// reduce.cuh counts a matrix, in fours, by 32 bits and steps on by less than this many.
+bool too_many(int64_t rows, int64_t pitch) {
+  return rows * pitch / 4 >= (int64_t{1} << 32) - (1 << 24);
+}
+
+// nullptr if the sm_90a kernel serves the pass, else why not.
+const char* not_sm90(const WeightGradArgs& a, const Target& target) {
   constexpr int64_t kMargin = 1024;  // a chunk may reach past the last row
   if (const char* reason = no_sm90a(target)) return reason;
   if (std::max({a.M, a.K, a.r}) >= kTmaLimit - kMargin)
     return "a dimension is past 2^31, which TMA cannot address";
-  // reduce.cuh counts them, in fours, by 32 bits and steps on by less than this many.
-  if (std::max(a.M, a.K) * reduce_pitch(a.r) / 4 >= (int64_t{1} << 32) - (1 << 24))
+  if (too_many(std::max(a.M, a.K), reduce_pitch(a.r)))
+    return "a gradient has more than 2^34 elements";
+  return nullptr;
+}
+
+// Likewise the sm_80 kernel, which makes no down projection.
+const char* not_sm80(const WeightGradPass& pass, const Target& target) {
+  if (target.compute < 80) return "the device is older than compute capability 8.0";
+  const int64_t pitch = pass.with_grad ? reduce_pitch(pass.grad.r) : 0;
+  if (too_many(pass.grad.K, std::max(pitch, pass.with_sums ? kSumsPitch : 0)))
     return "a gradient has more than 2^34 elements";
   return nullptr;
 }
@@ -94,19 +108,114 @@ void choose_splits(const WeightGradPass& pass, const TileFacts& t, const Target&
   plan.splits = ceil_div(tiles, plan.tiles);
 }
 
+// ---- sm_80 --------------------------------------------------------------------------------------
+
+// Parts with masks have blocks of ranks of their own; without masks one stands for all.
+int parts_of(const WeightGradPass& pass, WeightGradSm80Part (&parts)[kMaxGroup]) {
+  if (!pass.masked() || pass.part_count == 0) {
+    parts[0] = {0, pass.with_grad ? pass.grad.r : 0, 0, pass.grad.dropout};
+    return 1;
+  }
+  int count = 0;
+  for (int p = 0; p < pass.part_count; ++p)
+    if (const GradPart& part = pass.parts[p]; part.ranks > 0)
+      parts[count++] = {part.first, part.ranks, 0, part.dropout};
+  if (count == 0) parts[count++] = {};
+  return count;
+}
+
+// Gives parts their first blocks of so many ranks; the number of all blocks.
+int64_t number_blocks(WeightGradSm80Part* parts, int count, int rank) {
+  int64_t blocks = 0;
+  for (int p = 0; p < count; ++p) {
+    parts[p].first_block = static_cast<uint32_t>(blocks);
+    blocks += std::max<int64_t>(1, ceil_div(parts[p].ranks, rank));
+  }
+  return blocks;
+}
+
+// Floats of a column of a partial result.
+int64_t floats_of(const WeightGradPass& pass, const WeightGradPlan& plan) {
+  return (pass.with_grad ? plan.pitch : 0) + (pass.with_sums ? kSumsPitch : 0);
+}
+
+// Up to two blocks a multiprocessor, so that one wave is enough, and partial results of at most a
+// quarter of the bytes of x: a column has 2 M bytes, its results 4 floats bytes a chunk.
+int64_t rows_of_chunk(const WeightGradPass& pass, const WeightGradPlan& plan, int multiprocessors) {
+  constexpr int64_t kBlocks = 2, kMostChunks = 65535;
+  const int64_t M = pass.grad.M;
+  const int64_t to_fill = kBlocks * multiprocessors / (plan.splits * plan.rank_blocks);
+  const int64_t small = M / (8 * std::max<int64_t>(1, floats_of(pass, plan)));
+  const int64_t chunks = std::clamp<int64_t>(std::min(to_fill, small), 1, kMostChunks);
+  return ceil_div(ceil_div(M, chunks), kSm80GradRows) * kSm80GradRows;
+}
+
+// Clocks of the pass: x at memory speed or the busiest multiprocessor's loads and masks, then
+// partial results, written and read.
+double sm80_cycles(const WeightGradPass& pass, const WeightGradPlan& plan, int multiprocessors) {
+  const double stage_bytes = kSm80GradRows * (kSm80GradColumns + plan.rank) * 2.0;
+  const double stage =
+      std::max(stage_bytes / kStreamBytes, pass.masked() ? double{kDropoutClocks} : 0);
+  const int64_t turns = ceil_div(plan.chunks * plan.splits * plan.rank_blocks, multiprocessors) *
+                        (plan.rows / kSm80GradRows);
+  const double partials =
+      2.0 * 4.0 * static_cast<double>(plan.chunks * pass.grad.K * floats_of(pass, plan));
+  const double x = memory_clocks(static_cast<double>(pass.grad.M * pass.grad.K) * 2);
+  return std::max(x, static_cast<double>(turns) * stage) + kItemClocks + memory_clocks(partials);
+}
+
+// Of the tile that holds so many, or of the largest.
+int sm80_rank(int64_t r) {
+  int rank = 0;
+#define LK_RANK(...) \
+  if (rank == 0 || rank < r) rank = WeightGradSm80Tile<__VA_ARGS__>::kRank;
+  LK_WEIGHT_GRAD_SM80_TILES(LK_RANK)
+#undef LK_RANK
+  return rank;
+}
+
+void plan_sm80(const WeightGradPass& pass, const Target& target, WeightGradPlan& plan) {
+  const WeightGradArgs& a = pass.grad;
+  WeightGradSm80Part parts[kMaxGroup];
+  const int count = parts_of(pass, parts);
+  int64_t most = 0;
+  for (int p = 0; p < count; ++p) most = std::max(most, parts[p].ranks);
+  with_weight_grad_sm80_tile(sm80_rank(most), [&](auto tile) {
+    using Tile = decltype(tile);
+    plan.rank = Tile::kRank;
+    plan.threads = Tile::kThreads;
+    plan.shared_bytes = Tile::kSharedBytes;
+  });
+  plan.tiles = kSm80GradColumns / kRowElements;
+  plan.splits = ceil_div(a.K, kSm80GradColumns);
+  plan.rank_blocks = number_blocks(parts, count, plan.rank);
+  plan.rows = rows_of_chunk(pass, plan, target.multiprocessors);
+  plan.chunks = ceil_div(a.M, plan.rows);
+  plan.cycles = sm80_cycles(pass, plan, target.multiprocessors);
+  plan.x = {a.x, a.M, a.K, false, 0};  // as they lie
+  plan.h = {a.h, a.M, a.r, false, 0};
+}
+
 }  // namespace
 
 WeightGradPlan plan_weight_grad(const WeightGradPass& pass, const Target& target) {
   const WeightGradArgs& a = pass.grad;
   WeightGradPlan plan{};
-  plan.reason = not_served(a, target);
-  plan.served = plan.reason == nullptr;
-  plan.kernel = plan.served ? Kernel::sm90 : Kernel::none;
-  plan.makes_down = plan.served && pass.with_down;
+  plan.reason = not_sm90(a, target);
+  const bool sm90 = plan.reason == nullptr;
+  const char* refused = sm90 ? nullptr : not_sm80(pass, target);
+  if (refused != nullptr) plan.reason = refused;
+  plan.served = refused == nullptr;
+  plan.kernel = sm90 ? Kernel::sm90 : plan.served ? Kernel::sm80 : Kernel::none;
+  plan.makes_down = sm90 && pass.with_down;
   plan.empty = a.M == 0 || a.K == 0;
   plan.pitch = reduce_pitch(a.r);
   plan.masks = pass.masked() ? std::max(1, pass.part_count) : 0;
   if (!plan.served || plan.empty) return plan;
+  if (!sm90) {
+    plan_sm80(pass, target, plan);
+    return plan;
+  }
   plan.reason = "TMA and wgmma";
   const int64_t r = pass.with_grad ? a.r : 0;  // sums alone need no ranks
   const TileFacts& t = tile_of(r);
@@ -226,6 +335,28 @@ MaskedGradWork masked_work_of(const WeightGradPass& pass, const WeightGradPlan& 
   return work;
 }
 
+WeightGradSm80Work sm80_work_of(const WeightGradPass& pass, const WeightGradPlan& plan,
+                                void* workspace) {
+  const WeightGradArgs& a = pass.grad;
+  const Matrix x = plan.x.at(workspace), h = plan.h.at(workspace);
+  WeightGradSm80Work work{pass.with_grad ? floats_at(workspace, plan.grad_offset) : nullptr,
+                          pass.with_sums ? floats_at(workspace, plan.sums_offset) : nullptr,
+                          x,
+                          h,
+                          has_vectors(x, a.M),
+                          has_vectors(h, a.M),
+                          a.M,
+                          a.K,
+                          plan.pitch,
+                          plan.rows,
+                          static_cast<uint32_t>(plan.rank_blocks),
+                          0,
+                          {}};
+  work.part_count = static_cast<uint32_t>(parts_of(pass, work.parts));
+  number_blocks(work.parts, static_cast<int>(work.part_count), plan.rank);
+  return work;
+}
+
 WeightGradMaps maps_of(const WeightGradPass& pass, const WeightGradPlan& plan, void* workspace) {
   constexpr int kRows = 128;
   const TensorMapSpec x = plan.x.map(workspace, kRows);
@@ -239,12 +370,14 @@ std::string describe(const WeightGradPlan& p) {
   if (!p.served) return p.reason;
   if (p.empty) return "there is nothing to read";
   const auto number = [](int64_t n) { return std::to_string(n); };
-  std::string text = "weight_grad_sm90 " + number(p.rank) + " ranks, " + number(p.chunks) +
-                     " chunks of " + number(p.rows) + " rows x " + number(p.splits) +
-                     " splits of " + number(p.tiles * kRowElements) + " columns";
+  std::string text = (p.kernel == Kernel::sm90 ? "weight_grad_sm90 " : "weight_grad_sm80 ") +
+                     number(p.rank) + " ranks, " + number(p.chunks) + " chunks of " +
+                     number(p.rows) + " rows x " + number(p.splits) + " splits of " +
+                     number(p.tiles * kRowElements) + " columns";
   if (p.rank_blocks > 1) text += " x " + number(p.rank_blocks) + " blocks of ranks";
   if (p.masks > 1) text += ", " + number(p.masks) + " masks";
-  return text + ", " + number(p.shared_bytes / 1024) + " KB shared";
+  text += ", " + number(p.shared_bytes / 1024) + " KB shared";
+  return p.kernel == Kernel::sm90 ? text : text + " (" + p.reason + ")";
 }
 
 }  // namespace lora_kernels

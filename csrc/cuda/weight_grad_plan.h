@@ -64,6 +64,23 @@ struct WeightGradSm90Tile {
 //                            ranks, stages of a chunk, in the ring
 #define LK_WEIGHT_GRAD_SM90_TILES(X) X(64, 4, 6) X(128, 2, 4) X(256, 1, 3)
 
+// The kernel of every other GPU, and of sizes past TMA. A block keeps the gradient of kColumns
+// columns of x by kRank ranks in registers, 16 columns a warp; stages of kDepth rows go by.
+constexpr int kSm80GradColumns = 128, kSm80GradRows = 64;
+template <int kRank_, int kStages_>
+struct WeightGradSm80Tile {
+  static constexpr int kRank = kRank_, kStages = kStages_;
+  static constexpr int kColumns = kSm80GradColumns, kDepth = kSm80GradRows, kThreads = 2 * kColumns;
+  static constexpr int kXBytes = kDepth * kColumns * 2, kHBytes = kDepth * kRank * 2;
+  static constexpr int kStageBytes = kXBytes + kHBytes;
+  static constexpr int kSharedBytes = kStages * kStageBytes + kSharedAlign;
+  static_assert(kRank % 16 == 0 && kRank <= 128, "64 registers a thread for the gradient");
+  static_assert(kStages >= 2, "a stage is loaded while another is multiplied");
+  static_assert(kSharedBytes <= kSharedSm80, "sm_86 and sm_89 have 99 KB of shared memory a block");
+};
+//                            ranks, stages
+#define LK_WEIGHT_GRAD_SM80_TILES(X) X(16, 4) X(64, 3) X(128, 3)
+
 constexpr int64_t kSumsPitch = 4;  // the sum of a column, four times
 
 struct WeightGradPlan {
@@ -72,10 +89,10 @@ struct WeightGradPlan {
   bool served;      // else `reason` says why not
   const char* reason;
   bool empty;  // there is nothing to read: results are zeros
-  int rank, rows, threads, shared_bytes;
-  int64_t chunks, splits, tiles;  // of M, of K; blocks of 64 columns of a split
-  int64_t rank_blocks;
-  int64_t pitch;  // ranks of a row of a partial result
+  int rank, threads, shared_bytes;
+  int64_t rows, chunks, splits, tiles;  // of a chunk; of M, of K; blocks of 64 columns of a split
+  int64_t rank_blocks;                  // sm80: of all parts, if they have masks
+  int64_t pitch;                        // ranks of a row of a partial result
   int masks;      // of a stage of x, which is loaded again for each; 0 without dropout
   double cycles;  // by the model
 
@@ -126,6 +143,24 @@ MaskedGradWork masked_work_of(const WeightGradPass& pass, const WeightGradPlan& 
 template <bool kDropout>
 using WorkOf = std::conditional_t<kDropout, MaskedGradWork, WeightGradWork>;
 
+// What the sm_80 kernel is told. A part with a mask has blocks of ranks of its own.
+struct WeightGradSm80Part {
+  int64_t first, ranks;
+  uint32_t first_block;
+  Dropout dropout;
+};
+struct WeightGradSm80Work {
+  float *grad, *sums;  // partial results; nullptr: not asked for
+  Matrix x, h;
+  bool x_vectors, h_vectors;  // in 16-byte pieces
+  int64_t M, K, pitch, rows;
+  uint32_t blocks;  // of ranks, of the same columns of x
+  uint32_t part_count;
+  WeightGradSm80Part parts[kMaxGroup];
+};
+WeightGradSm80Work sm80_work_of(const WeightGradPass& pass, const WeightGradPlan& plan,
+                                void* workspace);
+
 // TMA's view of the operands, in the order of the kernel's parameters.
 struct WeightGradMaps {
   TensorMapSpec x, h, down;
@@ -144,6 +179,20 @@ bool with_weight_grad_tile(int rank, const F& f) {
     }                                             \
   }
   LK_WEIGHT_GRAD_SM90_TILES(LK_TILE)
+#undef LK_TILE
+  return false;
+}
+template <class F>
+bool with_weight_grad_sm80_tile(int rank, const F& f) {
+#define LK_TILE(...)                              \
+  {                                               \
+    using Tile = WeightGradSm80Tile<__VA_ARGS__>; \
+    if (rank == Tile::kRank) {                    \
+      f(Tile{});                                  \
+      return true;                                \
+    }                                             \
+  }
+  LK_WEIGHT_GRAD_SM80_TILES(LK_TILE)
 #undef LK_TILE
   return false;
 }

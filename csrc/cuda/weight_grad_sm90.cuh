@@ -47,9 +47,6 @@ struct WeightGradRing {
   }
 };
 
-// With the padding of partial results.
-__device__ __forceinline__ uint32_t in_fours(uint32_t ranks) { return (ranks + 3) / 4 * 4; }
-
 // A block's share of the work.
 struct WeightGradPlace {
   int64_t row, chunk, split;

@@ -154,6 +154,12 @@ std::vector<uint16_t> run_stmatrix(const std::vector<uint32_t>& registers) {
   return out;
 }
 
+std::vector<uint32_t> run_movmatrix(const std::vector<uint32_t>& registers) {
+  std::vector<uint32_t> out(32);
+  run_warp([&](uint32_t) { out[threadIdx.x] = transpose_matrix(registers[threadIdx.x]); });
+  return out;
+}
+
 std::vector<float> run_mma(const std::vector<uint32_t>& a, const std::vector<uint32_t>& b,
                            bool is_bf16) {
   std::vector<float> out(128);

@@ -28,6 +28,8 @@ std::vector<float> run_wgmma(const OperandSpec& a, const OperandSpec& b, int n, 
 std::vector<uint32_t> run_ldmatrix(const std::vector<uint16_t>& matrices, bool transposed);
 // The four matrices that stmatrix.x4 writes of such registers.
 std::vector<uint16_t> run_stmatrix(const std::vector<uint32_t>& registers);
+// Registers [32 lanes] of movmatrix from such of an 8x8 matrix.
+std::vector<uint32_t> run_movmatrix(const std::vector<uint32_t>& registers);
 // [32 lanes, 4] of d = a * b of mma.m16n8k16, registers [32, 4] and [32, 2].
 std::vector<float> run_mma(const std::vector<uint32_t>& a, const std::vector<uint32_t>& b,
                            bool is_bf16);

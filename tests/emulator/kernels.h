@@ -48,6 +48,9 @@ std::function<void()> forward_body(const lora_kernels::ForwardArgs& args,
                                    const lora_kernels::ForwardPlan& plan, void* workspace);
 std::function<void()> weight_grad_body(const lora_kernels::WeightGradPass& pass,
                                        const lora_kernels::WeightGradPlan& plan, void* workspace);
+std::function<void()> weight_grad_sm80_body(const lora_kernels::WeightGradPass& pass,
+                                            const lora_kernels::WeightGradPlan& plan,
+                                            void* workspace);
 std::function<void()> backward_body(const lora_kernels::BackwardArgs& args,
                                     const lora_kernels::BackwardPlan& plan, void* workspace);
 std::function<void()> reduce_body(const lora_kernels::ReduceJobs& jobs);

@@ -31,8 +31,8 @@ std::map<std::string, int> shared_bytes() {
   LK_FUSED_GEMM_SM80_TILES(LK_TILE)
 #undef LK_TILE
 #define LK_TILE(...) \
-  found["WeightGradSm90Tile<" #__VA_ARGS__ ">"] = WeightGradSm90Tile<__VA_ARGS__>::kSharedBytes;
-  LK_WEIGHT_GRAD_SM90_TILES(LK_TILE)
+  found["WeightGradSm80Tile<" #__VA_ARGS__ ">"] = WeightGradSm80Tile<__VA_ARGS__>::kSharedBytes;
+  LK_WEIGHT_GRAD_SM80_TILES(LK_TILE)
 #undef LK_TILE
   return found;
 }
@@ -294,6 +294,7 @@ PYBIND11_MODULE(emulated, m) {
   m.def("ldmatrix", &emu::run_ldmatrix);
   m.def("stmatrix", &emu::run_stmatrix);
   m.def("mma", &emu::run_mma);
+  m.def("movmatrix", &emu::run_movmatrix);
   m.def("descriptors", [](uint32_t panel_bytes) {
     return py::make_tuple(k_major_descriptor(0), mn_major_descriptor(0, panel_bytes), kKMajorStep,
                           kMnMajorStep);

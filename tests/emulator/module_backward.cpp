@@ -77,6 +77,15 @@ py::dict backward(const std::vector<Array>& operands, const std::vector<py::dict
   return found;
 }
 
+// With "sums" in the options, those of columns of x too.
+void add_sums(WeightGradPass& pass, const Scalars& s, const py::dict& given) {
+  if (!given.contains("sums")) return;
+  const Result sums = given["sums"].cast<py::array>();
+  add_result("sums", sums);
+  pass.with_sums = true;
+  pass.sums = result_of(sums, s.is_bf16);
+}
+
 py::dict run_pass(const WeightGradPass& pass, const Scalars& s) {
   WeightGradPlan plan = plan_weight_grad(pass, s.target);
   if (!plan.served) throw py::value_error(plan.reason);
@@ -106,7 +115,38 @@ py::dict weight_grad(const Array& h, const Array& x, const py::array& grad, cons
                h.shape(1),
                s.up_scale,
                dropout_of(s)};
+  add_sums(pass, s, given);
   return run_pass(pass, s);
+}
+
+// The plan of such a call.
+py::dict weight_grad_plan(const Array& h, const Array& x, const py::dict& given) {
+  const Scalars s = scalars_of(given);
+  WeightGradPass pass{};
+  pass.with_grad = h.shape(1) > 0;
+  pass.with_down = given.contains("down");
+  pass.with_sums = given.contains("sums");
+  pass.grad = {matrix_of(h, s.is_bf16),
+               matrix_of(x, s.is_bf16),
+               {},
+               x.shape(0),
+               x.shape(1),
+               h.shape(1),
+               s.up_scale,
+               dropout_of(s)};
+  WeightGradPlan p = plan_weight_grad(pass, s.target);
+  py::dict found;
+  found["served"] = p.served;
+  found["text"] = describe(p);
+  found["kernel"] = p.kernel == Kernel::sm90 ? "sm90" : p.kernel == Kernel::sm80 ? "sm80" : "none";
+  found["makes_down"] = p.makes_down;
+  found["rank"] = p.rank;
+  found["rows"] = p.rows;
+  found["grid"] = py::make_tuple(p.chunks, p.splits, p.rank_blocks);
+  found["shared_bytes"] = p.shared_bytes;
+  found["cycles"] = p.cycles;
+  found["workspace_bytes"] = p.served ? place_weight_grad(pass, p) : 0;
+  return found;
 }
 
 // Of parts (first, grad, scale, seed, threshold): grad [ranks, K] = scale h^T select(mask, x, 0),
@@ -137,6 +177,7 @@ py::dict weight_grad_group(const Array& h, const Array& x, const std::vector<Giv
     pass.parts[pass.part_count++] = {first, grad.shape(0), result_of(grad, s.is_bf16), scale,
                                      dropout};
   }
+  add_sums(pass, s, given);
   return run_pass(pass, s);
 }
 
@@ -161,6 +202,7 @@ void define_backward(py::module_& m) {
   m.def("backward_plan", &backward_plan);
   m.def("backward", &backward);
   m.def("weight_grad", &weight_grad);
+  m.def("weight_grad_plan", &weight_grad_plan);
   m.def("weight_grad_group", &weight_grad_group);
   m.def("backward_order", &backward_order);
 }

@@ -197,6 +197,9 @@ LK_PTX void load_matrix_x4_transposed(uint32_t (&r)[4], uint32_t address,
 LK_PTX void store_matrix_x4(uint32_t address, const uint32_t (&r)[4], Place at = Place::here()) {
   emu::store_matrices(address, r, at);
 }
+LK_PTX uint32_t transpose_matrix(uint32_t matrix, Place at = Place::here()) {
+  return emu::turn_matrix(matrix, at);
+}
 template <class T>
 LK_PTX void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T,
                          Place at = Place::here()) {

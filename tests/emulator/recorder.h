@@ -84,11 +84,13 @@ struct Recorder {
     return add(std::move(l), true);
   }
   int weight_grad(const WeightGradPass& pass, const WeightGradPlan& plan, void* workspace) {
+    const bool sm90 = plan.kernel == Kernel::sm90;
     Launch l;
-    l.name = "weight_grad_sm90";
-    l.body = weight_grad_body(pass, plan, workspace);
+    l.name = sm90 ? "weight_grad_sm90" : "weight_grad_sm80";
+    l.body = (sm90 ? weight_grad_body : weight_grad_sm80_body)(pass, plan, workspace);
     l.grid_x = static_cast<unsigned>(plan.chunks);
     l.grid_y = static_cast<unsigned>(plan.splits * plan.rank_blocks);
+    if (!sm90) std::swap(l.grid_x, l.grid_y);
     l.threads = static_cast<unsigned>(plan.threads);
     l.shared_bytes = static_cast<uint32_t>(plan.shared_bytes);
     return add(std::move(l));

@@ -159,7 +159,8 @@ def check_backward(emulated, problem: dict[str, np.ndarray]) -> None:
 
 
 def check_parts(emulated, problem: dict[str, np.ndarray]) -> None:
-    """One pass for `parts` projections: their ranks, scales, seeds and thresholds in `options`."""
+    """One pass for `parts` projections: their ranks, scales, seeds and thresholds in `options`;
+    with the sums of columns, if the problem has them."""
     options = json.loads(str(problem["options"]))
     parts, expected = options.pop("parts"), options.pop("bytes")
     for timing, schedule in SCHEDULES:
@@ -168,16 +169,26 @@ def check_parts(emulated, problem: dict[str, np.ndarray]) -> None:
             (part["first"], grad, part["scale"], part["seed"], part["threshold"])
             for part, grad in zip(parts, grads, strict=True)
         ]
-        found = emulated.weight_grad_group(
-            problem["h"], problem["x"], given, {"timing": timing, "schedule": schedule} | options
-        )
+        more = {"timing": timing, "schedule": schedule} | options
+        if "sums" in problem:
+            more["sums"] = np.zeros_like(problem["sums"])
+        found = emulated.weight_grad_group(problem["h"], problem["x"], given, more)
         for p, grad in enumerate(grads):
             if not np.array_equal(grad, problem[f"grad{p}"]):
                 raise Wrong(f"{np.sum(grad != problem[f'grad{p}'])} elements of part {p} differ")
+        if "sums" in problem:
+            check_outputs(more["sums"], problem["sums"], "sums")
         if found["bank_conflicts"]:
             raise Wrong(f"{found['bank_conflicts']} bank conflicts")
         if found["bytes_loaded"] != expected:
             raise Wrong(f"{found['bytes_loaded']} bytes loaded, expected {expected}")
+
+
+def check_grad80(emulated, problem: dict[str, np.ndarray]) -> None:
+    """The same by the sm_80 kernel, of operands that may lie transposed."""
+    for name in ("x", "h") if problem["transposed"] else ():
+        problem[name] = np.ascontiguousarray(problem[name].T).T
+    check_parts(emulated, problem)
 
 
 def projections_of(problem: dict[str, np.ndarray], *names: str) -> tuple[dict, list[dict]]:
@@ -270,6 +281,7 @@ CHECKS: dict[str, Callable] = {
     "passes": check_backward,
     "grid": check_backward,
     "parts": check_parts,
+    "grad80": check_grad80,
     "forward_group": check_forward_group,
     "backward_group": check_backward_group,
     "gemm": check_gemm,

@@ -69,6 +69,21 @@ void store_matrices(uint32_t address, const uint32_t (&r)[4], Place at) {
   });
 }
 
+uint32_t turn_matrix(uint32_t matrix, Place at) {
+  uint32_t mine = matrix;
+  machine->collective("movmatrix", at, &mine, [](auto& lanes) {
+    uint16_t rows[8][8];
+    for (int lane = 0; lane < 32; ++lane)
+      for (int half = 0; half < 2; ++half)
+        rows[lane / 4][lane % 4 * 2 + half] = half_of(*lanes[lane], half);
+    for (int lane = 0; lane < 32; ++lane) {
+      const int column = lane / 4, row = lane % 4 * 2;
+      *lanes[lane] = rows[row][column] | static_cast<uint32_t>(rows[row + 1][column]) << 16;
+    }
+  });
+  return mine;
+}
+
 void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool is_bf16,
               Place at) {
   struct Mine {

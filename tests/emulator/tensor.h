@@ -22,6 +22,7 @@ struct WgmmaOp {
 
 void load_matrices(uint32_t (&r)[4], uint32_t address, bool transposed, Place at);
 void store_matrices(uint32_t address, const uint32_t (&r)[4], Place at);
+uint32_t turn_matrix(uint32_t matrix, Place at);
 void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool is_bf16,
               Place at);
 bool elect(Place at);
