@@ -44,6 +44,8 @@ std::function<void()> down_proj_sm90_body(const lora_kernels::DownProjArgs* each
 std::function<void()> fused_gemm_body(const lora_kernels::FusedGemmGroup& group, void* workspace);
 std::function<void()> forward_body(const lora_kernels::ForwardArgs& args,
                                    const lora_kernels::ForwardPlan& plan, void* workspace);
+std::function<void()> decode_body(const lora_kernels::ForwardArgs& args,
+                                  const lora_kernels::DecodePlan& plan);
 std::function<void()> weight_grad_body(const lora_kernels::WeightGradPass& pass,
                                        const lora_kernels::WeightGradPlan& plan, void* workspace);
 std::function<void()> backward_body(const lora_kernels::BackwardArgs& args,
