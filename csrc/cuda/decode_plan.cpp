@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <tuple>
 
 #include "model.h"
 
@@ -62,42 +63,51 @@ int resident(const TileFacts& t, const Target& target) {
   return std::min(t.resident, (kilobytes << 10) / (t.shared_bytes + kReservedBytes));
 }
 
-// Seconds of a grid, by the model of docs/decode.md: wave by wave the longer of memory, at the rate
-// that the bytes in flight give it, and of what the busiest multiprocessor loads; then the ends.
+// Rates of a device, by the model, in bytes a clock.
+struct Speed {
+  double clock, memory, l2;
+  explicit Speed(const Target& target) {
+    const bool hopper = target.compute == 90;
+    clock = hopper ? kClock : kClockSm80;
+    memory = (hopper ? kMemory : kMemorySm80) / clock;
+    l2 = (hopper ? kL2 : kL2Sm80) / clock;
+  }
+};
+
+// Seconds of a grid, by the model of docs/decode.md: of each wave the longest of memory, at the
+// rate that the bytes of W in flight give it, of L2, and of what the busiest multiprocessor loads;
+// then the ends.
 double model(const ForwardArgs& a, const Target& target, const Grid& g) {
-  const bool hopper = target.compute == 90;
-  const double clock = hopper ? kClock : kClockSm80;
-  const double memory = (hopper ? kMemory : kMemorySm80) / clock;  // bytes a clock
-  const auto ranks = double(ranks_of(a)), M = double(a.gemm.M);
-  const double each = double(g.stages) * kRowBytes * (double(a.down.r) + g.tile_n + M);
+  const Speed speed(target);
+  const auto M = double(a.gemm.M), r = double(a.down.r);
+  const double each = double(g.stages) * kRowBytes * (r + g.tile_n + M);
   const double share = compulsory_bytes(a) / double(g.blocks());
   // Clusters leave those multiprocessors idle that no whole one fits.
   const int64_t usable = std::max(target.multiprocessors / g.splits * g.splits, 1);
   const int64_t room = usable * resident(*g.tile, target);
   const auto wave = [&](int64_t blocks) {
-    const double flight = double(blocks) * (g.tile->stages - 1) * g.tile->stage_bytes;
+    const double flight = double(blocks) * (g.tile->stages - 1) * g.tile_n * kRowBytes;
     const double rate = std::min(1.0, flight / (kInFlight * target.multiprocessors));
-    return std::max(double(blocks) * share / (memory * rate),
-                    double(ceil_div(blocks, usable)) * each / kStreamBytes);
+    return std::max({double(blocks) * share / (speed.memory * rate),
+                     double(blocks) * each / speed.l2,
+                     double(ceil_div(blocks, usable)) * each / kStreamBytes});
   };
   const int64_t full = g.blocks() / room, rest = g.blocks() % room;
   double clocks = double(full) * wave(room) + (rest > 0 ? wave(rest) : 0);
   clocks += double(full + (rest > 0)) * kItemClocks;
   if (g.splits > 1) {
-    const double sums = (ranks + double(g.tile_n) / g.splits) * g.tile->m * 4;
+    const double sums = (ranks_of(a) + double(g.tile_n) / g.splits) * g.tile->m * 4;
     clocks += kClusterClocks + g.splits * sums / kStreamBytes;
   }
-  return clocks / clock;
+  return clocks / speed.clock;
 }
 
-// The grid of a tile; `tiles` 0 if the tile has no room below A.
-Grid grid_of(const ForwardArgs& a, const Target& target, const TileFacts& tile, int splits) {
-  const int most = tile.rows - ranks_of(a);
-  if (most < kUnit) return {};
-  // Tiles as even as possible; one without columns makes h alone.
-  const int64_t tiles = std::max<int64_t>(ceil_div(a.gemm.N, most), 1);
-  const int64_t units = ceil_div(ceil_div(a.gemm.N, tiles), kUnit);
-  const int tile_n = static_cast<int>(std::max<int64_t>(units, 1)) * kUnit;
+// The grid of tiles of up to `most` columns, as even as possible.
+Grid grid_of(const ForwardArgs& a, const Target& target, const TileFacts& tile, int most,
+             int splits) {
+  const int64_t tiles = std::max<int64_t>(ceil_div(a.gemm.N, most), 1);  // one if h is all there is
+  const int64_t units = std::max<int64_t>(ceil_div(ceil_div(a.gemm.N, tiles), kUnit), 1);
+  const int tile_n = static_cast<int>(units) * kUnit;
   Grid g{&tile,
          tile_n,
          splits,
@@ -108,36 +118,43 @@ Grid grid_of(const ForwardArgs& a, const Target& target, const TileFacts& tile, 
   return g;
 }
 
-// Of the grids within 2 % of the fastest the one that leaves the fewest multiprocessors idle, then
-// that of the fewest splits.
-Grid best_grid(const ForwardArgs& a, const Target& target, const DecodeRequest& request) {
-  Grid best{};
-  const auto for_all = [&](const auto& f) {
-    for (const TileFacts& tile : kTiles) {
-      const bool fits = tile.m == (a.gemm.M <= kUnit ? kUnit : kDecodeRows);
-      if (!fits || (request.rows > 0 && request.rows != tile.rows)) continue;
-      for (int splits = 1; splits <= kDecodeSplits; splits *= 2) {
-        const bool wanted = request.splits > 0 ? request.splits == splits
-                                               : splits <= ceil_div(a.gemm.K, kRowElements);
-        if (!wanted && !(splits == 1 && request.splits == 0)) continue;
-        if (splits > 1 && no_sm90a(target) != nullptr) continue;  // no clusters
-        const Grid g = grid_of(a, target, tile, splits);
-        if (g.tiles > 0) f(g);
+// Calls f for every grid that the request leaves.
+template <class F>
+void for_grids(const ForwardArgs& a, const Target& target, const DecodeRequest& request,
+               const F& f) {
+  const int64_t stages = std::max<int64_t>(ceil_div(a.gemm.K, kRowElements), 1);
+  const int most_splits = no_sm90a(target) == nullptr ? kDecodeSplits : 1;  // else no clusters
+  for (const TileFacts& tile : kTiles) {
+    const bool fits = tile.m == (a.gemm.M <= kUnit ? kUnit : kDecodeRows);
+    const int room = tile.rows - ranks_of(a);
+    if (!fits || (request.rows > 0 && request.rows != tile.rows)) continue;
+    if (request.tile_n % kUnit != 0 || request.tile_n > room) continue;
+    for (int splits = 1; splits <= most_splits; splits *= 2) {
+      if (request.splits > 0 ? request.splits != splits : splits > stages) continue;
+      for (int n = request.tile_n > 0 ? request.tile_n : room; n >= kUnit;
+           n = n / 2 & ~(kUnit - 1)) {
+        f(grid_of(a, target, tile, n, splits));
+        if (request.tile_n > 0) break;
       }
     }
-  };
+  }
+}
+
+// Of the grids within 2 % of the fastest the one that leaves the fewest multiprocessors idle, then
+// that of the fewest splits, then the faster. `tiles` 0 if there is none.
+Grid best_grid(const ForwardArgs& a, const Target& target, const DecodeRequest& request) {
   double least = 0;
-  for_all([&](const Grid& g) {
+  for_grids(a, target, request, [&](const Grid& g) {
     if (least == 0 || g.seconds < least) least = g.seconds;
   });
-  const auto busy = [&](const Grid& g) {
-    return std::min<int64_t>(g.blocks(), target.multiprocessors);
+  Grid best{};
+  const auto order = [&](const Grid& g) {
+    return std::make_tuple(-std::min<int64_t>(g.blocks(), target.multiprocessors), g.splits,
+                           g.seconds);
   };
-  for_all([&](const Grid& g) {
+  for_grids(a, target, request, [&](const Grid& g) {
     if (g.seconds > 1.02 * least) return;
-    const bool better = best.tiles == 0 || busy(g) > busy(best) ||
-                        (busy(g) == busy(best) && g.splits < best.splits);
-    if (better) best = g;
+    if (best.tiles == 0 || order(g) < order(best)) best = g;
   });
   return best;
 }

@@ -53,7 +53,7 @@ struct DecodeTile {
 
 // What the plan chooses by itself where this says 0.
 struct DecodeRequest {
-  int rows = 0, splits = 0;
+  int rows = 0, tile_n = 0, splits = 0;
 };
 
 // What the kernel is told.

@@ -122,10 +122,10 @@ bool takes_decode(const ForwardArgs& args, const Target& target, const ForwardRe
   plan.reason = decode.reason;
   plan.form = ForwardForm::decode;
   plan.decode = decode;
-  if (!decode.served || decode.empty || args.down.r == 0) return true;
   ForwardArgs frozen = args;
   frozen.down.r = frozen.gemm.r = 0;
-  plan.overhead = decode.seconds / plan_decode(frozen, target).seconds - 1;
+  const double without = plan_decode(frozen, target, request.decode).seconds;
+  if (decode.served && without > 0) plan.overhead = std::max(0.0, decode.seconds / without - 1);
   return true;
 }
 
