@@ -19,13 +19,13 @@ KILLED = [
            "  if (clustered) {\n    ptx::cluster_arrive();\n    ptx::cluster_wait();\n  }\n", ""),
     decode(KERNEL, "block leaves while others read",
            "  if (clustered) ptx::cluster_wait();  // no block leaves", "  // no block leaves"),
-    decode(END, "own sums in place of another block's",
+    decode(END, "sums of the first block for those of all",
            "ptx::load_shared_remote_x4(part[rank], at, rank)",
-           "ptx::load_shared_remote_x4(part[rank], at, rank ^ 1)"),
-    decode(END, "last part of K left out", "rank < kDecodeSplits; ++rank)\n      if (rank < splits) "
-           "total[e]", "rank < kDecodeSplits; ++rank)\n      if (rank + 1 < splits) total[e]"),
-    decode(END, "share of another block", "uint32_t i = place.rank + work.splits * warp;",
-           "uint32_t i = warp + Tile::kWarps * place.rank;"),
+           "ptx::load_shared_remote_x4(part[rank], at, 0)"),
+    decode(END, "last part of K left out", "if (rank < splits) total[e]",
+           "if (rank + 1 < splits) total[e]"),
+    decode(END, "share of the first block", "uint32_t i = place.rank + work.splits * warp;",
+           "uint32_t i = work.splits * warp;"),
     decode(KERNEL, "parts of K a stage apart",
            "const int64_t first = place.rank * work.stages * kRowElements;",
            "const int64_t first = place.rank * (work.stages - 1) * kRowElements;"),
@@ -40,9 +40,8 @@ KILLED = [
            "Tile::kStages - 1 - static_cast<uint32_t>(work.stages % Tile::kStages)", "0"),
     decode(KERNEL, "sums over stages in use", "  ptx::block_sync();  // the stages are free, and B "
            "is here\n", ""),
-    decode(KERNEL, "empty stages not committed", "    load(next_slot, s);\n"
-           "    ptx::cp_async_commit();", "    load(next_slot, s);\n"
-           "    if (s < work.stages) ptx::cp_async_commit();"),
+    decode(KERNEL, "stages of the first turns not committed", "ptx::cp_async_commit();\n"
+           "    advance", "if (s >= 0) ptx::cp_async_commit();\n    advance"),
     # rows
     decode(KERNEL, "rows of A where W begins", "const int64_t n = place.column + row - work.ranks;",
            "const int64_t n = place.column + row;"),

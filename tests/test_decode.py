@@ -16,7 +16,7 @@ ROWS = [1, 2, 7, 8, 15, 16, 17, 33, 64]
 
 @pytest.mark.parametrize("name", decode_problems.DECODE)
 def test_exact_problems(emulated, name):
-    """y and h to the bit under every timing; no bank conflict; W loaded once, the rest as planned."""
+    """y and h to the bit under every timing, no bank conflict, and W loaded once."""
     case = decode_problems.DECODE[name]
     suite.check_decode(emulated, decode_problems.decode_problem(*case))
 

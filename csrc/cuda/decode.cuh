@@ -143,29 +143,26 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
   };
   float sum[Tile::kUnits][Tile::kBlocks][4] = {};
 
-  // Fill the ring: one commit a stage, empty or not, so that group s is always stage s.
+  // The first turns fill the ring. One commit a turn, empty or not, so that group s is always
+  // stage s.
   uint32_t slot = Tile::kStages - 1 - static_cast<uint32_t>(work.stages % Tile::kStages);
   uint32_t next_slot = slot;
   const auto advance = [](uint32_t& s) { s = s + 1 == Tile::kStages ? 0 : s + 1; };
 #pragma unroll 1
-  for (int s = 0; s < Tile::kStages - 1; ++s) {
-    load(next_slot, s);
-    ptx::cp_async_commit();
-    advance(next_slot);
-  }
-#pragma unroll 1
-  for (int64_t s = 0; s < work.stages; ++s) {
-    // This stage is here, and every warp is done with the one before, whose place the next takes.
-    ptx::cp_async_wait<Tile::kStages - 2>();
-    ptx::block_sync();
+  for (int64_t s = 1 - Tile::kStages; s < work.stages; ++s) {
+    if (s >= 0) {
+      // This stage is here, and every warp is done with the one before, whose place the next takes.
+      ptx::cp_async_wait<Tile::kStages - 2>();
+      ptx::block_sync();
+    }
     load(next_slot, s + Tile::kStages - 1);
     ptx::cp_async_commit();
-    const int64_t k = first + s * kRowElements;
-    if (k < K)
-      multiply_stage<Tile, T>(sum, end.shared + slot * Tile::kStageBytes, dropout, masked,
-                              static_cast<uint32_t>(k), warp_n, warp_k, lane);
-    advance(slot);
     advance(next_slot);
+    const int64_t k = first + s * kRowElements;
+    if (s < 0 || k >= K) continue;
+    multiply_stage<Tile, T>(sum, end.shared + slot * Tile::kStageBytes, dropout, masked,
+                            static_cast<uint32_t>(k), warp_n, warp_k, lane);
+    advance(slot);
   }
   ptx::cp_async_wait<0>();
   ptx::block_sync();  // the stages are free, and B is here
