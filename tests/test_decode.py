@@ -72,6 +72,16 @@ def test_any_timing_gives_the_same_bits(emulated, m, splits):
         assert torch.equal(found[0], first) and torch.equal(found[1], h)
 
 
+@pytest.mark.parametrize("m", [9, 40])
+def test_h_does_not_depend_on_the_tile(emulated, m):
+    """Its sums have one order for each number of parts."""
+    layer = Layer((m, 200, 520, 24), seed=[1, 2])
+    for splits in (1, 4):
+        tiles = [dict(rows=64, decode_n=16), dict(rows=64), dict(rows=192, decode_n=80)]
+        h, *others = (run(emulated, layer, splits=splits, **tile)[1] for tile in tiles)
+        assert all(torch.equal(other, h) for other in others)
+
+
 @pytest.mark.parametrize("m, splits", [(9, 1), (40, 4)])
 def test_rows_are_isolated(emulated, m, splits):
     """NaN and Inf stay in their row; what dropout drops still reaches the frozen product, not h."""

@@ -74,23 +74,20 @@ struct Speed {
   }
 };
 
-// Seconds of a grid, by the model of docs/decode.md: of each wave the longest of memory, at the
-// rate that the bytes of W in flight give it, of L2, and of what the busiest multiprocessor loads;
-// then the ends.
+// Seconds of a grid, by the model of docs/decode.md: of each wave the longest of memory, of L2, of
+// what the busiest multiprocessor loads, and of the turns of a block's ring; then the ends.
 double model(const ForwardArgs& a, const Target& target, const Grid& g) {
   const Speed speed(target);
   const auto M = double(a.gemm.M), r = double(a.down.r);
   const double each = double(g.stages) * kRowBytes * (r + g.tile_n + M);
   const double share = compulsory_bytes(a) / double(g.blocks());
+  const double turns = double(g.stages) / (g.tile->stages - 1) * kLatencySeconds * speed.clock;
   // Clusters leave those multiprocessors idle that no whole one fits.
   const int64_t usable = std::max(target.multiprocessors / g.splits * g.splits, 1);
   const int64_t room = usable * resident(*g.tile, target);
   const auto wave = [&](int64_t blocks) {
-    const double flight = double(blocks) * (g.tile->stages - 1) * g.tile_n * kRowBytes;
-    const double rate = std::min(1.0, flight / (kInFlight * target.multiprocessors));
-    return std::max({double(blocks) * share / (speed.memory * rate),
-                     double(blocks) * each / speed.l2,
-                     double(ceil_div(blocks, usable)) * each / kStreamBytes});
+    return std::max({double(blocks) * share / speed.memory, double(blocks) * each / speed.l2,
+                     double(ceil_div(blocks, usable)) * each / kStreamBytes, turns});
   };
   const int64_t full = g.blocks() / room, rest = g.blocks() % room;
   double clocks = double(full) * wave(room) + (rest > 0 ? wave(rest) : 0);

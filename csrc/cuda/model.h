@@ -10,9 +10,9 @@ constexpr double kZeroSeconds = 1e-6;   // that it leaves of the launch that zer
 constexpr double kStreamBytes = 51;     // a clock, into one multiprocessor
 constexpr double kDropoutClocks = 390;  // of the mask of 128x64 elements
 constexpr double kItemClocks = 2000, kFlagClocks = 1500;
-constexpr double kInFlight = 19 << 10;  // bytes of a multiprocessor that keep memory busy
-constexpr double kL2 = 6.0e12;          // bytes/s, into all multiprocessors
-constexpr double kClusterClocks = 800;  // of two barriers of a cluster
+constexpr double kLatencySeconds = 0.8e-6;  // of memory that is busy
+constexpr double kL2 = 6.0e12;              // bytes/s, into all multiprocessors
+constexpr double kClusterClocks = 800;      // of two barriers of a cluster
 // Of an A100, which stands for every other device.
 constexpr double kClockSm80 = 1.4e9, kMemorySm80 = 1.8e12, kL2Sm80 = 4.0e12;
 
