@@ -52,9 +52,9 @@ EXPECTED: tuple[Row, ...] = (
         None,
         {"HMMA": (4, None), "LDGSTS": (8, None), "LDSM": (5, None)},
     ),
-    # <tile, dtype>: of each stage and warp two k16 steps, with an ldmatrix for each 16 rows of x and
-    # for each unit of A and W, and two products for each pair of them; as one step of the up
-    # projection, whose operands are two. A copy for each 32 rows of a stage and one of B; both
+    # <tile, dtype>: of each stage and warp two k16 steps, with an ldmatrix for each 16 rows of x
+    # and for each unit of A and W, and two products for each pair of them; the same for one of
+    # either in a step of the up projection. A copy for each 32 rows of a stage and one of B; both
     # arrivals at the barrier of a cluster
     *(
         Row(
