@@ -75,9 +75,9 @@ def test_any_timing_gives_the_same_bits(emulated, m, splits):
 @pytest.mark.parametrize("m", [9, 40])
 def test_h_does_not_depend_on_the_tile(emulated, m):
     """Its sums have one order for each number of parts."""
-    layer = Layer((m, 200, 520, 24), seed=[1, 2])
+    layer = Layer((m, 72, 264, 24), seed=[1, 2])
     for splits in (1, 4):
-        tiles = [dict(rows=64, decode_n=16), dict(rows=64), dict(rows=192, decode_n=80)]
+        tiles = [dict(rows=64, decode_n=32), dict(rows=192, decode_n=80)]
         h, *others = (run(emulated, layer, splits=splits, **tile)[1] for tile in tiles)
         assert all(torch.equal(other, h) for other in others)
 
@@ -181,11 +181,10 @@ def test_far_apart_rows(emulated):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("seed", SEEDS.values(), ids=SEEDS)
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("n, k, r", [(4096, 4096, 16), (1000, 1096, 100), (14336, 4096, 0)])
 @pytest.mark.parametrize("m", ROWS)
-def test_on_the_gpu(m, n, k, r, dtype, seed):
-    layer = Layer((m, n, k, r), dtype, seed=seed)
+def test_on_the_gpu(m, n, k, r, seed):
+    layer = Layer((m, n, k, r), list(DTYPES.values())[m % 2], seed=seed)
     layer.check(*on_device(layer, "decode"))
 
 
