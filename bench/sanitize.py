@@ -30,7 +30,8 @@ OPS = (
 GROUPS = ("forward_group", "backward_group")
 # They round h and dh on the way.
 CHAINED = ("forward", "forward_as", "backward", "backward_as", *GROUPS)
-FORMS = ("one_launch", "two_launches", "decode", "sm80")
+FORMS = ("one_launch", "two_launches", "sm80")
+DECODE_ROWS = 64  # of x, at most, in a form of its own
 BACKWARD_FORMS = ("one_grid", "passes", "sm80")
 DTYPES = (torch.bfloat16, torch.float16)
 # M, N, K, r: one element, ragged everywhere, a multiple of every tile, and more than one tile.
@@ -114,6 +115,12 @@ def _forms(dtype: torch.dtype, shape: tuple[int, ...], p: float) -> Iterator[Cal
             (_misaligned(x), weight, a, b, None),
         ):
             yield Call("forward_as", (*operands, *drop, SCALE, 1.0, form, 0, 0), k + r)
+    if m <= DECODE_ROWS:
+        for operands in (
+            (x, weight, a, b, bias),
+            (_misaligned(x), weight, a, _misaligned(b), None),
+        ):
+            yield Call("forward_as", (*operands, *drop, SCALE, 1.0, "decode", 0, 0), k + r)
     if p == 0:
         for w, bias_or_none in ((weight, None), (mn_major, bias)):
             operands = (x, w, a[:0], b[:, :0], bias_or_none, *drop)

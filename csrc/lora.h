@@ -64,6 +64,12 @@ struct FusedGemmArgs {
   Dropout dropout;
 };
 
+// A forward call: y and the h between.
+struct ForwardArgs {
+  DownProjArgs down;   // x, A, h, which is contiguous
+  FusedGemmArgs gemm;  // x, W0, h, B, bias, y
+};
+
 // grad [r, K] = scale * h^T * select(mask, x, 0)
 struct WeightGradArgs {
   Matrix h;     // [M, r]

@@ -16,9 +16,10 @@ The same with `group` in their names: projections that share x, each with a seed
 Autograd looks for tensors only in lists that hold nothing else, so in `lora_linear_group` an absent
 bias is a tensor of no elements, and without dropout the list of seeds is empty.
 
-`forward_as` and `forward_plan`: `forward` in a form of the caller's choice, for tests and tuning;
-`backward_as` and `backward_plan` likewise, the plan being that of all three gradients. The form
-"sm80" takes the kernels of sm_80 on any device.
+`forward_as` and `forward_plan`: `forward` in a form of the caller's choice, "one_launch",
+"two_launches" or "decode" (up to 64 rows), for tests and tuning; `backward_as` and `backward_plan`
+likewise, "one_grid" or "passes", the plan being that of all three gradients. The form "sm80" takes
+the kernels of sm_80 on any device.
 
 """
 

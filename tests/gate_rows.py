@@ -52,6 +52,25 @@ EXPECTED: tuple[Row, ...] = (
         None,
         {"HMMA": (4, None), "LDGSTS": (8, None), "LDSM": (5, None)},
     ),
+    # <tile, dtype>: of each stage and warp two k16 steps, with an ldmatrix for each 16 rows of x
+    # and for each unit of A and W, and two products for each pair of them; the same for one of
+    # either in a step of the up projection. A copy for each 32 rows of a stage and one of B; both
+    # arrivals at the barrier of a cluster
+    *(
+        Row(
+            f"decode_kernel<DecodeTile<{m}, {rows}, .*>",
+            arch,
+            {
+                "HMMA": 2 * 2 * (m // 16) * (rows // 64) + 2,
+                "LDSM": 2 * (m // 16 + rows // 64) + 2,
+                "LDGSTS": rows // 32 + -(-m // 32) + 1,
+                "MEMBAR.GPU": fences,
+            },
+        )
+        for m in (16, 64)
+        for rows in (64, 192)
+        for arch, fences in (("80", 0), ("90a", 2))
+    ),
     # <tile, dtype, MN-major, dropout>: a stage is four k16 steps and two loads, more for panels
     Row("down_proj_sm90_kernel<.*, false, false>", "90a", {"HGMMA": 4, "UTMALDG": 2}),
     Row(

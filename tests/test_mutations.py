@@ -8,9 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import decode_problems
 import group_problems
 import mutants
 import mutants_backward
+import mutants_decode
 import mutants_forward
 import mutants_group
 import mutants_sm80_grad
@@ -20,7 +22,9 @@ import pytest
 from emulator import build
 from mutants import Mutant
 
-FILES = (mutants, mutants_forward, mutants_backward, mutants_group, mutants_sm80_grad)
+FILES = (
+    mutants, mutants_forward, mutants_backward, mutants_group, mutants_sm80_grad, mutants_decode,
+)  # fmt: skip
 KILLED = [mutant for file in FILES for mutant in file.KILLED]
 SURVIVORS = [known for file in FILES for known in file.SURVIVORS]
 ALL = KILLED + [mutant for mutant, _ in SURVIVORS]
@@ -31,6 +35,7 @@ TIMEOUT = 60  # seconds; a part of the suite takes a few, all of it 20 on an idl
 @pytest.fixture(scope="session")
 def problems(tmp_path_factory) -> Path:
     found = mutation_problems.all_problems() | group_problems.all_problems()
+    found |= decode_problems.all_problems()
     arrays = {f"{name}/{key}": v for name, p in found.items() for key, v in p.items()}
     path = tmp_path_factory.mktemp("mutations") / "problems.npz"
     np.savez(path, **arrays)
@@ -95,7 +100,7 @@ def is_slow(mutant: Mutant) -> bool:
     suites = ("forward", "passes", "grid", "parts", "grad80")
     if mutant.suite in suites and mutant.file.endswith((".h", ".cpp")):
         return True
-    counts = {mutants_backward: 3, mutants_group: 4, mutants_sm80_grad: 4}
+    counts = {mutants_backward: 3, mutants_group: 4, mutants_sm80_grad: 4, mutants_decode: 4}
     for many, fast in ((file.KILLED, n) for file, n in counts.items()):
         if mutant in many:
             return many.index(mutant) % fast != 0

@@ -36,6 +36,10 @@ def test_forward_as_is_called_in_every_form_on_every_layout():
             assert {a[5] is None for a in some} == {True, False}, "with and without dropout"
             assert {a[2].shape[0] for a in some} >= {1, 3, 16, 24, 65, 128}
         assert {a[4] is None for a in mine} == {True, False}, "with and without bias"
+    decode = [args for args in calls if args[-3] == "decode"]
+    assert {a[5] is None for a in decode} == {True, False}, "with and without dropout"
+    assert {a[0].storage_offset() for a in decode} == {0, 1}
+    assert {a[0].shape[0] for a in decode} >= {1, 17, 40}
     plain = [args for args in calls if args[-3] == ""]
     assert plain and all(a[2].shape[0] == 0 and a[3].shape[1] == 0 for a in plain)
 

@@ -54,7 +54,10 @@ ForwardGroupPlan plan_forward_group(const ForwardArgs* args, int count, const Ta
   ForwardGroupPlan plan{};
   FusedGemmArgs outputs[kMaxGroup];
   for (int i = 0; i < count; ++i) {
-    const ForwardPlan alone = plan_forward(args[i], target);
+    ForwardPlan alone = plan_forward(args[i], target);
+    // Not decode, which would be a launch for each: a group has one grid for all of its y.
+    if (alone.form == ForwardForm::decode)
+      alone = plan_forward(args[i], target, {ForwardForm::two_launches, {}, 0, {}});
     plan.reason = alone.reason;
     if (!alone.served) return plan;
     if (!alone.gemm.empty) {

@@ -5,7 +5,8 @@
 //   y of all   by one grid, in which their tiles stand side by side   (fused_gemm_sm90.cuh)
 //
 // An h that another kernel makes when the projection is alone is made by that one here too, since y
-// has the bits of a call alone. Around them, only where needed, the copies of run_forward.
+// has the bits of a call alone, or, where that is decode, of one by two launches. Around them, only
+// where needed, the copies of run_forward.
 #pragma once
 #include "forward_plan.h"
 

@@ -99,11 +99,43 @@ void choose_form(const ForwardArgs& args, const Target& target, const ForwardReq
   plan.overhead = cost / gemm_cycles(plan.gemm, args.down.K);
 }
 
+// Seconds of a planned form, at least those of its bytes.
+double seconds_of(const ForwardPlan& plan, const DecodePlan& decode, int64_t K) {
+  const double clocks = (1 + plan.overhead) * gemm_cycles(plan.gemm, K);
+  return std::max(clocks / kClock, decode.floor_seconds);
+}
+
+// Whether decode serves the call: it is decided ahead of the others, which may serve nothing here.
+bool takes_decode(const ForwardArgs& args, const Target& target, const ForwardRequest& request,
+                  ForwardPlan& plan) {
+  const bool any = request.form == ForwardForm::any;
+  if (!any && request.form != ForwardForm::decode) return false;
+  const DecodePlan decode = plan_decode(args, target, request.decode);
+  if (any && (!decode.served || request.gemm.tile_n > 0 || request.gemm.group > 0)) return false;
+  if (any) {
+    ForwardRequest others = request;
+    others.form = ForwardForm::two_launches;
+    const ForwardPlan other = plan_forward(args, target, others);
+    if (other.served && (decode.empty || other.gemm.empty)) return false;
+    if (other.served && decode.seconds >= seconds_of(other, decode, args.down.K)) return false;
+  }
+  plan.served = decode.served;
+  plan.reason = decode.reason;
+  plan.form = ForwardForm::decode;
+  plan.decode = decode;
+  ForwardArgs frozen = args;
+  frozen.down.r = frozen.gemm.r = 0;
+  const double without = plan_decode(frozen, target, request.decode).seconds;
+  if (decode.served && without > 0) plan.overhead = std::max(0.0, decode.seconds / without - 1);
+  return true;
+}
+
 }  // namespace
 
 ForwardPlan plan_forward(const ForwardArgs& args, const Target& target,
                          const ForwardRequest& request) {
   ForwardPlan plan{};
+  if (takes_decode(args, target, request, plan)) return plan;
   plan.gemm = plan_fused_gemm(args.gemm, target, request.gemm);
   plan.served = plan.gemm.served;
   plan.reason = plan.gemm.reason;
@@ -145,6 +177,9 @@ std::string describe(const ForwardPlan& plan) {
   if (!plan.served) return plan.reason;
   char percent[32];
   std::snprintf(percent, sizeof percent, "%.1f %%", 100 * plan.overhead);
+  if (plan.form == ForwardForm::decode)
+    return "one launch for few rows (" + std::string(plan.reason) + "): " + describe(plan.decode) +
+           "; LoRA term " + percent + " over the frozen product by the model";
   const bool one = plan.form == ForwardForm::one_launch;
   std::string text = one ? "one launch (" : "two launches (";
   text += std::string(plan.reason) + "): ";

@@ -2,41 +2,43 @@
 //
 //   two launches   down_proj, then fused_gemm, which starts early and waits before it reads h
 //   one launch     h is work of fused_gemm's grid, whose flags are zeroed ahead (forward_sm90.cuh)
+//   decode         up to 64 rows, by a kernel that streams W (decode.cuh)
 //
-// Around them, only where needed: copies of operands that TMA cannot address, and of an h whose
-// rows are not on 16-byte boundaries.
+// Around the first two, only where needed: copies of operands that TMA cannot address, and of an h
+// whose rows are not on 16-byte boundaries.
 #pragma once
 #include <string>
 
+#include "decode_plan.h"
 #include "fused_gemm_plan.h"
 
 namespace lora_kernels {
 
-struct ForwardArgs {
-  DownProjArgs down;   // x, A, h, which is contiguous
-  FusedGemmArgs gemm;  // x, W0, h, B, bias, y
-};
-
-enum class ForwardForm { any, one_launch, two_launches };
+enum class ForwardForm { any, one_launch, two_launches, decode };
+inline const char* name_of(ForwardForm form) {
+  const char* names[] = {"", "one_launch", "two_launches", "decode"};
+  return names[static_cast<int>(form)];
+}
 // By name, "" for any; false if there is none such.
 inline bool form_of(const std::string& name, ForwardForm* form) {
-  *form = name == "one_launch" ? ForwardForm::one_launch
-          : name.empty()       ? ForwardForm::any
-                               : ForwardForm::two_launches;
-  return name.empty() || name == "one_launch" || name == "two_launches";
+  for (const ForwardForm f :
+       {ForwardForm::any, ForwardForm::one_launch, ForwardForm::two_launches, ForwardForm::decode})
+    if (name == name_of(*form = f)) return true;
+  return false;
 }
 
 struct ForwardRequest {
   ForwardForm form = ForwardForm::any;
   FusedGemmRequest gemm;
   uint32_t chain = 0;  // pairs of a chain; 0: the plan chooses
+  DecodeRequest decode;
 };
 
 constexpr int kForwardRanks[] = {64, 128};  // of a tile of h; A's missing rows are zero
 
 struct ForwardPlan {
   bool served;
-  const char* reason;  // why not, or why not in one launch
+  const char* reason;  // why not, or why in this form
   ForwardForm form;    // never `any` if served
   int rank;            // of the tile of h: one of kForwardRanks
   FusedGemmPlan gemm;
@@ -48,6 +50,7 @@ struct ForwardPlan {
   int64_t workspace_bytes;
   int64_t h_offset;
   int64_t sync_offset, sync_words;  // the ticket and the flags, which the launch ahead zeroes
+  DecodePlan decode;
   double overhead;  // of the LoRA term over the frozen GEMM, by the model: 0.01 is 1 %
 };
 
@@ -108,8 +111,11 @@ int run_fused_gemm(const FusedGemmArgs& args, const FusedGemmPlan& plan, void* w
 //                                                       it ends; it waits before it reads h
 //   launcher.forward(args, plan, workspace)             both in one; early too: it waits before it
 //                                                       takes a ticket
+//   launcher.decode(args, plan)
 template <class Launcher>
 int run_forward(ForwardArgs args, ForwardPlan plan, void* workspace, Launcher& launcher) {
+  if (plan.form == ForwardForm::decode)
+    return plan.decode.empty ? 0 : launcher.decode(args, plan.decode);
   auto* bytes = static_cast<uint8_t*>(workspace);
   const bool one = plan.form == ForwardForm::one_launch, adapted = args.down.r > 0;
   PackJobs before, after;

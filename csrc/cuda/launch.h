@@ -13,24 +13,32 @@ cudaError_t device_target(int device, Target* target);
 // Whether the library holds code for sm_90a.
 bool built_with_sm90a();
 
-// Launches a kernel; `early`: once all blocks of the launch ahead of it allow that, instead of
-// after its end. A failure is not left behind as the thread's last error, where the next good
-// launch would find it.
+// Launches a kernel in clusters of so many blocks along x; `early`: once all blocks of the launch
+// ahead of it allow that, instead of after its end. A failure is not left behind as the thread's
+// last error, where the next good launch would find it.
 template <class... Parameters, class... Arguments>
-cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes,
-                          cudaStream_t stream, bool early, const Arguments&... arguments) {
+cudaError_t launch_clusters(int cluster, void (*kernel)(Parameters...), dim3 grid, int threads,
+                            int shared_bytes, cudaStream_t stream, bool early,
+                            const Arguments&... arguments) {
   static_assert((std::is_same_v<Parameters, Arguments> && ...), "arguments are not converted");
   const void* function = reinterpret_cast<const void*>(kernel);
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2]{};
+  unsigned count = 0;
+  if (early) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = early ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   const void* pointers[] = {&arguments...};
   // More than 48 KB have to be asked for.
   cudaError_t error =
@@ -39,6 +47,12 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, int threads,
     error = cudaLaunchKernelExC(&config, function, const_cast<void**>(pointers));
   if (error != cudaSuccess) cudaGetLastError();
   return error;
+}
+// One whose source gives its clusters, or that has none.
+template <class... Parameters, class... Arguments>
+cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes,
+                          cudaStream_t stream, bool early, const Arguments&... arguments) {
+  return launch_clusters(1, kernel, grid, threads, shared_bytes, stream, early, arguments...);
 }
 
 }  // namespace lora_kernels

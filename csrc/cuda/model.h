@@ -1,5 +1,5 @@
-// The constants of the plans' model of an H100. docs/fused_gemm.md says where each is from; none
-// was measured here.
+// The constants of the plans' model, of an H100 where nothing else is said. docs/fused_gemm.md and
+// docs/decode.md say where each is from; none was measured here.
 #pragma once
 
 namespace lora_kernels {
@@ -10,6 +10,11 @@ constexpr double kZeroSeconds = 1e-6;   // that it leaves of the launch that zer
 constexpr double kStreamBytes = 51;     // a clock, into one multiprocessor
 constexpr double kDropoutClocks = 390;  // of the mask of 128x64 elements
 constexpr double kItemClocks = 2000, kFlagClocks = 1500;
+constexpr double kLatencySeconds = 0.8e-6;  // of memory that is busy
+constexpr double kL2 = 6.0e12;              // bytes/s, into all multiprocessors
+constexpr double kClusterClocks = 800;      // of two barriers of a cluster
+// Of an A100, which stands for every other device.
+constexpr double kClockSm80 = 1.4e9, kMemorySm80 = 1.8e12, kL2Sm80 = 4.0e12;
 
 inline double memory_clocks(double bytes) { return bytes / kMemory * kClock; }
 

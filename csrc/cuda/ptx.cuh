@@ -96,6 +96,31 @@ LK_PTX void load_shared_x4(uint32_t (&v)[4], uint32_t address) {
                : "r"(address)
                : "memory");
 }
+// Four at once, on a 16-byte boundary.
+LK_PTX void store_shared_x4(uint32_t address, const float (&v)[4]) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v[0]), "f"(v[1]),
+               "f"(v[2]), "f"(v[3])
+               : "memory");
+}
+LK_PTX void load_shared_x4(float (&v)[4], uint32_t address) {
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
+               : "r"(address)
+               : "memory");
+}
+// The same of what lies at this address in block `rank` of the cluster.
+LK_PTX void load_shared_remote_x4(float (&v)[4], uint32_t address, uint32_t rank) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n .reg .b32 there;\n mapa.shared::cluster.u32 there, %4, %5;\n"
+      " ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}"
+      : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
+      : "r"(address), "r"(rank)
+      : "memory");
+#else
+  __trap();
+#endif
+}
 LK_PTX uint16_t load_global(const uint16_t* address) {
   uint16_t v;
   asm volatile("ld.global.b16 %0, [%1];" : "=h"(v) : "l"(address) : "memory");
@@ -172,10 +197,21 @@ template <int kBarrier>
 LK_PTX void named_barrier_arrive(uint32_t threads) {
   asm volatile("bar.arrive %0, %1;" ::"n"(kBarrier), "r"(threads) : "memory");
 }
+// Before sm_90 there are no clusters.
 LK_PTX void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#else
+  __trap();
+#endif
 }
-LK_PTX void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+LK_PTX void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+  __trap();
+#endif
+}
 
 LK_PTX void barrier_init(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");

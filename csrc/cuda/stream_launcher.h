@@ -1,6 +1,7 @@
 // The launches that plans make (run_forward, run_backward), on a stream.
 #pragma once
 #include "backward.h"
+#include "decode.h"
 #include "down_proj.h"
 #include "forward.h"
 #include "weight_grad.h"
@@ -26,6 +27,9 @@ struct StreamLauncher {
   }
   cudaError_t forward(const ForwardArgs& args, const ForwardPlan& plan, void* workspace) {
     return launch_forward_sm90(args, plan, workspace, stream);
+  }
+  cudaError_t decode(const ForwardArgs& args, const DecodePlan& plan) {
+    return launch_decode(args, plan, stream);
   }
   cudaError_t weight_grad(const WeightGradPass& pass, const WeightGradPlan& plan, void* workspace) {
     return launch_weight_grad_pass(pass, plan, workspace, stream);

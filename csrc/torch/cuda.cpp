@@ -77,6 +77,7 @@ ForwardPlan plan_of(const ForwardCall& call, const Target& target, const Forward
   const ForwardPlan plan = plan_forward(call.args, target, request);
   STD_TORCH_CHECK(plan.served, call.op, ": not served: ", plan.reason,
                   request.form == ForwardForm::one_launch ? "; take form='two_launches'"
+                  : request.form == ForwardForm::decode   ? "; take form=''"
                                                           : "; take backend='composed'");
   return plan;
 }
@@ -85,7 +86,7 @@ ForwardRequest request_of(const std::string& form, int64_t tile_n, int64_t group
   ForwardRequest request;
   const std::string name = form == "sm80" ? "two_launches" : form;  // by the kernels of sm_80
   STD_TORCH_CHECK(form_of(name, &request.form), "forward_as: form is '", form,
-                  "'; expected one_launch, two_launches, sm80 or '' for the best");
+                  "'; expected one_launch, two_launches, decode, sm80 or '' for the best");
   request.gemm = gemm_request_of(tile_n, group, "forward_as");
   return request;
 }

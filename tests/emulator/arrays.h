@@ -72,13 +72,15 @@ struct Scalars {
   std::string form;
   FusedGemmRequest request;
   uint32_t chain;
+  DecodeRequest decode;
   emu::Options options;
 };
 
 // {"bf16": True, "scale": (h, up), "masked_scale": up, "seed": [...], "threshold": T, "compute":
 // 90,
-//  "multiprocessors": n, "form": "", "tile_n": 0, "group": 0, "chain": 0, "schedule": 0, "timing":
-//  "random", "resident_blocks": n}, all optional.
+//  "multiprocessors": n, "form": "", "tile_n": 0, "group": 0, "chain": 0, "rows": 0,
+//  "decode_n": 0, "splits": 0, "schedule": 0, "timing": "random", "resident_blocks": n}, all
+//  optional.
 inline Scalars scalars_of(const py::dict& given) {
   const auto get = [&](const char* name, auto otherwise) {
     return given.contains(name) ? given[name].cast<decltype(otherwise)>() : otherwise;
@@ -93,6 +95,7 @@ inline Scalars scalars_of(const py::dict& given) {
   s.form = get("form", std::string());
   s.request = {get("tile_n", 0), get("group", 0)};
   s.chain = get("chain", 0u);
+  s.decode = {get("rows", 0), get("decode_n", 0), get("splits", 0)};
   s.options = options_of(get("schedule", uint64_t{0}), get("timing", std::string("random")),
                          get("resident_blocks", 1 << 20));
   return s;

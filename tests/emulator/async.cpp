@@ -197,6 +197,12 @@ void store_remote(uint32_t address, uint32_t value, uint32_t barrier, uint32_t r
   });
 }
 
+void load_remote(void* to, uint32_t address, uint32_t bytes, uint32_t rank, Place at) {
+  Block& target = peer(rank, "ld.shared::cluster", at);
+  target.shared->read(address, to, bytes, generic_access("ld.shared::cluster", at));
+  if (rank != block().rank) target.arrivals[warp().agent] = warp().stamp().number;
+}
+
 // ---- cp.async -----------------------------------------------------------------------------------
 
 void copy_async(uint32_t to, const void* from, uint32_t bytes, Place at) {

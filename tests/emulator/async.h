@@ -26,6 +26,8 @@ void arrive_expect(uint32_t address, uint32_t bytes, Place at);
 // `cluster`: with a scope in which st.async of another block is visible.
 void wait_barrier(uint32_t address, uint32_t parity, bool cluster, Place at);
 void store_remote(uint32_t address, uint32_t value, uint32_t barrier, uint32_t rank, Place at);
+// An ordinary read of another block's memory, which must not exit before it knows of it.
+void load_remote(void* to, uint32_t address, uint32_t bytes, uint32_t rank, Place at);
 
 void copy_async(uint32_t to, const void* from, uint32_t bytes, Place at);
 void commit_copies();

@@ -46,6 +46,8 @@ std::function<void()> fused_gemm_sm80_body(const lora_kernels::FusedGemmGroup& g
                                            void* workspace);
 std::function<void()> forward_body(const lora_kernels::ForwardArgs& args,
                                    const lora_kernels::ForwardPlan& plan, void* workspace);
+std::function<void()> decode_body(const lora_kernels::ForwardArgs& args,
+                                  const lora_kernels::DecodePlan& plan);
 std::function<void()> weight_grad_body(const lora_kernels::WeightGradPass& pass,
                                        const lora_kernels::WeightGradPlan& plan, void* workspace);
 std::function<void()> weight_grad_sm80_body(const lora_kernels::WeightGradPass& pass,

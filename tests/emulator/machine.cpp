@@ -149,7 +149,8 @@ void Machine::check_exit(Block& b) {
   for (auto [agent, number] : b.arrivals) unknown |= !known.covers({agent, number});
   if (unknown)
     fail("block " + std::to_string(b.rank) +
-             " has exited without knowing of a TMA load, or of an arrival by another block",
+             " has exited without knowing of a TMA load, or of an arrival or a read by another "
+             "block",
          at);
   for (size_t i = 0; i < b.warps.size(); ++i) {
     const Warp &w = b.warps[i], &first = b.warps[i / 4 * 4];

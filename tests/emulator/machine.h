@@ -170,8 +170,8 @@ struct Block {
   int warps_done = 0;
   bool launched_dependents = false;
   bool exited() const { return warps_done == static_cast<int>(warps.size()); }
-  // The last event of each agent that changed this block's shared memory without its threads: TMA
-  // loads, and arrivals from other blocks.
+  // The last event of each agent that changed this block's shared memory without its threads, or
+  // read it: TMA loads, arrivals and reads from other blocks.
   std::map<uint32_t, uint32_t> arrivals;
   int loads_in_flight = 0;
 };

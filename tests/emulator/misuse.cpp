@@ -86,6 +86,8 @@ const Case kCases[] = {
     CASE(word_waited_for_in_block_scope, "race", 2, 2),
     CASE(word_of_eight_bytes, "deadlock", 2, 2),
     CASE(word_overwritten_before_it_was_read, "race", 2, 2),
+    CASE(read_in_another_block_early, "race|uninitialised", 8, 4),
+    CASE(left_while_another_block_reads, "exited", 8, 4),
     CASE(written_by_the_elected_lane, "race|uninitialised"),
     CASE(elected_lane_runs_into_a_barrier, "elected lane"),
     CASE(barrier_of_two_sizes, "was one of 128"),

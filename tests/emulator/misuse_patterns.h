@@ -319,6 +319,24 @@ void tell_block_1(uint32_t bytes, bool cluster_scope, bool waits_for_reply) {
 void word_waited_for_in_block_scope(bool wrong) { tell_block_1(4, !wrong, true); }
 void word_of_eight_bytes(bool wrong) { tell_block_1(wrong ? 8 : 4, true, true); }
 void word_overwritten_before_it_was_read(bool wrong) { tell_block_1(4, true, !wrong); }
+// Each block of a cluster reads what the next one wrote.
+void read_next_block(bool waits_before, bool waits_after) {
+  const uint32_t mine = shared_base() + threadIdx.x * 16;
+  const float ones[4] = {1, 1, 1, 1};
+  float v[4];
+  store_shared_x4(mine, ones);
+  if (waits_before) {
+    cluster_arrive();
+    cluster_wait();
+  }
+  load_shared_remote_x4(v, mine, (cluster_rank() + 1) % 4);
+  if (waits_after) {
+    cluster_arrive();
+    cluster_wait();
+  }
+}
+void read_in_another_block_early(bool wrong) { read_next_block(!wrong, true); }
+void left_while_another_block_reads(bool wrong) { read_next_block(true, !wrong); }
 void elected_lane_runs_into_a_barrier(bool wrong) {
   if (warp_of_thread() == 0 && elect_one()) store_shared_word(shared_base(), 1);
   if (!wrong) warp_sync();

@@ -34,6 +34,9 @@ std::map<std::string, int> shared_bytes() {
   found["WeightGradSm80Tile<" #__VA_ARGS__ ">"] = WeightGradSm80Tile<__VA_ARGS__>::kSharedBytes;
   LK_WEIGHT_GRAD_SM80_TILES(LK_TILE)
 #undef LK_TILE
+#define LK_TILE(...) found["DecodeTile<" #__VA_ARGS__ ">"] = DecodeTile<__VA_ARGS__>::kSharedBytes;
+  LK_DECODE_TILES(LK_TILE)
+#undef LK_TILE
   return found;
 }
 
@@ -107,16 +110,32 @@ py::dict down_proj_group(const Array& x, const std::vector<Array>& down,
 ForwardRequest request_of(const Scalars& s) {
   ForwardRequest request;
   if (!form_of(s.form, &request.form))
-    throw py::value_error("form is one_launch, two_launches or empty");
+    throw py::value_error("form is one_launch, two_launches, decode or empty");
   request.gemm = s.request;
   request.chain = s.chain;
+  request.decode = s.decode;
   return request;
+}
+
+py::dict described(const DecodePlan& p) {
+  py::dict found;
+  found["m"] = p.m;
+  found["rows"] = p.rows;
+  found["tile_n"] = p.work.tile_n;
+  found["splits"] = p.work.splits;
+  found["stages"] = p.work.stages;
+  found["vectors"] = py::make_tuple(p.work.x_vectors, p.work.up_vectors);
+  found["shared_bytes"] = p.shared_bytes;
+  found["loaded_bytes"] = p.loaded_bytes;
+  found["seconds"] = p.seconds;
+  found["floor_seconds"] = p.floor_seconds;
+  return found;
 }
 
 py::dict described(const ForwardPlan& p) {
   py::dict found;
   found["served"] = p.served;
-  found["form"] = p.form == ForwardForm::one_launch ? "one_launch" : "two_launches";
+  found["form"] = name_of(p.form);
   found["rank"] = p.rank;
   found["tile_n"] = p.gemm.tile_n;
   found["stages"] = p.gemm.stages;
@@ -124,7 +143,9 @@ py::dict described(const ForwardPlan& p) {
   found["mn_major"] = p.gemm.mn_major;
   found["y_vectors"] = p.gemm.y_vectors;
   found["clusters"] = p.form == ForwardForm::one_launch ? p.clusters : p.gemm.clusters;
-  found["tiles"] = p.gemm.empty || !p.served ? 0 : p.gemm.raster.items();
+  const bool decodes = p.form == ForwardForm::decode;
+  found["tiles"] = decodes ? p.decode.tiles : p.gemm.empty || !p.served ? 0 : p.gemm.raster.items();
+  if (decodes) found["decode"] = described(p.decode);
   found["group"] = p.gemm.raster.group;
   found["chain"] = p.raster.chain;
   found["chains_first"] = p.raster.chains_first;

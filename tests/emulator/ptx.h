@@ -64,6 +64,16 @@ LK_PTX void load_shared_x4(uint32_t (&v)[4], uint32_t address, Place at = Place:
 LK_PTX void store_shared_x4(uint32_t address, const uint32_t (&v)[4], Place at = Place::here()) {
   emu::block().shared->write(address, v, 16, emu::generic_access("st.shared.v4", at));
 }
+LK_PTX void store_shared_x4(uint32_t address, const float (&v)[4], Place at = Place::here()) {
+  emu::block().shared->write(address, v, 16, emu::generic_access("st.shared.v4", at));
+}
+LK_PTX void load_shared_x4(float (&v)[4], uint32_t address, Place at = Place::here()) {
+  emu::block().shared->read(address, v, 16, emu::generic_access("ld.shared.v4", at));
+}
+LK_PTX void load_shared_remote_x4(float (&v)[4], uint32_t address, uint32_t rank,
+                                  Place at = Place::here()) {
+  emu::load_remote(v, address, 16, rank, at);
+}
 LK_PTX uint16_t load_global(const uint16_t* address, Place at = Place::here()) {
   uint16_t v;
   emu::global.read(address, &v, 2, emu::generic_access("ld.global", at));

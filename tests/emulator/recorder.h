@@ -78,6 +78,16 @@ struct Recorder {
     l.body = forward_body(args, plan, workspace);
     return add(std::move(l), true);
   }
+  int decode(const ForwardArgs& args, const DecodePlan& plan) {
+    Launch l;
+    l.name = "decode";
+    l.body = decode_body(args, plan);
+    l.cluster = static_cast<unsigned>(plan.work.splits);
+    l.grid_x = static_cast<unsigned>(plan.tiles) * l.cluster;
+    l.threads = static_cast<unsigned>(plan.threads);
+    l.shared_bytes = static_cast<uint32_t>(plan.shared_bytes);
+    return add(std::move(l));
+  }
   int backward(const BackwardArgs& args, const BackwardPlan& plan, void* workspace) {
     Launch l = clusters("backward_sm90", plan.gemm, plan.grid.clusters);
     l.body = backward_body(args, plan, workspace);

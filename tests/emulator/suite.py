@@ -128,6 +128,31 @@ def check_forward(emulated, problem: dict[str, np.ndarray]) -> None:
             raise Wrong(f"{read} bytes loaded, expected {len(y) * problem['bytes']}")
 
 
+def check_decode(emulated, problem: dict[str, np.ndarray]) -> None:
+    """y and h of one call, h in place where nothing follows; `odd`: layouts without vectors, and y
+    in rows further apart."""
+    options, odd = json.loads(str(problem["options"])), bool(problem["odd"])
+    x, weight, a, b, bias = (problem[name] for name in ("x", "weight", "a", "b", "bias"))
+    weight, a = views(weight), views(a)
+    if odd:
+        x, b = (np.asfortranarray(v) for v in (x, b))
+        bias = np.repeat(bias, 3)[::3]
+    rows, columns = problem["y"].shape
+    for timing, schedule in SCHEDULES[: int(problem["turns"])]:
+        around = np.zeros((rows, columns + (3 if odd else 0)), np.uint16)
+        y, h = around[:, :columns], np.zeros_like(problem["h"])
+        given = {"timing": timing, "schedule": schedule, "resident_blocks": 8 + schedule} | options
+        bias_or_none = bias if len(bias) else None
+        found = emulated.forward(x, weight, a, b, bias_or_none, [y], [h], given)
+        for got, name in ((y, "y"), (h, "h")):
+            check_outputs(got, problem[name], name)
+        if not np.isin(around[:, columns:], (0, POISON)).all():
+            raise Wrong("memory beside y was written")
+        check_run(found, ["decode"])
+        if found["bytes_loaded"] != problem["bytes"]:
+            raise Wrong(f"{found['bytes_loaded']} bytes loaded, expected {problem['bytes']}")
+
+
 GRADIENTS = ("dx", "da", "db", "dbias")
 
 
@@ -278,6 +303,7 @@ CHECKS: dict[str, Callable] = {
     "sm90": lambda e, p: check_down_proj(e, p, 90),
     "group": check_down_proj_group,
     "forward": check_forward,
+    "decode": check_decode,
     "passes": check_backward,
     "grid": check_backward,
     "parts": check_parts,
