@@ -68,19 +68,10 @@ def run_forward(emulated, each: list[Layer], **options):
     return results, found
 
 
-def plan_alone(emulated, one: Layer, **options) -> dict:
-    """Of a call of its own; by two launches where that would take decode, as no group does."""
-    found = one.plan(emulated, **options)
-    if found["form"] == "decode":
-        found = one.plan(emulated, **options, form="two_launches")
-    return found
-
-
 def assert_like_alone(emulated, each: list[Layer], results, **options) -> None:
     """Bit for bit what each projection gives in a call of its own."""
     for one, (y, h) in zip(each, results, strict=True):
-        form = plan_alone(emulated, one, **options)["form"]
-        (y_alone,), (h_alone,), _ = one.run(emulated, **options, form=form)
+        (y_alone,), (h_alone,), _ = one.run(emulated, **options)
         assert torch.equal(h, h_alone)
         assert torch.equal(y, y_alone)
 
@@ -108,7 +99,7 @@ def test_whatever_form_a_call_alone_takes(emulated):
         options = {"multiprocessors": multiprocessors}
         results, _ = run_forward(emulated, each, **options)
         for one in each:
-            found = plan_alone(emulated, one, **options)
+            found = one.plan(emulated, **options)
             forms.add(found["form"] + (" sm80" if "sm80" in found["text"] else ""))
         assert_like_alone(emulated, each, results, **options)
     assert forms == {"one_launch", "two_launches", "two_launches sm80"}
@@ -358,10 +349,9 @@ def test_forward_on_the_gpu(hopper, shape, seed):
     keep = 1 if seed is None else (dropout.RANGE - THRESHOLD) / dropout.RANGE
     scales = [SCALE * keep] * len(each), [1.0] * len(each)
     ys, hs = ops.forward_group(x, *operands, THRESHOLD, *scales)
-    form = "" if x.shape[0] > 64 else "two_launches"  # else alone by decode
     for one, y, h, *own in zip(each, ys, hs, *operands, strict=True):
         one.check(y, h)
-        alone = ops.forward_as(x, *own, THRESHOLD, SCALE * keep, 1.0, form, 0, 0)
+        alone = ops.forward(x, *own, THRESHOLD, SCALE * keep, 1.0)
         assert torch.equal(y, alone[0]) and torch.equal(h, alone[1])
 
 

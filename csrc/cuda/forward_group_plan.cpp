@@ -5,7 +5,6 @@ namespace {
 
 // Where h of projection i is made, with the bits that it has alone.
 void plan_h(const ForwardArgs& args, const ForwardPlan& alone, int i, ForwardGroupPlan& plan) {
-  plan.alone[i].kernel = Kernel::none;
   plan.h_padded[i] = alone.h_padded;
   if (args.down.r == 0 || args.down.M == 0) return;
   if (alone.form == ForwardForm::one_launch || alone.down.kernel == Kernel::sm90)
@@ -54,12 +53,13 @@ ForwardGroupPlan plan_forward_group(const ForwardArgs* args, int count, const Ta
   ForwardGroupPlan plan{};
   FusedGemmArgs outputs[kMaxGroup];
   for (int i = 0; i < count; ++i) {
-    ForwardPlan alone = plan_forward(args[i], target);
-    // Not decode, which would be a launch for each: a group has one grid for all of its y.
-    if (alone.form == ForwardForm::decode)
-      alone = plan_forward(args[i], target, {ForwardForm::two_launches, {}, 0, {}});
+    const ForwardPlan alone = plan_forward(args[i], target);
     plan.reason = alone.reason;
+    plan.alone[i].kernel = Kernel::none;
     if (!alone.served) return plan;
+    plan.decoded[i] = alone.form == ForwardForm::decode;
+    plan.decode[i] = alone.decode;
+    if (plan.decoded[i]) continue;
     if (!alone.gemm.empty) {
       outputs[plan.output_count] = args[i].gemm;
       plan.outputs[plan.output_count++] = i;
@@ -86,6 +86,8 @@ std::string describe(const ForwardGroupPlan& plan, int count) {
     if (plan.alone[i].kernel != Kernel::none)
       add("h of projection " + std::to_string(i) + " " + describe(plan.alone[i]));
   if (plan.output_count > 0) add(describe(plan.gemm));
+  for (int i = 0; i < count; ++i)
+    if (plan.decoded[i]) add("projection " + std::to_string(i) + " " + describe(plan.decode[i]));
   return text.empty() ? "there is nothing to do" : text;
 }
 

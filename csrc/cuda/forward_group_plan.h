@@ -5,8 +5,8 @@
 //   y of all   by one grid, in which their tiles stand side by side   (fused_gemm_sm90.cuh)
 //
 // An h that another kernel makes when the projection is alone is made by that one here too, since y
-// has the bits of a call alone, or, where that is decode, of one by two launches. Around them, only
-// where needed, the copies of run_forward.
+// has the bits of a call alone; so is all of a projection of few rows that decode serves, whose
+// time is that of its own W. Around them, only where needed, the copies of run_forward.
 #pragma once
 #include "forward_plan.h"
 
@@ -24,9 +24,11 @@ struct ForwardGroupPlan {
   bool h_padded[kMaxGroup];  // made in the workspace, in wider rows, and copied out
   int64_t h_offset[kMaxGroup];
 
-  // y: of projections `outputs`, those that are not empty.
+  // y: of projections `outputs`, those that are not empty and not decoded.
   int outputs[kMaxGroup], output_count;
   FusedGemmGroup gemm;
+  bool decoded[kMaxGroup];  // by a launch each
+  DecodePlan decode[kMaxGroup];
   int64_t workspace_bytes;
 };
 
@@ -96,6 +98,9 @@ int run_forward_group(const ForwardArgs* args, int count, const ForwardGroupPlan
     error = launcher.down_proj_group(joined, plan.joined_count, plan.down);
   if (error == 0 && plan.output_count > 0) error = launcher.fused_gemm(gemm, workspace, adapted);
   if (error == 0 && after.count > 0) error = launcher.pack(after);
+  for (int i = 0; i < count; ++i)
+    if (error == 0 && plan.decoded[i] && !plan.decode[i].empty)
+      error = launcher.decode(args[i], plan.decode[i]);
   return error;
 }
 

@@ -78,7 +78,7 @@ void choose_form(const ForwardArgs& args, const Target& target, const ForwardReq
   plan.form = ForwardForm::two_launches;
   plan.reason = one;
   if (wanted == ForwardForm::one_launch && one != nullptr) plan.served = false;
-  if (args.down.r == 0 || plan.gemm.empty || plan.gemm.kernel == Kernel::sm80) return;
+  if (args.down.r == 0 || plan.gemm.empty) return;
   double cost = two_launches_cost(args);
   if (one == nullptr) {
     plan.rank = kForwardRanks[args.down.r > kForwardRanks[0]];
@@ -92,10 +92,8 @@ void choose_form(const ForwardArgs& args, const Target& target, const ForwardReq
       cost = in_one;
     }
   }
-  const int64_t steps = ceil_div(args.down.K, kMmaDepth);
-  const auto waves = static_cast<double>(ceil_div(plan.gemm.raster.items(), plan.gemm.clusters));
-  cost += waves * (tile_cycles(plan.gemm.tile_n, steps + ceil_div(args.down.r, kMmaDepth)) -
-                   tile_cycles(plan.gemm.tile_n, steps));
+  const int64_t depth = ceil_div(args.down.K, kMmaDepth) * kMmaDepth;
+  cost += gemm_cycles(plan.gemm, depth + args.down.r) - gemm_cycles(plan.gemm, depth);
   plan.overhead = cost / gemm_cycles(plan.gemm, args.down.K);
 }
 

@@ -63,20 +63,17 @@ Raster raster_of(const Outputs& outputs, const TileFacts& tile, int wanted_group
           static_cast<uint32_t>(group)};
 }
 
-double waves_cycles(const Raster& raster, unsigned clusters, int tile_n, int64_t K) {
-  const auto waves = ceil_div(raster.items(), clusters);
-  return static_cast<double>(waves) * tile_cycles(tile_n, ceil_div(K, kMmaDepth));
-}
-double cycles_of(const Raster& raster, const TileFacts& tile, int64_t K, const Target& target) {
-  if (tile.kernel == Kernel::sm90)
-    return waves_cycles(raster, clusters_of(target, raster.items()), tile.n, K);
-  const auto waves = ceil_div(raster.items(), std::max(1, target.multiprocessors));
-  return static_cast<double>(waves) * sm80_tile_cycles(tile.n, ceil_div(K, kMmaDepth));
+double waves_cycles(Kernel kernel, const Raster& raster, unsigned at_a_time, int tile_n,
+                    int64_t K) {
+  const int64_t steps = ceil_div(K, kMmaDepth);
+  return static_cast<double>(ceil_div(raster.items(), at_a_time)) *
+         (kernel == Kernel::sm90 ? tile_cycles(tile_n, steps) : sm80_tile_cycles(tile_n, steps));
 }
 
-// Clusters, or blocks.
-unsigned launched(Kernel kernel, const Target& target, const Raster& raster) {
-  return kernel == Kernel::sm90 ? clusters_of(target, raster.items()) : raster.items();
+// Clusters, or the blocks of sm_80 that multiprocessors take at a time.
+unsigned at_a_time(Kernel kernel, const Target& target, const Raster& raster) {
+  if (kernel == Kernel::sm90) return clusters_of(target, raster.items());
+  return std::min(raster.items(), static_cast<unsigned>(std::max(1, target.multiprocessors)));
 }
 
 // The tile whose waves take the fewest clocks; the widest of equals.
@@ -86,7 +83,8 @@ const TileFacts& best_tile(const Outputs& outputs, int64_t K, const Target& targ
   double least = 0;
   for (const TileFacts& t : kTiles) {
     if (t.kernel != kernel) continue;
-    const double cycles = cycles_of(raster_of(outputs, t, 0), t, K, target);
+    const Raster raster = raster_of(outputs, t, 0);
+    const double cycles = waves_cycles(kernel, raster, at_a_time(kernel, target, raster), t.n, K);
     if (t.n == wanted) return t;
     if (best == nullptr || cycles < least) best = &t, least = cycles;
   }
@@ -123,7 +121,7 @@ double sm80_tile_cycles(int tile_n, int64_t steps) {
 }
 
 double gemm_cycles(const FusedGemmPlan& plan, int64_t K) {
-  return waves_cycles(plan.raster, plan.clusters, plan.tile_n, K);
+  return waves_cycles(plan.kernel, plan.raster, plan.clusters, plan.tile_n, K);
 }
 
 FusedGemmPlan plan_fused_gemm(const FusedGemmArgs& args, const Target& target,
@@ -162,7 +160,7 @@ FusedGemmPlan plan_fused_gemm(const FusedGemmArgs& args, const Target& target,
   if (args.bias.data != nullptr) plan.bias = tma_operand(args.bias, 1, args.N);
   plan.y_vectors = !tma_operand(args.y, args.M, args.N).packed;
   plan.raster = raster_of(output, tile, request.group);
-  plan.clusters = launched(plan.kernel, target, plan.raster);
+  plan.clusters = at_a_time(plan.kernel, target, plan.raster);
   return plan;
 }
 
@@ -194,7 +192,7 @@ const char* plan_fused_gemm_group(const FusedGemmArgs* args, int count, bool add
     each.mn_major |= again;
   }
   group->raster = raster_of(outputs, tile, request.group);
-  group->clusters = launched(kernel, target, group->raster);
+  group->clusters = at_a_time(kernel, target, group->raster);
   return nullptr;
 }
 

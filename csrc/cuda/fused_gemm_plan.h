@@ -85,7 +85,7 @@ struct FusedGemmPlan {
   TmaOperand bias;              // a row; not by TMA, but contiguous too
   int64_t r;                    // 0 where the LoRA term has no part in y
   Raster raster;                // over the tiles of y; of sm_80 its pairs are single row blocks
-  unsigned clusters;            // of sm_80 blocks, one a tile
+  unsigned clusters;            // of sm_80 the blocks that multiprocessors take at a time
 };
 
 FusedGemmPlan plan_fused_gemm(const FusedGemmArgs& args, const Target& target,
