@@ -22,7 +22,7 @@ from . import machine as machines
 from . import shape_classes, verdicts
 from .machine import Machine
 from .records import Record
-from .shape_classes import Call, Class, Point
+from .shape_classes import Call, Class, Kind, Point
 
 TABLE = Path(__file__).with_name("dispatch.json")
 SCHEMA = 1
@@ -62,6 +62,13 @@ class Evidence:
 
     def __init__(self, sources: Iterable[Source] = (), forbidden: str = "", ignored: str = ""):
         self.sources, self.forbidden, self.ignored = tuple(sources), forbidden, ignored
+        # by source; scanned by kind of call, of which few classes are
+        self._by_kind: list[dict[Kind, list[Class]]] = []
+        for source in self.sources:
+            kinds: dict[Kind, list[Class]] = {}
+            for found in source.classes:
+                kinds.setdefault(found.kind, []).append(found)
+            self._by_kind.append(kinds)
         self._winners = {c.dtype for s in self.sources for c in s.classes if c.won}
 
     def steers(self, dtype: torch.dtype) -> bool:
@@ -76,15 +83,20 @@ class Evidence:
         return self._look_up(_name(dtype), call, alone)
 
     def _look_up(self, dtype: str, call: Call | None, alone: bool) -> Finding:
-        sources = [source for source in self.sources if not (source.local and alone)]
+        sources = [
+            (source, kinds)
+            for source, kinds in zip(self.sources, self._by_kind, strict=True)
+            if not (source.local and alone)
+        ]
         if call is None:
-            if any(c.won and c.dtype == dtype for source in sources for c in source.classes):
+            if any(c.won and c.dtype == dtype for source, _ in sources for c in source.classes):
                 return Finding(False, "it is taken by shape, where it won by measurement")
             return Finding(False, self._nothing(alone))
         lost = ""
-        for source in sources:
-            for found in source.classes:
-                if found.holds(dtype, call):
+        kind = (dtype, "training" if call.training else "forward", call.dropout)
+        for source, kinds in sources:
+            for found in kinds.get(kind, ()):
+                if found.holds(call):
                     if found.won:
                         return Finding(True, _of_winner(found, source))
                     lost = (
@@ -92,7 +104,7 @@ class Evidence:
                     )
         if lost:
             return Finding(False, lost)
-        if not any(c.dtype == dtype for source in sources for c in source.classes):
+        if not any(c.dtype == dtype for source, _ in sources for c in source.classes):
             return Finding(False, self._nothing(alone))
         why = f"no measured class holds {call} {dtype}"
         return Finding(False, f"{why}; {ALONE}" if alone else why)

@@ -51,7 +51,8 @@ def explain(
     checks.validate(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
     training = ops.needs_grad(x, lora_a, lora_b, bias)
     x = autocast.cast(x)
-    call = ops.call_of(x, weight, lora_a, scaling, dropout_p, training)
+    off = ops.is_off(scaling, dropout.drop_threshold(dropout_p))
+    call = ops.call_of(x, weight, lora_a, off, dropout.drops(dropout_p), training)
     name, passed_over = backends.automatic(x.device, x.dtype, call)
     for later in backends._ORDER[backends._ORDER.index(name) + 1 :]:
         passed_over[later] = (
@@ -73,7 +74,6 @@ def explain(
     plan = found.summary
     if found.plan:
         _, up_scale = ops.split_scaling(scaling, x.dtype)
-        off = ops.is_off(scaling, dropout.drop_threshold(dropout_p))
         x, weight, lora_a, lora_b, masked = ops.one_dtype(x, weight, lora_a, lora_b, masked, off)
         plan = found.plan(x, weight, lora_a, lora_b, masked, up_scale)
     return Explanation(name, plan, reason, passed_over)

@@ -215,8 +215,8 @@ def plan_of(
     if not plan.by_shape:
         return plan
     training = ops.needs_grad(x, *operands) if operands else name != backends.FORWARD_ALONE
-    each = zip(weights, lora_as, scalings, strict=True)
-    calls = [ops.call_of(x, *one, dropout_p, training) for one in each]
+    each = zip(weights, lora_as, plan.offs, strict=True)
+    calls = [ops.call_of(x, *one, plan.threshold > 0, training) for one in each]
     names = {backends.choose("", device, dtype, call).name for call in calls}
     if len(names) > 1:
         names = {backends.choose("", device, dtype).name}

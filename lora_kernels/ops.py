@@ -74,19 +74,18 @@ def plan_of(
     if not plan.by_shape:
         return plan
     training = needs_grad(*inputs) if inputs else name != backends.FORWARD_ALONE
-    call = call_of(x, weight, lora_a, scaling, dropout_p, training)
+    call = call_of(x, weight, lora_a, plan.off, plan.threshold > 0, training)
     found = backends.choose("", x.device, x.dtype, call)
     return make_plan(found.name, x.device, x.dtype, scaling, dropout_p, dropped)
 
 
 def call_of(
-    x: Tensor, weight: Tensor, lora_a: Tensor, scaling: float, dropout_p: float, training: bool
+    x: Tensor, weight: Tensor, lora_a: Tensor, off: bool, dropped: bool, training: bool
 ) -> Call:
     """What the choice by shape knows of a call; an adapter that is off has rank 0."""
     n, k = weight.shape
-    off = is_off(scaling, dropout.drop_threshold(dropout_p))
-    r = 0 if off else lora_a.shape[0]
-    return Call(x.shape[:-1].numel(), n, k, r, not off and dropout.drops(dropout_p), training)
+    m = x.numel() // k if k else 0
+    return Call(m, n, k, 0 if off else lora_a.shape[0], dropped and not off, training)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

@@ -25,6 +25,7 @@ WON = 0.99  # what is within a hundredth of composed's median is no win
 PASSES = ("forward", "training")
 
 Range = tuple[int, int]
+Kind = tuple[str, str, bool]  # dtype, pass, dropout
 
 
 class Call(NamedTuple):
@@ -82,14 +83,13 @@ class Class(NamedTuple):
     r: Range
     points: tuple[Point, ...]
 
-    def holds(self, dtype: str, call: Call) -> bool:
-        """Whether it speaks for this call."""
-        return (
-            dtype == self.dtype
-            and call.dropout == self.dropout
-            and call.training == (self.of_pass == "training")
-            and _inside(self, call)
-        )
+    @property
+    def kind(self) -> Kind:
+        return self.dtype, self.of_pass, self.dropout
+
+    def holds(self, call: Call) -> bool:
+        """Whether it speaks for this call, which is of its kind."""
+        return _inside(self, call)
 
     @property
     def won(self) -> bool:
@@ -110,7 +110,7 @@ class Class(NamedTuple):
 
 def classes(points: Iterable[Point]) -> list[Class]:
     """Every class whose corners are among these points, won or not, in a fixed order."""
-    kinds: dict[tuple[str, str, bool], dict[tuple[int, ...], Point]] = defaultdict(dict)
+    kinds: dict[Kind, dict[tuple[int, ...], Point]] = defaultdict(dict)
     for point in points:
         kinds[point.dtype, point.of_pass, point.dropout][point[:4]] = point
     found = []
