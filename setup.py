@@ -6,6 +6,7 @@ CUDA_HOME, MAX_JOBS   as in torch
 """
 
 import os
+import runpy
 import shlex
 import shutil
 import sys
@@ -61,6 +62,20 @@ def remove_stale_objects(headers):
             os.remove(obj)
 
 
+def write_kernel_sources():
+    """The folder of a header with the hash of the kernels' sources, for csrc/torch/cuda.cpp.
+
+    A macro on the command line would compile every file again whenever one kernel changes.
+    """
+    digest = runpy.run_path("csrc/digest.py")["kernel_sources"](Path("csrc"))
+    header = Path("build/generated/kernel_sources.h").resolve()
+    text = f'#define LK_KERNEL_SOURCES "{digest}"\n'
+    if not header.exists() or header.read_text() != text:
+        header.parent.mkdir(parents=True, exist_ok=True)
+        header.write_text(text)
+    return str(header.parent)
+
+
 def extension():
     """(Extension, build command), or (None, what is missing)."""
     sys.path.append(sysconfig.get_path("purelib"))  # pip's isolated build hides the installed torch
@@ -94,7 +109,7 @@ def extension():
         cuda = [*glob("csrc/cuda/*.cpp"), *glob("csrc/cuda/*.cu")]
         sources += sorted([*glob("csrc/torch/cuda*.cpp"), *cuda])
         options = dict(
-            include_dirs=[f"{home}/include"],
+            include_dirs=[f"{home}/include", write_kernel_sources()],
             library_dirs=[f"{home}/lib64"],
             libraries=["cudart_static", "rt", "dl", "pthread"],
             define_macros=defines,

@@ -118,7 +118,7 @@ class Run:
         for name, call in calls.items():
             peak = timing.peak_extra_bytes(call, self.args.device)
             rows[name] |= dataclasses.asdict(measured[name]) | {"peak_extra_mib": peak / 2**20}
-        self._finish(case, mode, p, list(rows.values()), contenders.automatic(problem))
+        self._finish(case, mode, p, list(rows.values()), contenders.automatic(problem, p))
 
     def _warm_up(self, name: str, call, exact, dtype: torch.dtype) -> dict:
         for _ in range(timing.WARM_UP_CALLS[self.args.device]):

@@ -4,11 +4,16 @@ One 8x8 linear with bias at r = 8 and 8 rows, fp32 on the CPU, one thread, the g
 off. Contenders run in turns, `--calls` calls a sample. Times are microseconds per call: median,
 minimum, and the ratio of medians to PEFT's own peft.tuners.lora.Linear. In `forward` a graph is
 recorded; `fwd+bwd` ends in y.backward(dy), which accumulates into .grad.
+
+The automatic choice alone is timed too, by a stand-in for a device with measured evidence: with an
+empty table, where no shape is looked at, and with a full one, for a shape seen before and for one
+that is new. Figures count only from a machine that does nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable
 
@@ -17,7 +22,9 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import lora_kernels as lk
-from lora_kernels import dropout
+from lora_kernels import backend as backends
+from lora_kernels import composed, dispatch, dropout, ops
+from lora_kernels.shape_classes import EDGES, PASSES, Point, classes
 
 from . import report, shapes, timing
 
@@ -96,6 +103,41 @@ def measure(found: dict[str, Callable[[], object]], args: argparse.Namespace) ->
     ]
 
 
+def full_table() -> dispatch.Evidence:
+    """Evidence that has won every class of float32: its times are made up, its size is not."""
+    sizes = itertools.product(*EDGES.values())
+    points = [
+        Point(m, n, k, r, dropped, "float32", of_pass, 1.0, 2.0, right=True)
+        for (m, n, k, r), dropped, of_pass in itertools.product(sizes, (False, True), PASSES)
+    ]
+    return dispatch.Evidence([dispatch.Source("a stand-in", tuple(classes(points)), local=True)])
+
+
+def choices(args: argparse.Namespace) -> list[dict]:
+    """Rows of the automatic choice's host time, as `fused_lora_linear` makes it."""
+    x = torch.randn(64, 1024, requires_grad=True)
+    weight, lora_a = torch.randn(1024, 1024), torch.randn(16, 1024)
+    facts = (x, weight, lora_a, 1.0, 0.0, False, (x, lora_a))
+    rows: list[dict] = []
+    for name, evidence in (("empty table", dispatch.Evidence()), ("full table", full_table())):
+        stand_in = lk.Backend(
+            "stand_in", "", composed.forward, composed.backward,
+            evidence=lambda device, found=evidence: found,
+        )  # fmt: skip
+        backends.register(stand_in, before="cpu")
+        found = {name: lambda: ops.plan_of("", *facts)}
+        if evidence.sources:
+
+            def new_shape():
+                backends._chosen.cache_clear()
+                ops.plan_of("", *facts)
+
+            found[f"{name}, new shape"] = new_shape
+        rows += measure(found, args)
+        backends.unregister("stand_in")
+    return rows
+
+
 def cell(row: dict) -> str:
     ratio = row["ratio_to_peft"]
     text = f"{row['median_us']:.3g} ({row['min_us']:.3g})"
@@ -162,8 +204,11 @@ def main() -> int:
         f"the seed draw, part of every call with dropout: {seed['median_us']:.1f} us "
         f"(min {seed['min_us']:.1f})"
     )
+    chosen = choices(args)
+    columns = {"median_us": ("median", report.digits), "min_us": ("min", report.digits)}
+    console.print(report.table("us per automatic choice", chosen, columns))
     settings = {"rounds": args.rounds, "calls_per_sample": args.calls, "size": SIZE}
-    content = {"groups": groups, "draw_seed": seed}
+    content = {"groups": groups, "draw_seed": seed, "automatic_choice": chosen}
     report.finish(console, args.json, "overhead", machine, settings, content)
     return 0
 

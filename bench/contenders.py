@@ -104,9 +104,9 @@ def make_contenders(
     return found
 
 
-def automatic(problem: Problem) -> str:
-    """The backend that fused_lora_linear picks by itself."""
-    return lk.explain(*problem[:4], scaling=SCALING).backend
+def automatic(problem: Problem, dropout_p: float = 0.0) -> str:
+    """The backend that fused_lora_linear picks by itself for a step of training."""
+    return lk.explain(*problem[:4], scaling=SCALING, dropout_p=dropout_p).backend
 
 
 def chosen_backends(problem: Problem, named: list[str] | None, reference: bool) -> list[str]:

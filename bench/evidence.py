@@ -178,6 +178,25 @@ def layers(finished: Finished, path: Path) -> dict:
     return {"automatic": chosen, "means": result["summary"], "headline": headline}
 
 
+def selfcheck(finished: Finished, path: Path) -> dict:
+    """Of `python -m lora_kernels selfcheck`: how many points, and classes of shapes won."""
+    from lora_kernels import records, shape_classes  # a broken torch must not end the suite
+
+    if finished.code == 2:
+        raise NotRun(finished.last_line())
+    exit_code(finished)
+    record = records.parse(json.loads(path.read_text()))
+    if wrong := record.wrong():
+        raise Failed(f"wrong: {', '.join(wrong)}")
+    if not record.points:
+        raise NotRun("no point was timed")
+    classes = shape_classes.classes(record.points)
+    won = sum(found.won for found in classes)
+    headline = f"{won} of {len(classes)} shape classes won, {len(record.points)} points timed"
+    return {"points": len(record.points), "classes": len(classes), "won": won,
+            "headline": headline}  # fmt: skip
+
+
 def dram(finished: Finished, csv: Path) -> dict:
     """Of ncu around bench.traffic: the rows of `traffic.rows`."""
     text = csv.read_text(errors="replace") if csv.exists() else ""

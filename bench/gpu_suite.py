@@ -6,9 +6,9 @@ a hang costs that stage alone; what cannot run here is `not run`, with the reaso
 1 if a stage failed or was killed. No network, no privilege, no change of the GPU's settings.
 
 OUT (new or empty) receives suite.json (the record), logs.tar.gz, tests.xml, kernels.json,
-gemm.json, backward.json, group.json and layers.json. `python -m bench.publish OUT` makes results of
-it. In a copy without .git, LORA_KERNELS_COMMIT names the commit, with the suffix -dirty if the copy
-differs from it.
+gemm.json, backward.json, group.json, layers.json and selfcheck.json. `python -m bench.publish OUT`
+makes results of it. In a copy without .git, LORA_KERNELS_COMMIT names the commit, with the suffix
+-dirty if the copy differs from it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,13 @@ LIMITS = {  # seconds; in all less than 9.5 minutes; timed tables take at most h
     "probe": 20, "build": 85, "tests": 85,
     "memcheck": 35, "racecheck": 35, "initcheck": 35, "synccheck": 35,
     "kernels": 34, "gemm": 42, "backward": 30, "group": 18, "layers": 73, "dram": 30,
+    "selfcheck": 12,
 }  # fmt: skip
+# What rows of dispatch.json are made of. The tests and sanitizers check the operators.
+SELFCHECK = [
+    "lora_kernels", "selfcheck", "--shapes", "few", "--dtype", "bf16", "--no-operators",
+    "--no-store", "--seconds", "4.5",
+]  # fmt: skip
 WIDE = {"COLUMNS": "120"}  # rich takes a file for 80 columns wide and cuts the tables
 
 # ---- what is examined ----------------------------------------------------------------------------
@@ -146,6 +152,7 @@ class Suite:
                 "dram", self.limits["dram"], self._dram,
                 lambda finished: evidence.dram(finished, self.logs / "ncu.csv"), needs=("build",),
             ),
+            self._timing("selfcheck", SELFCHECK, evidence.selfcheck),
         ]  # fmt: skip
 
     def _need(self, *modules: str) -> None:

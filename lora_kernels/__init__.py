@@ -1,8 +1,9 @@
 """LoRA linear layers at the price of the frozen linear. See `fused_lora_linear`."""
 
 from . import flops, reference
-from .backend import Backend, Explanation, backends, explain, use_backend
+from .backend import Backend, backends, use_backend
 from .dropout import dropout_mask, keep_probability
+from .explanation import Explanation, explain
 from .functional import fused_lora_linear
 from .group import fused_lora_linear_group
 from .linear import LoRALinear

@@ -1,18 +1,23 @@
-"""`python -m lora_kernels`: what is built and usable here, what is missing and how to get it."""
+"""`python -m lora_kernels`: what is built and usable here, what is missing and how to get it.
+
+`python -m lora_kernels selfcheck` checks and times the kernels on this machine: `selfcheck_cli`.
+"""
 
 from __future__ import annotations
 
 import os
 import platform
 import sys
+from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from . import __version__, backends
-from .backend import ENV, automatic
+from . import __version__, backends, verdicts
+from .backend import ENV, automatic, by_shape
 from .schemas import EXTENSION_ERROR, has_kernel
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 OPS = (
     "dropout_mask", "down_proj", "fused_gemm", "weight_grad", "forward", "backward",
@@ -41,6 +46,8 @@ def _environment(console: Console) -> None:
 
 
 def _backends(console: Console) -> None:
+    from rich.table import Table
+
     table = Table("backend", "usable here", "otherwise", title="backends")
     for name, missing in backends().items():
         table.add_row(name, "yes" if missing is None else "no", missing or "")
@@ -48,6 +55,8 @@ def _backends(console: Console) -> None:
 
 
 def _choices(console: Console) -> None:
+    from rich.table import Table
+
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     table = Table("device", *(str(d).removeprefix("torch.") for d in dtypes))
     forced = os.environ.get(ENV)
@@ -55,16 +64,25 @@ def _choices(console: Console) -> None:
     for device in _devices():
         row = []
         for dtype in dtypes:
-            row.append(automatic(device, dtype)[0])
+            name = automatic(device, dtype)[0]
+            row.append(f"by shape, else {name}" if by_shape(device, dtype) else name)
         table.add_row(str(device), *row)
     console.print(table)
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["selfcheck"]:
+        from . import selfcheck_cli
+
+        return selfcheck_cli.main(sys.argv[2:])
+    from rich.console import Console
+
     console = Console()
     _environment(console)
     _backends(console)
     _choices(console)
+    if torch.cuda.is_available():
+        console.print(f"{verdicts.REMEDY}: checks the kernels here, and lets what wins serve")
     return 0
 
 

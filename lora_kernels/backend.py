@@ -7,17 +7,20 @@ soon as their library registers those two ops for a device.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from . import composed
+from . import composed, dispatch
 from .schemas import CAPABILITY, EXTENSION_ERROR, has_kernel
+from .shape_classes import Call
 
 ENV = "LORA_KERNELS_BACKEND"
+FORWARD_ALONE = "automatic forward"  # what "" is to the operators, where no backward will follow
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class Backend:
         missing: None if it can run on this machine, else what is missing and how to get it.
         refuses: None if it serves an x of this kind, else why not.
         prefers: None if the automatic choice may take it for such an x, else why not.
+        evidence: what is known by measurement on a device; if there, the automatic choice takes
+            the backend for calls that it has won alone.
         plan: what the forward pass would launch for (x, weight, lora_a, lora_b, seed, up_scale),
             all of x's dtype, for `explain`; by default `summary`.
     """
@@ -44,24 +49,10 @@ class Backend:
     missing: Callable[[], str | None] = lambda: None
     refuses: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
     prefers: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
+    evidence: Callable[[torch.device], dispatch.Evidence] | None = None
     plan: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, float], str] | None = None
     group_forward: Callable | None = None
     group_backward: Callable | None = None
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What `explain` found: the backend that would run, and why each other would not."""
-
-    backend: str
-    plan: str
-    reason: str
-    passed_over: dict[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        lines = [f"{self.backend}: {self.plan}", f"  chosen: {self.reason}"]
-        lines += [f"  not {name}: {why}" for name, why in self.passed_over.items()]
-        return "\n".join(lines)
 
 
 _REGISTRY: dict[str, Backend] = {}
@@ -93,6 +84,9 @@ def on_change(listener: Callable[[], None]) -> None:
 def _changed() -> None:
     for listener in _LISTENERS:
         listener()
+
+
+dispatch.on_reload(_changed)
 
 
 def selected() -> str | None:
@@ -130,10 +124,15 @@ class use_backend:
         _selected = self._outer.pop()
 
 
-def choose(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The backend for such an x: `name`, which must serve or raise, or by the fixed order if ""."""
-    if name == "":
-        return _REGISTRY[automatic(device, dtype)[0]]
+def choose(
+    name: str, device: torch.device, dtype: torch.dtype, call: Call | None = None
+) -> Backend:
+    """The backend for such an x: `name`, which must serve or raise, or by the fixed order if "".
+
+    `call`: what the choice by shape needs; without it, what serves where no shape class was won.
+    """
+    if name in ("", FORWARD_ALONE):
+        return _REGISTRY[_chosen(device, dtype, call, call is not None and dispatch.many_ranks())]
     found = _named(name)
     why = found.refuses(device, dtype)
     if why is not None:
@@ -157,67 +156,51 @@ def _named(name: str) -> Backend:
     return found
 
 
-def automatic(device: torch.device, dtype: torch.dtype) -> tuple[str, dict[str, str]]:
+@functools.lru_cache(maxsize=4096)
+def _chosen(device: torch.device, dtype: torch.dtype, call: Call | None, many_ranks: bool) -> str:
+    """`automatic`, remembered until a backend or the evidence changes, or other ranks come."""
+    return automatic(device, dtype, call)[0]
+
+
+on_change(_chosen.cache_clear)
+
+
+def automatic(
+    device: torch.device, dtype: torch.dtype, call: Call | None = None
+) -> tuple[str, dict[str, str]]:
     """The first backend of the order that serves, and why those before it do not."""
     passed_over: dict[str, str] = {}
     for name in _ORDER:
         backend = _REGISTRY[name]
-        why = backend.missing() or backend.refuses(device, dtype) or backend.prefers(device, dtype)
-        if dtype == torch.float64 and name != "reference":
-            why = why or "float64 goes to the reference"
+        why = _objection(name, device, dtype)
+        if why is None and backend.evidence is not None:
+            won, found = backend.evidence(device).find(dtype, call)
+            why = None if won else found
         if why is None:
             return name, passed_over
         passed_over[name] = why
     raise RuntimeError(f"fused_lora_linear: no backend serves {dtype} on {device}: {passed_over}")
 
 
-def explain(
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    bias: Tensor | None = None,
-    *,
-    scaling: float = 1.0,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    backend: str | None = None,
-) -> Explanation:
-    """Which backend `fused_lora_linear` would run for this call, and why each other would not.
+def by_shape(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the automatic choice for such an x depends on more than that."""
+    for name in _ORDER:
+        if _objection(name, device, dtype) is None:
+            evidence = _REGISTRY[name].evidence
+            if evidence is None:
+                return False
+            if evidence(device).steers(dtype):
+                return True
+    return False
 
-    Args: as `fused_lora_linear`.
 
-    Returns:
-        Explanation with `backend`, `plan`, `reason`, `passed_over`; str() prints it.
-
-    Raises:
-        As `fused_lora_linear` would for the same arguments.
-    """
-    from . import autocast, checks, dropout, ops
-
-    checks.validate(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
-    x = autocast.cast(x)
-    name, passed_over = automatic(x.device, x.dtype)
-    for later in _ORDER[_ORDER.index(name) + 1 :]:
-        passed_over[later] = _REGISTRY[later].missing() or f"comes after {name} in the fixed order"
-    reason = f"first in the fixed order that serves {x.dtype} on {x.device}"
-    forced = backend or _selected
-    if forced is not None:
-        name = choose(forced, x.device, x.dtype).name
-        source = "the backend argument" if backend else f"use_backend or {ENV}"
-        reason = f"forced by {source}"
-        passed_over = {n: w for n, w in passed_over.items() if n != name}
-    found = _REGISTRY[name]
-    masked = seed if dropout.drops(dropout_p) else None
-    if masked is None and dropout.drops(dropout_p):
-        masked = torch.zeros(2, dtype=torch.int64, device=x.device)  # as good as a drawn one
-    plan = found.summary
-    if found.plan:
-        _, up_scale = ops.split_scaling(scaling, x.dtype)
-        off = ops.is_off(scaling, dropout.drop_threshold(dropout_p))
-        x, weight, lora_a, lora_b, masked = ops.one_dtype(x, weight, lora_a, lora_b, masked, off)
-        plan = found.plan(x, weight, lora_a, lora_b, masked, up_scale)
-    return Explanation(name, plan, reason, passed_over)
+def _objection(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the automatic choice cannot take a backend for such an x, whatever its shape."""
+    backend = _REGISTRY[name]
+    why = backend.missing() or backend.refuses(device, dtype) or backend.prefers(device, dtype)
+    if dtype == torch.float64 and name != "reference":
+        why = why or "float64 goes to the reference"
+    return why
 
 
 def backends() -> dict[str, str | None]:
@@ -297,10 +280,6 @@ def _cuda_plan(x, weight, lora_a, lora_b, seed, up_scale) -> str:
     return f"forward: {ops.forward_plan(*call)}; backward: {ops.backward_plan(*call)}"
 
 
-def _no_evidence(device: torch.device, dtype: torch.dtype) -> str | None:
-    return "no passing GPU evidence for this device is part of this version"
-
-
 def _reference_only(*args):
     raise RuntimeError(
         "fused_lora_linear: backend 'reference' is plain PyTorch and has no operator"
@@ -316,7 +295,7 @@ def _register_all() -> None:
     )
     register(
         Backend("cuda", _CUDA_SUMMARY, **_cuda_flow(), missing=_cuda_missing, refuses=_on_cuda,
-                prefers=_no_evidence, plan=_cuda_plan)
+                evidence=dispatch.evidence, plan=_cuda_plan)
     )  # fmt: skip
     register(
         Backend("cpu", "C++ down_proj and weight_grad, mask in registers, frozen product by the "

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import autocast, checks, dropout, reference
 from . import backend as backends
-from .ops import LoraLinear, make_plan
+from .ops import LoraLinear, make_plan, needs_grad, plan_of
 
 
 def fused_lora_linear(
@@ -84,8 +84,13 @@ def fused_lora_linear(
             x, weight, lora_a, lora_b, bias, scaling=scaling, dropout_p=dropout_p, seed=seed
         )
     if torch.compiler.is_compiling():
+        if name == "" and not needs_grad(x, lora_a, lora_b, bias):
+            name = backends.FORWARD_ALONE
         return torch.ops.lora_kernels.lora_linear(
             x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, name
         )[0]
     plan = make_plan(name, x.device, x.dtype, scaling, dropout_p, seed is not None)
+    if plan.by_shape:
+        inputs = (x, lora_a, lora_b, bias)
+        plan = plan_of(name, x, weight, lora_a, scaling, dropout_p, seed is not None, inputs)
     return LoraLinear.apply(x, weight, lora_a, lora_b, bias, seed, plan)

@@ -86,12 +86,14 @@ def fused_lora_linear_group(
             )
         ]
     if torch.compiler.is_compiling():
+        if name == "" and not ops.needs_grad(x, *lora_as, *lora_bs, *biases):
+            name = backends.FORWARD_ALONE
         return torch.ops.lora_kernels.lora_linear_group(
             x, weights, lora_as, lora_bs, [x.new_empty(0) if b is None else b for b in biases],
             seeds if dropped else [], scalings, dropout_p, name,
         )[0]  # fmt: skip
-    plan = make_plan(name, x.device, x.dtype, tuple(scalings), dropout_p, dropped)
     operands = (*weights, *lora_as, *lora_bs, *biases, *seeds)
+    plan = plan_of(name, x, weights, lora_as, scalings, dropout_p, dropped, operands)
     return list(LoraLinearGroup.apply(plan, x, *operands))
 
 
@@ -164,6 +166,7 @@ class Plan(NamedTuple):
     h_scales: tuple[float, ...]
     up_scales: tuple[float, ...]
     offs: tuple[bool, ...]
+    by_shape: bool = False
 
     def take(self, used: list[int]) -> Plan:
         """The plan of some of the projections."""
@@ -196,10 +199,28 @@ def make_plan(
         tuple(p.h_scale for p in plans),
         tuple(p.up_scale for p in plans),
         tuple(p.off for p in plans),
+        plans[0].by_shape,
     )
 
 
 backends.on_change(make_plan.cache_clear)
+
+
+def plan_of(
+    name, x, weights, lora_as, scalings, dropout_p, dropped, operands: tuple = ()
+) -> Plan:  # fmt: skip
+    """As `ops.plan_of`; where the choice goes by shape, of what every projection would take."""
+    device, dtype, scalings = x.device, x.dtype, tuple(scalings)
+    plan = make_plan(name, device, dtype, scalings, dropout_p, dropped)
+    if not plan.by_shape:
+        return plan
+    training = ops.needs_grad(x, *operands) if operands else name != backends.FORWARD_ALONE
+    each = zip(weights, lora_as, plan.offs, strict=True)
+    calls = [ops.call_of(x, *one, plan.threshold > 0, training) for one in each]
+    names = {backends.choose("", device, dtype, call).name for call in calls}
+    if len(names) > 1:
+        names = {backends.choose("", device, dtype).name}
+    return make_plan(names.pop(), device, dtype, scalings, dropout_p, dropped)
 
 
 def _one_dtype(x, weights, lora_as, lora_bs, seeds, offs):
@@ -296,7 +317,7 @@ class LoraLinearGroup(torch.autograd.Function):
 
 
 def _lora_linear_group(x, weights, lora_as, lora_bs, biases, seeds, scalings, dropout_p, backend):
-    plan = make_plan(backend, x.device, x.dtype, tuple(scalings), dropout_p, bool(seeds))
+    plan = plan_of(backend, x, weights, lora_as, scalings, dropout_p, bool(seeds))
     biases = [b if b.numel() else None for b in biases]
     seeds = seeds or [None] * len(weights)
     ys, hs = run_forward(x, weights, lora_as, lora_bs, biases, seeds, plan)
@@ -309,7 +330,7 @@ def _lora_linear_group(x, weights, lora_as, lora_bs, biases, seeds, scalings, dr
 def _lora_linear_group_backward(
     x, dys, weights, lora_as, lora_bs, hs, seeds, scalings, dropout_p, backend, *needs
 ):
-    plan = make_plan(backend, x.device, x.dtype, tuple(scalings), dropout_p, bool(seeds))
+    plan = plan_of(backend, x, weights, lora_as, scalings, dropout_p, bool(seeds))
     seeds = seeds or [None] * len(weights)
     return run_backward(x, dys, weights, lora_as, lora_bs, hs, seeds, plan, *needs)
 

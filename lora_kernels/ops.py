@@ -13,6 +13,7 @@ from torch import Tensor
 from . import autocast, composed, dropout
 from . import backend as backends
 from .schemas import LIBRARY
+from .shape_classes import Call
 
 # What a device has no C++ kernel for is composed of the vendor's.
 for _name, _default in (
@@ -36,6 +37,7 @@ class Plan(NamedTuple):
     h_scale: float
     up_scale: float
     off: bool  # the LoRA term is exactly zero: no Inf or NaN of A or B may reach y or a gradient
+    by_shape: bool = False  # the choice is automatic and goes by shape: see `plan_of`
 
 
 @functools.lru_cache(maxsize=4096)
@@ -52,10 +54,43 @@ def make_plan(
     threshold = dropout.drop_threshold(dropout_p) if dropped else 0
     h_scale, up_scale = split_scaling(scaling, dtype)
     off = is_off(scaling, threshold)
-    return Plan(backend.forward, backend.backward, threshold, h_scale, up_scale, off)
+    by_shape = name in ("", backends.FORWARD_ALONE) and backends.by_shape(device, dtype)
+    return Plan(backend.forward, backend.backward, threshold, h_scale, up_scale, off, by_shape)
 
 
 backends.on_change(make_plan.cache_clear)
+
+
+def plan_of(
+    name: str, x: Tensor, weight: Tensor, lora_a: Tensor, scaling: float, dropout_p: float,
+    dropped: bool, inputs: tuple[Tensor | None, ...] = (),
+) -> Plan:  # fmt: skip
+    """`make_plan`, by shape where the choice goes by it: alike for forward and backward.
+
+    `inputs`: what may require grad; below autograd, where none does, `name` says whether a backward
+    pass follows.
+    """
+    plan = make_plan(name, x.device, x.dtype, scaling, dropout_p, dropped)
+    if not plan.by_shape:
+        return plan
+    training = needs_grad(*inputs) if inputs else name != backends.FORWARD_ALONE
+    call = call_of(x, weight, lora_a, plan.off, plan.threshold > 0, training)
+    found = backends.choose("", x.device, x.dtype, call)
+    return make_plan(found.name, x.device, x.dtype, scaling, dropout_p, dropped)
+
+
+def call_of(
+    x: Tensor, weight: Tensor, lora_a: Tensor, off: bool, dropped: bool, training: bool
+) -> Call:
+    """What the choice by shape knows of a call; an adapter that is off has rank 0."""
+    n, k = weight.shape
+    m = x.numel() // k if k else 0
+    return Call(m, n, k, 0 if off else lora_a.shape[0], dropped and not off, training)
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether a backward pass may follow."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def split_scaling(scaling: float, dtype: torch.dtype) -> tuple[float, float]:
@@ -178,7 +213,7 @@ def _no_double_backward(op="fused_lora_linear"):
 
 
 def _lora_linear(x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, backend):
-    plan = make_plan(backend, x.device, x.dtype, scaling, dropout_p, seed is not None)
+    plan = plan_of(backend, x, weight, lora_a, scaling, dropout_p, seed is not None)
     y, h = run_forward(x, weight, lora_a, lora_b, bias, seed, plan)
     return y, x.new_zeros(h.shape[0], lora_a.shape[0]) if plan.off else h
 
@@ -186,7 +221,7 @@ def _lora_linear(x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, back
 def _lora_linear_backward(
     dy, x, weight, lora_a, lora_b, h, seed, scaling, dropout_p, backend, *needs
 ):
-    plan = make_plan(backend, x.device, x.dtype, scaling, dropout_p, seed is not None)
+    plan = plan_of(backend, x, weight, lora_a, scaling, dropout_p, seed is not None)
     return run_backward(dy, x, weight, lora_a, lora_b, h, seed, plan, *needs)
 
 

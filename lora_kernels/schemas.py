@@ -34,6 +34,7 @@ CAPABILITY = (8, 0)  # of the oldest CUDA device with kernels
 SCHEMAS = (
     "cpu_isa() -> str",
     "has_sm90a() -> bool",
+    "kernel_sources() -> str",
     "max_group() -> int",
     "down_proj_plan(Tensor x, Tensor down, Tensor? seed) -> str",
     "dropout_mask(Tensor seed, SymInt rows, SymInt cols, int threshold) -> Tensor",

@@ -139,6 +139,7 @@ def test_sdist_to_wheel(source, tmp_path):
     assert "-cp310-abi3-" in wheel.name
     names = zipfile.ZipFile(wheel).namelist()
     assert "lora_kernels/_C.abi3.so" in names and "lora_kernels/py.typed" in names
+    assert "lora_kernels/dispatch.json" in names
     assert not any(n.startswith(("tests", "bench", "csrc")) for n in names)
 
 

@@ -401,7 +401,7 @@ def out(tmp_path):
     backward = {"environment": machine, "groups": groups}
     group = {"environment": machine, "groups": [group_table(p) for p in (0.0, 0.1)]}
     files = {"kernels": kernels, "layers": layers, "gemm": gemm, "backward": backward}
-    files |= {"group": group, "suite": record}
+    files |= {"group": group, "suite": record, "selfcheck": {}}
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     return folder

@@ -1,4 +1,4 @@
-"""The acceptance criterion: the one place where a tolerance stands.
+"""The acceptance criterion; C1's numbers and float64 evaluation are `lora_kernels.criterion`'s.
 
 Every bound is against float64 evaluation of the exact formula on the same stored inputs (adapters
 as cast) with the same mask. u is the unit roundoff of a dtype, S the sum of the magnitudes that a
@@ -16,24 +16,12 @@ C7  200 steps of training beside eager PyTorch with the same masks: each step's 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from problems import Problem
 from torch import Tensor
 
-import lora_kernels as lk
+from lora_kernels.criterion import UNIT, group_oracle, oracle, usage
 
-UNIT = {
-    torch.float16: 2.0**-11,
-    torch.bfloat16: 2.0**-8,
-    torch.float32: 2.0**-24,
-    torch.float64: 2.0**-53,
-}
-SLACK = 1.05
-ACCUMULATE = 2.0**-23  # relative error of one fp32 accumulation step, truncation included
-# Largest of |o| 2^-k that a result may lose to gradual underflow.
-TINY = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133, torch.float32: 2.0**-149}
 # C2, in units of u of the operands' dtype. `wide`: an fp32 gradient of 16-bit operands.
 NORM = {"activation": 0.75, "adapter": 0.80, "wide": 0.55, "fp32": 32.0}
 EAGER_NORM = 1.0  # an eager-like path rounds the frozen product and each intermediate once more
@@ -48,111 +36,21 @@ TRAINING_COSINE = 0.999
 TRAINING_GRADIENT = 0.02  # relative, in norm: AdamW's steps would not show a factor
 
 
-@dataclass(frozen=True)
-class Oracle:
-    """float64 results by name, S, I and L of C1, and what an eager-like path rounds once more."""
-
-    value: dict[str, Tensor]
-    total: dict[str, Tensor]
-    middle: dict[str, Tensor]
-    length: dict[str, int]
-    partial: dict[str, Tensor]
-
-
-def oracle(p: Problem) -> Oracle:
-    """Evaluates section 1 of the contract, and its magnitudes, in float64."""
-    dtype, k, n = p.x.dtype, p.x.shape[-1], p.weight.shape[0]
-    rows = p.x.shape[:-1].numel()
-    x, dy = p.x.double().reshape(rows, k), p.dy.double().reshape(rows, n)
-    w, a, b = p.weight.double(), p.lora_a.to(dtype).double(), p.lora_b.to(dtype).double()
-    s = p.scaling
-    m = torch.ones_like(x)
-    if p.dropout_p > 0:
-        mask = lk.dropout.reference_mask(p.seed, *x.shape, lk.dropout.drop_threshold(p.dropout_p))
-        m = mask.double() / lk.keep_probability(p.dropout_p)  # bool / float would be float32
-    xd = torch.where(m > 0, x * m, 0)
-    h, dh = s * xd @ a.T, s * dy @ b
-    base_y, base_dx, lora_dx = x @ w.T, dy @ w, torch.where(m > 0, (dh @ a) * m, 0)
-    ax, aw, aa, ab, ad, axd = (t.abs() for t in (x, w, a, b, dy, xd))
-    sh, sdh = abs(s) * axd @ aa.T, abs(s) * ad @ ab
-    bias = torch.zeros(n).double() if p.bias is None else p.bias.double()
-    r = a.shape[0]
-    shape_x = p.x.shape
-    return Oracle(
-        value={
-            "y": (base_y + h @ b.T + bias).reshape(p.dy.shape),
-            "x": (base_dx + lora_dx).reshape(shape_x),
-            "lora_a": dh.T @ xd,
-            "lora_b": dy.T @ h,
-            "bias": dy.sum(0),
-        },
-        total={
-            "y": (ax @ aw.T + sh @ ab.T + bias.abs()).reshape(p.dy.shape),
-            "x": (ad @ aw + (sdh @ aa) * m).reshape(shape_x),
-            "lora_a": sdh.T @ axd,
-            "lora_b": ad.T @ sh,
-            "bias": ad.sum(0),
-        },
-        middle={
-            "y": (h.abs() @ ab.T).reshape(p.dy.shape),
-            "x": ((dh.abs() @ aa) * m).reshape(shape_x),
-            "lora_a": dh.abs().T @ axd,
-            "lora_b": ad.T @ h.abs(),
-            "bias": torch.zeros(n).double(),
-        },
-        length={"y": k + r + 1, "x": n + r, "lora_a": n + rows, "lora_b": k + rows, "bias": rows},
-        partial={
-            "y": ((base_y + bias).abs() + (h @ b.T).abs()).reshape(p.dy.shape),
-            "x": (base_dx.abs() + 2 * lora_dx.abs()).reshape(shape_x),
-            "lora_a": (dh.T @ xd).abs(),
-            "lora_b": (dy.T @ h).abs(),
-            "bias": torch.zeros(n).double(),
-        },
-    )
-
-
 def c1_usage(p: Problem, got: dict[str, Tensor], *, eager_like: bool = False) -> dict[str, float]:
     """Largest error / bound of each result; C1 holds where it is at most 1."""
-    return _c1_usage(p, oracle(p), got, eager_like)
-
-
-def _c1_usage(p: Problem, o: Oracle, got: dict[str, Tensor], eager_like: bool) -> dict[str, float]:
-    u = UNIT[p.x.dtype]
-    usage = {}
-    for name, value in got.items():
-        exact = o.value[name]
-        bound = SLACK * (UNIT[value.dtype] * exact.abs() + u * o.middle[name])
-        if p.x.dtype != torch.float64:
-            bound = bound + o.length[name] * ACCUMULATE * o.total[name] + TINY[value.dtype]
-        else:
-            bound = bound + 2 * o.length[name] * u * o.total[name]
-        if eager_like:
-            bound = bound + SLACK * u * o.partial[name]
-        error = (value.double() - exact).abs()
-        # A result that is exactly zero by construction must be zero: 0 / 0 counts as met.
-        ratio = torch.where(error == 0, 0.0, error / bound)
-        usage[name] = ratio.max().item() if ratio.numel() else 0.0
-    return usage
+    return usage(oracle(p), got, p.x.dtype, eager_like=eager_like)
 
 
 def assert_c1(p: Problem, got: dict[str, Tensor], *, eager_like: bool = False) -> None:
-    for name, usage in c1_usage(p, got, eager_like=eager_like).items():
-        assert usage <= 1.0, f"C1: {name} uses {usage:.3g} of its bound"
+    for name, found in c1_usage(p, got, eager_like=eager_like).items():
+        assert found <= 1.0, f"C1: {name} uses {found:.3g} of its bound"
 
 
 def assert_c1_group(parts: list[Problem], dx: Tensor, *, eager_like: bool = False) -> None:
     """C1 of the dx that projections of one x have in common: one sum, with one rounding."""
-    oracles = [oracle(p) for p in parts]
-    value, total, middle, partial = (
-        {"x": torch.stack([getattr(o, kind)["x"] for o in oracles]).sum(0)}
-        for kind in ("value", "total", "middle", "partial")
-    )
-    # An eager-like path rounds the sum of what it has after each of two products a projection.
-    partial["x"] = 2 * len(parts) * partial["x"]
-    length = {"x": sum(o.length["x"] + 1 for o in oracles)}
-    of_sum = Oracle(value, total, middle, length, partial)
-    for name, usage in _c1_usage(parts[0], of_sum, {"x": dx}, eager_like).items():
-        assert usage <= 1.0, f"C1: {name} of the group uses {usage:.3g} of its bound"
+    o = group_oracle([oracle(p) for p in parts])
+    for name, found in usage(o, {"x": dx}, parts[0].x.dtype, eager_like=eager_like).items():
+        assert found <= 1.0, f"C1: {name} of the group uses {found:.3g} of its bound"
 
 
 def assert_c2(p: Problem, got: dict[str, Tensor], *, eager_like: bool = False) -> None:

@@ -10,6 +10,7 @@
 #include "../cuda/dropout_mask.h"
 #include "../cuda/forward.h"
 #include "cuda_operands.h"
+#include "kernel_sources.h"  // setup.py writes it
 
 namespace lora_kernels {
 namespace {
@@ -135,6 +136,9 @@ std::string forward_plan_cuda(const Tensor& x, const Tensor& weight, const Tenso
 
 bool has_sm90a() { return built_with_sm90a(); }
 
+// The hash of what the kernels in this library were built from, by csrc/digest.py.
+std::string kernel_sources() { return LK_KERNEL_SOURCES; }
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CUDA, m) {
@@ -149,6 +153,7 @@ STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CUDA, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CompositeExplicitAutograd, m) {
   m.impl("has_sm90a", TORCH_BOX(&has_sm90a));
+  m.impl("kernel_sources", TORCH_BOX(&kernel_sources));
 }
 
 }  // namespace lora_kernels
