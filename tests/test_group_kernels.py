@@ -155,6 +155,86 @@ def test_every_launch_of_forward_may_fail(emulated, shape):
         assert failed["kernels"] == found["kernels"][: number + 1]
 
 
+# ---- on devices that take the sm_80 kernels -----------------------------------------------------
+
+SM80 = {"compute": 80}
+
+
+@pytest.mark.parametrize("seed", SEEDS.values(), ids=SEEDS)
+@pytest.mark.parametrize("shape", GROUPS.values(), ids=GROUPS)
+def test_forward_of_sm80_is_that_of_separate_calls(emulated, shape, seed):
+    """All y in one launch; each h in one of its own."""
+    each = layers(shape, seed=seed)
+    each[-1].bias = None
+    results, found = run_forward(emulated, each, **SM80)
+    assert_like_alone(emulated, each, results, **SM80)
+    m, _, projections = shape
+    made = [k for k in found["kernels"] if k != "pack"]
+    with_h = sum(m > 0 and r > 0 for _, r in projections)
+    assert made == ["down_proj_sm80"] * with_h + ["fused_gemm_sm80"] * (m > 0)
+    assert found["bank_conflicts"] == 0 and found["joined"] == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("multiprocessors", [4, 30])
+def test_forward_of_sm80_in_other_tiles(emulated, multiprocessors, dtype):
+    """Few multiprocessors take wider tiles; what each y is does not depend on them."""
+    each = layers((300, 72, ((264, 16), (136, 8), (131, 40))), dtype, seed=[1, 2])
+    options = SM80 | {"multiprocessors": multiprocessors}
+    results, found = run_forward(emulated, each, **options)
+    assert_like_alone(emulated, each, results, **SM80)
+    for one, (y, h) in zip(each, results, strict=True):
+        one.check(y, h)
+    width = {4: "128x256", 30: "64x64"}[multiprocessors]
+    assert f"fused_gemm_sm80 {width}x32" in found["text"]
+
+
+@pytest.mark.parametrize("timing, schedule", SCHEDULES)
+def test_forward_of_sm80_in_any_timing(emulated, timing, schedule):
+    each = layers(GROUPS["parallel_block"], seed=[1, 2])
+    results, _ = run_forward(
+        emulated, each, timing=timing, schedule=schedule, resident_blocks=2 + schedule, **SM80
+    )
+    assert_like_alone(emulated, each, results, **SM80)
+
+
+def test_operands_of_sm80_that_are_copied(emulated):
+    """x is copied once; a weight that lies transposed decides how all others are taken."""
+    each = layers(GROUPS["qkv"], seed=[1, 2])
+    for one in each:
+        one.x = torch.nn.functional.pad(each[0].x, (1, 0))[:, 1:]
+    each[1].weight = each[1].weight.t().contiguous().t()
+    each[2].bias = each[2].bias.repeat_interleave(2)[::2]
+    results, found = run_forward(emulated, each, **SM80)
+    assert_like_alone(emulated, each, results, **SM80)
+    assert "MN-major" in found["text"]
+    assert found["kernels"] == ["pack", *["down_proj_sm80"] * 3, "fused_gemm_sm80"]
+
+
+@pytest.mark.parametrize("seed", SEEDS.values(), ids=SEEDS)
+@pytest.mark.parametrize("shape", GROUPS.values(), ids=GROUPS)
+def test_dx_of_sm80(emulated, shape, seed):
+    """The sum over the group in one launch, each product under its own mask."""
+    each = layers(shape, seed=seed, kind=Step)
+    results, found = run_backward(emulated, each, [("dx",)] * len(each), **SM80)
+    check_backward(each, results)
+    m, _, projections = shape
+    made = [k for k in found["kernels"] if k != "pack"]
+    has_dx = m > 0 and shape[1] > 0
+    with_dh = sum(m > 0 and r > 0 for _, r in projections)
+    assert made == ["down_proj_sm80"] * with_dh + ["fused_gemm_sm80"] * has_dx
+    assert found["bank_conflicts"] == 0
+
+
+def test_dx_of_sm80_keeps_a_product_without_a_mask_whole(emulated):
+    """Beside one that has a mask, in either order."""
+    for dropped in (0, 1):
+        each = layers((140, 72, ((72, 16), (136, 40))), seed=[1, 2], kind=Step)
+        each[1 - dropped].seed = None
+        results, _ = run_backward(emulated, each, [("dx",)] * 2, **SM80)
+        check_backward(each, results)
+
+
 # ---- backward -----------------------------------------------------------------------------------
 
 

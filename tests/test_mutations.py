@@ -13,13 +13,15 @@ import mutants
 import mutants_backward
 import mutants_forward
 import mutants_group
+import mutants_sm80_gemm
 import mutation_problems
 import numpy as np
 import pytest
+import sm80_problems
 from emulator import build
 from mutants import Mutant
 
-FILES = (mutants, mutants_forward, mutants_backward, mutants_group)
+FILES = (mutants, mutants_forward, mutants_backward, mutants_group, mutants_sm80_gemm)
 KILLED = [mutant for file in FILES for mutant in file.KILLED]
 SURVIVORS = [known for file in FILES for known in file.SURVIVORS]
 ALL = KILLED + [mutant for mutant, _ in SURVIVORS]
@@ -30,6 +32,7 @@ TIMEOUT = 60  # seconds; a part of the suite takes a few, all of it 20 on an idl
 @pytest.fixture(scope="session")
 def problems(tmp_path_factory) -> Path:
     found = mutation_problems.all_problems() | group_problems.all_problems()
+    found |= sm80_problems.all_problems()
     arrays = {f"{name}/{key}": v for name, p in found.items() for key, v in p.items()}
     path = tmp_path_factory.mktemp("mutations") / "problems.npz"
     np.savez(path, **arrays)
@@ -94,7 +97,8 @@ def is_slow(mutant: Mutant) -> bool:
     suites = ("forward", "passes", "grid", "parts")
     if mutant.suite in suites and mutant.file.endswith((".h", ".cpp")):
         return True
-    for many, fast in ((mutants_backward.KILLED, 3), (mutants_group.KILLED, 4)):
+    every = ((mutants_backward, 3), (mutants_group, 4), (mutants_sm80_gemm, 3))
+    for many, fast in ((file.KILLED, fast) for file, fast in every):
         if mutant in many:
             return many.index(mutant) % fast != 0
     return False
