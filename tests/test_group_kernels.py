@@ -158,9 +158,10 @@ def test_every_launch_of_forward_may_fail(emulated, shape):
 # ---- on devices that take the sm_80 kernels -----------------------------------------------------
 
 SM80 = {"compute": 80}
+SOME_SEEDS = {name: SEEDS[name] for name in ("p0", "unaligned")}
 
 
-@pytest.mark.parametrize("seed", SEEDS.values(), ids=SEEDS)
+@pytest.mark.parametrize("seed", SOME_SEEDS.values(), ids=SOME_SEEDS)
 @pytest.mark.parametrize("shape", GROUPS.values(), ids=GROUPS)
 def test_forward_of_sm80_is_that_of_separate_calls(emulated, shape, seed):
     """All y in one launch; each h in one of its own."""
@@ -175,18 +176,14 @@ def test_forward_of_sm80_is_that_of_separate_calls(emulated, shape, seed):
     assert found["bank_conflicts"] == 0 and found["joined"] == 0
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("multiprocessors", [4, 30])
-def test_forward_of_sm80_in_other_tiles(emulated, multiprocessors, dtype):
-    """Few multiprocessors take wider tiles; what each y is does not depend on them."""
-    each = layers((300, 72, ((264, 16), (136, 8), (131, 40))), dtype, seed=[1, 2])
+@pytest.mark.parametrize("multiprocessors, tile", [(1, "128x256"), (16, "128x128"), (100, "64x64")])
+def test_forward_of_sm80_in_every_tile(emulated, multiprocessors, tile):
+    """The tile is chosen for all outputs together: that of a call alone gives the same bits."""
+    each = layers((140, 72, ((256, 16), (200, 8), (131, 40))), torch.float16, seed=[1, 2])
     options = SM80 | {"multiprocessors": multiprocessors}
     results, found = run_forward(emulated, each, **options)
-    assert_like_alone(emulated, each, results, **SM80)
-    for one, (y, h) in zip(each, results, strict=True):
-        one.check(y, h)
-    width = {4: "128x256", 30: "64x64"}[multiprocessors]
-    assert f"fused_gemm_sm80 {width}x32" in found["text"]
+    assert f"fused_gemm_sm80 {tile}x32" in found["text"]
+    assert_like_alone(emulated, each, results, **options)
 
 
 @pytest.mark.parametrize("timing, schedule", SCHEDULES)
@@ -211,7 +208,7 @@ def test_operands_of_sm80_that_are_copied(emulated):
     assert found["kernels"] == ["pack", *["down_proj_sm80"] * 3, "fused_gemm_sm80"]
 
 
-@pytest.mark.parametrize("seed", SEEDS.values(), ids=SEEDS)
+@pytest.mark.parametrize("seed", SOME_SEEDS.values(), ids=SOME_SEEDS)
 @pytest.mark.parametrize("shape", GROUPS.values(), ids=GROUPS)
 def test_dx_of_sm80(emulated, shape, seed):
     """The sum over the group in one launch, each product under its own mask."""
