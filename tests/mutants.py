@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 SM80, SM90 = "csrc/cuda/down_proj_sm80.cuh", "csrc/cuda/down_proj_sm90.cuh"
 DROPOUT, STORE = "csrc/cuda/dropout.cuh", "csrc/cuda/store_h.cuh"
-DROPPED = "csrc/cuda/dropped_tile.cuh"
+DROPPED, COPY = "csrc/cuda/dropped_tile.cuh", "csrc/cuda/copy_tile.cuh"
 PLAN, PLAN_HEADER = "csrc/cuda/down_proj_plan.cpp", "csrc/cuda/down_proj_plan.h"
 WORK = "csrc/cuda/down_proj_work.h"
 DESCRIPTOR, OPERAND = "csrc/cuda/descriptor.h", "csrc/cuda/tma_operand.h"
@@ -31,7 +31,8 @@ BOTH = ("down_proj_sm80", "down_proj_sm90")
 
 
 def sm80(name: str, text: str, replacement: str, file: str = SM80) -> Mutant:
-    return Mutant(name, file, text, replacement, BOTH[:1] if file == SM80 else BOTH, "sm80")
+    sources = BOTH[:1] if file in (SM80, COPY) else BOTH
+    return Mutant(name, file, text, replacement, sources, "sm80")
 
 
 def sm90(name: str, text: str, replacement: str, file: str = SM90) -> Mutant:
@@ -144,15 +145,16 @@ KILLED = [
          "  if (warp_k > 0) return;"),
     sm80("a slice forgotten", "uint32_t slice = 1; slice", "uint32_t slice = 2; slice"),
     # tails
-    sm80("row tail off by one", "first + i * kRowStep < m.rows", "first + i * kRowStep <= m.rows"),
-    sm80("depth tail off by one", "left = m.cols - col,", "left = m.cols - col + 1,"),
-    sm80("rank tail off by one", "d.row_stride, d.col_stride, args.r, args.K}",
-         "d.row_stride, d.col_stride, args.r + 1, args.K}"),
+    sm80("row tail off by one", "first + i * kRowStep < m.rows", "first + i * kRowStep <= m.rows",
+         COPY),
+    sm80("depth tail off by one", "left = m.cols - col,", "left = m.cols - col + 1,", COPY),
+    sm80("rank tail off by one", "d.row_stride, d.col_stride, args.r, args.K, layout",
+         "d.row_stride, d.col_stride, args.r + 1, args.K, layout"),
     sm90("store past the last row", "r >= args.M || col >= args.r", "r > args.M || col >= args.r",
          STORE),
     sm80("store past the last rank", "pairs && col + 1 < args.r", "pairs && col < args.r", STORE),
     sm80("offset of 32 bits", "m.data + first * m.row_stride + col * m.col_stride",
-         "m.data + static_cast<int>(first * m.row_stride) + col * m.col_stride"),
+         "m.data + static_cast<int>(first * m.row_stride) + col * m.col_stride", COPY),
     sm80("column stride of h ignored", "+ col * h.col_stride;", "+ col;", STORE),
     plan("pairs into odd places", "reinterpret_cast<uintptr_t>(a.h.data) % 4 == 0", "true", "sm80"),
     sm80("scale forgotten", "sum[2 * half + 1] * args.scale", "sum[2 * half + 1]", STORE),

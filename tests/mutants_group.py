@@ -85,7 +85,7 @@ KILLED = [
     forward(GEMM_PLAN, "columns of the first output for all", "ceil_div(args[i].N, tile_n)",
             "ceil_div(args[0].N, tile_n)", "forward"),
     forward(GEMM_PLAN, "tiles of the first output alone",
-            "group->raster = raster_of(outputs, each.tile_n, request.group);",
+            "group->raster = raster_of(outputs, tile, request.group);",
             "group->raster = group->plans[0].raster;", "forward"),
     # forward
     host(FORWARD, "h made twice", "plan.joined[plan.joined_count++] = i;\n  else\n",
