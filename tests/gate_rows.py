@@ -71,6 +71,24 @@ EXPECTED: tuple[Row, ...] = (
         for rows in (64, 192)
         for arch, fences in (("80", 0), ("90a", 2))
     ),
+    # <tile, dtype, MN-major>: a stage is two k16 steps of `parts` by `parts` fragments; each thread
+    # copies `loads` chunks of it to fill the ring, and again in the loop, in front of which one
+    # more step is loaded. MN-major also has the masked term, twice, since nvcc peels its loop.
+    *(
+        Row(f"fused_gemm_sm80_kernel<FusedGemmSm80Tile<{m}, {n}, .*>, .*, {form}>", None, opcodes)
+        for m, n, parts, loads in ((128, 256, 4, 6), (128, 128, 4, 8), (64, 64, 2, 4))
+        for form, opcodes in (
+            ("false", {"HMMA": 4 * parts**2, "LDGSTS": 2 * loads, "LDSM": 6 * parts}),
+            (
+                "true",
+                {
+                    "HMMA": 12 * parts**2,
+                    "LDGSTS": 4 * loads,
+                    "LDSM": 6 * parts + 4 * parts * (parts + 1),
+                },
+            ),
+        )
+    ),
     # <tile, dtype, MN-major, dropout>: a stage is four k16 steps and two loads, more for panels
     Row("down_proj_sm90_kernel<.*, false, false>", "90a", {"HGMMA": 4, "UTMALDG": 2}),
     Row(

@@ -11,7 +11,7 @@ from typing import NamedTuple
 COPY = "csrc/cuda/copy_tile.cuh"
 SM80, SM90 = "csrc/cuda/down_proj_sm80.cuh", "csrc/cuda/down_proj_sm90.cuh"
 DROPOUT, STORE = "csrc/cuda/dropout.cuh", "csrc/cuda/store_h.cuh"
-DROPPED = "csrc/cuda/dropped_tile.cuh"
+DROPPED, COPY = "csrc/cuda/dropped_tile.cuh", "csrc/cuda/copy_tile.cuh"
 PLAN, PLAN_HEADER = "csrc/cuda/down_proj_plan.cpp", "csrc/cuda/down_proj_plan.h"
 WORK = "csrc/cuda/down_proj_work.h"
 DESCRIPTOR, OPERAND = "csrc/cuda/descriptor.h", "csrc/cuda/tma_operand.h"

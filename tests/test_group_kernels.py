@@ -49,7 +49,7 @@ def layers(shape, dtype=torch.bfloat16, seed=None, kind=Layer, **options) -> lis
 
 
 def own_options(each) -> list[dict]:
-    return [{} if one.seed is None else {"seed": one.seed} for one in each]
+    return [{"seed": one.seed or [], "threshold": THRESHOLD} for one in each]
 
 
 # ---- forward ------------------------------------------------------------------------------------

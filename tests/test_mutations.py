@@ -15,15 +15,18 @@ import mutants_backward
 import mutants_decode
 import mutants_forward
 import mutants_group
+import mutants_sm80_gemm
 import mutants_sm80_grad
 import mutation_problems
 import numpy as np
 import pytest
+import sm80_problems
 from emulator import build
 from mutants import Mutant
 
 FILES = (
-    mutants, mutants_forward, mutants_backward, mutants_group, mutants_sm80_grad, mutants_decode,
+    mutants, mutants_forward, mutants_backward, mutants_group, mutants_decode, mutants_sm80_gemm,
+    mutants_sm80_grad,
 )  # fmt: skip
 KILLED = [mutant for file in FILES for mutant in file.KILLED]
 SURVIVORS = [known for file in FILES for known in file.SURVIVORS]
@@ -36,6 +39,7 @@ TIMEOUT = 60  # seconds; a part of the suite takes a few, all of it 20 on an idl
 def problems(tmp_path_factory) -> Path:
     found = mutation_problems.all_problems() | group_problems.all_problems()
     found |= decode_problems.all_problems()
+    found |= sm80_problems.all_problems()
     arrays = {f"{name}/{key}": v for name, p in found.items() for key, v in p.items()}
     path = tmp_path_factory.mktemp("mutations") / "problems.npz"
     np.savez(path, **arrays)
@@ -100,7 +104,10 @@ def is_slow(mutant: Mutant) -> bool:
     suites = ("forward", "passes", "grid", "parts", "grad80")
     if mutant.suite in suites and mutant.file.endswith((".h", ".cpp")):
         return True
-    counts = {mutants_backward: 3, mutants_group: 4, mutants_sm80_grad: 4, mutants_decode: 4}
+    counts = {
+        mutants_backward: 3, mutants_group: 4, mutants_decode: 4, mutants_sm80_gemm: 4,
+        mutants_sm80_grad: 4,
+    }  # fmt: skip
     for many, fast in ((file.KILLED, n) for file, n in counts.items()):
         if mutant in many:
             return many.index(mutant) % fast != 0

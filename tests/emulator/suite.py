@@ -277,6 +277,40 @@ def check_backward_group(emulated, problem: dict[str, np.ndarray]) -> None:
         check_run(found, kernels)
 
 
+def place_of_y(rows: int, columns: int, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """(y, the memory around it): its rows behind one another; a gap between them; at odd places;
+    so far apart that offsets pass 2^31."""
+    if where == "far":
+        return far_apart(np.zeros((rows, columns), np.uint16)), np.zeros(0, np.uint16)
+    gap = {"rows": 0, "gaps": 16 - columns % 8, "odd": 3}[where]
+    first = int(where == "odd")
+    base = np.zeros((rows, columns + gap), np.uint16)
+    y = base[:, first : first + columns]
+    return y, np.concatenate([base[:-1, first + columns :].ravel(), base[1:, :first].ravel()])
+
+
+def check_fused_gemm(emulated, problem: dict[str, np.ndarray]) -> None:
+    options = json.loads(str(problem["options"]))
+    x, weight, h, up, bias = (problem[name] for name in ("x", "weight", "h", "up", "bias"))
+    if problem["mn_major"]:
+        weight, up = (np.ascontiguousarray(a.T).T for a in (weight, up))
+    if problem["place"] == "far":
+        x = far_apart(x)
+    bias = np.repeat(bias, 2)[::2] if problem["strided_bias"] else bias
+    for timing, schedule in SCHEDULES:
+        y, around = place_of_y(*problem["y"].shape, str(problem["place"]))
+        given = {"timing": timing, "schedule": schedule, "resident_blocks": 2 + schedule} | options
+        found = emulated.fused_gemm(x, weight, h, up, bias if len(bias) else None, y, given)
+        check_outputs(y, problem["y"], "y")
+        if not np.isin(around, (0, POISON)).all():
+            raise Wrong("memory beside y was written")
+        if found["bank_conflicts"]:
+            raise Wrong(f"{found['bank_conflicts']} bank conflicts")
+        read = found["bytes_loaded"]
+        if problem["bytes"] and read != problem["bytes"]:
+            raise Wrong(f"{read} bytes loaded, expected {problem['bytes']}")
+
+
 def check_gemm(emulated, problem: dict[str, np.ndarray]) -> None:
     for timing, schedule in SCHEDULES:
         c = np.zeros(problem["c"].shape, np.uint16)
@@ -310,6 +344,9 @@ CHECKS: dict[str, Callable] = {
     "grad80": check_grad80,
     "forward_group": check_forward_group,
     "backward_group": check_backward_group,
+    "gemm80": check_fused_gemm,
+    "outputs80": check_forward_group,
+    "sums80": check_backward_group,
     "gemm": check_gemm,
     "relay": check_relay,
 }
