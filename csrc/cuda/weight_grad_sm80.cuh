@@ -151,28 +151,26 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
   };
   float grad[Tile::kRank / 8][4] = {}, sums[4] = {};
 
-  // Fill the ring: one commit a stage, empty or not, so that group s is always stage s.
+  // The first turns fill the ring. One commit a turn, empty or not, so that group s is always
+  // stage s.
+  uint32_t slot = 0, next_slot = 0;
 #pragma unroll 1
-  for (int s = 0; s < Tile::kStages - 1; ++s) {
-    const int64_t row = at.row + s * Tile::kDepth;
-    if (row < at.end) load(s, row);
-    ptx::cp_async_commit();
-  }
-
-  uint32_t slot = 0, next_slot = Tile::kStages - 1;
-#pragma unroll 1
-  for (int64_t row = at.row; row < at.end; row += Tile::kDepth) {
-    // This stage is here, and every warp is done with the one before, whose place the next takes.
-    ptx::cp_async_wait<Tile::kStages - 2>();
-    ptx::block_sync();
+  for (int64_t row = at.row + (1 - Tile::kStages) * Tile::kDepth; row < at.end;
+       row += Tile::kDepth) {
+    if (row >= at.row) {
+      // This stage is here, and every warp is done with the one before, whose place the next takes.
+      ptx::cp_async_wait<Tile::kStages - 2>();
+      ptx::block_sync();
+    }
     const int64_t next = row + (Tile::kStages - 1) * Tile::kDepth;
     if (next < at.end) load(next_slot, next);
     ptx::cp_async_commit();
+    next_slot = next_slot + 1 == Tile::kStages ? 0 : next_slot + 1;
+    if (row < at.row) continue;
     multiply_stage<Tile, T>(grad, sums, shared + slot * Tile::kStageBytes, at.work, dropout, warp,
                             lane);
     dropout = below(dropout, Tile::kDepth);
     slot = slot + 1 == Tile::kStages ? 0 : slot + 1;
-    next_slot = next_slot + 1 == Tile::kStages ? 0 : next_slot + 1;
   }
   ptx::cp_async_wait<0>();
   store_sums<Tile>(work, at, grad, sums, warp, lane);

@@ -32,8 +32,7 @@ std::vector<Launch> down_proj_launches(const DownProjArgs& args, const DownProjP
   if (plan.kernel == Kernel::none) return {};
   if (plan.kernel == Kernel::sm90) return down_proj_group_launches(&args, 1, group_of_one(plan));
   Launch l = launch_of("down_proj_sm80", down_proj_sm80_body(args, plan), plan);
-  l.grid_x = static_cast<unsigned>(plan.blocks);
-  l.grid_y = static_cast<unsigned>(plan.rank_blocks);
+  l.grid_x = static_cast<unsigned>(plan.blocks * plan.rank_blocks);
   return {l};
 }
 
