@@ -27,7 +27,7 @@ FORWARD_GROUPS = [
         ["pack", "down_proj_sm90", "fused_gemm_sm90", "pack"],
     ),
     (
-        (20, 136),
+        (70, 136),
         [
             (40, 5, dict(scale=(2.0, 4.0), bias=True)),
             (200, 3, dict(scale=(2.0, 2.0))),
@@ -37,14 +37,14 @@ FORWARD_GROUPS = [
         ["pack", "down_proj_sm90", "fused_gemm_sm90", "pack"],
     ),
     (
-        (40, 136),
+        (72, 136),
         [
             (0, 16, dict(seed=[5, 6], threshold=4000)),
             (72, 136, dict(seed=[5, 7], threshold=4000)),
             (24, 8, dict(seed=[5, 8], threshold=9000)),
             (40, 24, {}),
         ],
-        dict(multiprocessors=2, transposed=["a3"], turns=3),
+        dict(multiprocessors=4, transposed=["a3"], turns=3),
         ["pack", "down_proj_sm80", "down_proj_sm90", "fused_gemm_sm90"],
     ),
 ]

@@ -75,7 +75,7 @@ OUTPUTS = [
         ["pack", *["down_proj_sm80"] * 2, "fused_gemm_sm80", "pack"],
     ),
     (
-        (20, 136),
+        (70, 136),
         [
             (40, 8, dict(scale=(2.0, 4.0), bias=True)),
             (200, 40, dict(scale=(2.0, 2.0))),

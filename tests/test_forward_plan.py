@@ -100,9 +100,9 @@ def test_what_one_launch_does_not_serve(emulated):
 
 
 @pytest.mark.parametrize("large", [(1 << 31, 8, 8, 8), (8, 1 << 31, 8, 8), (8, 8, 1 << 31, 8)])
-def test_what_tma_cannot_count_is_refused(emulated, large):
-    plan = plan_of(emulated, *large)
-    assert not plan["served"] and "2^31" in plan["reason"]
+def test_what_tma_cannot_count_takes_the_sm_80_kernel(emulated, large):
+    plan = plan_of(emulated, *large, form="two_launches")
+    assert plan["served"] and "fused_gemm_sm80" in plan["text"] and "2^31" in plan["text"]
     plan = plan_of(emulated, 1 << 30, 1 << 16, 8, 8)
     assert not plan["served"] and "tiles" in plan["reason"]
 
@@ -145,7 +145,9 @@ def test_the_plan_says_why(emulated):
         (dict(sm90a=False), "9.0a"),
     ]:
         plan = plan_of(emulated, *shape, **options)
-        assert not plan["served"] and reason in plan["reason"] and reason in plan["text"]
+        assert plan["served"] and "fused_gemm_sm80" in plan["text"] and reason in plan["text"]
+    plan = plan_of(emulated, *shape, compute=75)
+    assert not plan["served"] and "older" in plan["reason"] and plan["text"] == plan["reason"]
     text = plan_of(emulated, *shape)["text"]
     for part in ("one launch", "128x256x64", "4 stages", "132 blocks", "512 tiles", "7.7 waves",
                  "by the model"):  # fmt: skip

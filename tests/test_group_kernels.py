@@ -84,7 +84,9 @@ def test_forward_is_that_of_separate_calls(emulated, shape, seed):
     results, found = run_forward(emulated, each)
     assert_like_alone(emulated, each, results)
     assert found["bank_conflicts"] == 0
-    assert found["kernels"].count("fused_gemm_sm90") == (shape[0] > 0)
+    decoded = found["kernels"].count("decode")  # few rows: a launch each, as alone
+    assert decoded == (len(each) if 0 < shape[0] <= 64 else 0)
+    assert found["kernels"].count("fused_gemm_sm90") == (shape[0] > 64)
 
 
 def test_whatever_form_a_call_alone_takes(emulated):
@@ -93,6 +95,7 @@ def test_whatever_form_a_call_alone_takes(emulated):
     for multiprocessors, m, k, ranks, seed in (
         (8, 700, 136, (16, 64), [1, 2]),
         (132, 2100, 392, (8, 8), None),
+        (132, 72, 136, (16, 40), [1, 2]),
         (132, 40, 136, (16, 40), [1, 2]),
     ):
         each = layers((m, k, [(72, r) for r in ranks]), seed=seed, bias=False)
@@ -102,7 +105,7 @@ def test_whatever_form_a_call_alone_takes(emulated):
             found = one.plan(emulated, **options)
             forms.add(found["form"] + (" sm80" if "sm80" in found["text"] else ""))
         assert_like_alone(emulated, each, results, **options)
-    assert forms == {"one_launch", "two_launches", "two_launches sm80"}
+    assert forms == {"one_launch", "two_launches", "two_launches sm80", "decode"}
 
 
 @pytest.mark.parametrize("timing, schedule", SCHEDULES)

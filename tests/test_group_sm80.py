@@ -29,6 +29,9 @@ def test_forward_is_that_of_separate_calls(emulated, shape):
     assert_like_alone(emulated, each, results, **SM80)
     m, _, projections = shape
     made = [k for k in found["kernels"] if k != "pack"]
+    if 0 < m <= 64:  # few rows: a launch each, as alone
+        assert made == ["decode"] * len(each)
+        return
     with_h = sum(m > 0 and r > 0 for _, r in projections)
     assert made == ["down_proj_sm80"] * with_h + ["fused_gemm_sm80"] * (m > 0)
     assert found["bank_conflicts"] == 0 and found["joined"] == 0
@@ -37,7 +40,7 @@ def test_forward_is_that_of_separate_calls(emulated, shape):
 @pytest.mark.parametrize("multiprocessors, tile", [(1, "128x256"), (16, "128x128"), (100, "64x64")])
 def test_forward_in_every_tile(emulated, multiprocessors, tile):
     """The tile is chosen for all outputs together: that of a call alone gives the same bits."""
-    each = layers((140, 72, ((256, 16), (200, 8), (131, 40))), torch.float16, seed=[1, 2])
+    each = layers((256, 72, ((256, 16), (200, 8), (131, 40))), torch.float16, seed=[1, 2])
     options = SM80 | {"multiprocessors": multiprocessors}
     results, found = run_forward(emulated, each, **options)
     assert f"fused_gemm_sm80 {tile}x32" in found["text"]
@@ -55,7 +58,7 @@ def test_forward_in_any_timing(emulated, timing, schedule):
 
 def test_operands_that_are_copied(emulated):
     """x is copied once; a weight that lies transposed decides how all others are taken."""
-    each = layers(GROUPS["qkv"], seed=[1, 2])
+    each = layers((70, 72, ((72, 16), (136, 8), (72, 8))), seed=[1, 2])
     for one in each:
         one.x = torch.nn.functional.pad(each[0].x, (1, 0))[:, 1:]
     each[1].weight = each[1].weight.t().contiguous().t()

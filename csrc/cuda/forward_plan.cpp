@@ -100,7 +100,8 @@ void choose_form(const ForwardArgs& args, const Target& target, const ForwardReq
 // Seconds of a planned form, at least those of its bytes.
 double seconds_of(const ForwardPlan& plan, const DecodePlan& decode, int64_t K) {
   const double clocks = (1 + plan.overhead) * gemm_cycles(plan.gemm, K);
-  return std::max(clocks / kClock, decode.floor_seconds);
+  const double clock = plan.gemm.kernel == Kernel::sm80 ? kClockSm80 : kClock;
+  return std::max(clocks / clock, decode.floor_seconds);
 }
 
 // Whether decode serves the call: it is decided ahead of the others, which may serve nothing here.
@@ -115,7 +116,10 @@ bool takes_decode(const ForwardArgs& args, const Target& target, const ForwardRe
     others.form = ForwardForm::two_launches;
     const ForwardPlan other = plan_forward(args, target, others);
     if (other.served && (decode.empty || other.gemm.empty)) return false;
-    if (other.served && decode.seconds >= seconds_of(other, decode, args.down.K)) return false;
+    // The model of the others leaves out that few blocks cannot keep memory busy.
+    constexpr double kClearly = 1.1;
+    const double seconds = other.served ? seconds_of(other, decode, args.down.K) : 0;
+    if (other.served && decode.seconds >= kClearly * seconds) return false;
   }
   plan.served = decode.served;
   plan.reason = decode.reason;

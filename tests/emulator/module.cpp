@@ -31,6 +31,10 @@ std::map<std::string, int> shared_bytes() {
   LK_FUSED_GEMM_SM80_TILES(LK_TILE)
 #undef LK_TILE
 #define LK_TILE(...) \
+  found["WeightGradSm90Tile<" #__VA_ARGS__ ">"] = WeightGradSm90Tile<__VA_ARGS__>::kSharedBytes;
+  LK_WEIGHT_GRAD_SM90_TILES(LK_TILE)
+#undef LK_TILE
+#define LK_TILE(...) \
   found["WeightGradSm80Tile<" #__VA_ARGS__ ">"] = WeightGradSm80Tile<__VA_ARGS__>::kSharedBytes;
   LK_WEIGHT_GRAD_SM80_TILES(LK_TILE)
 #undef LK_TILE
