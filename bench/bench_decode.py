@@ -28,8 +28,8 @@ from . import bench_gemm, contenders, report, shapes
 from .shapes import Case, Shape
 
 FORMS = ("decode", "two_launches")
-RANKS = "16,64"
-ROWS = (1, 8, 64)
+RANKS = "16"
+ROWS = (1, 16, 64)
 LAYERS = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))  # N, K
 COLD_BYTES = 256 << 20  # more than any cache holds
 COLUMNS = {

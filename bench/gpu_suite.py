@@ -5,10 +5,10 @@ layers, counts DRAM bytes, and prints one line per stage. Each stage has a time 
 a hang costs that stage alone; what cannot run here is `not run`, with the reason. The exit code is
 1 if a stage failed or was killed. No network, no privilege, no change of the GPU's settings.
 
-OUT (new or empty) receives suite.json (the record), logs.tar.gz, tests.xml, kernels.json,
-gemm.json, backward.json, group.json, layers.json and selfcheck.json. `python -m bench.publish OUT`
-makes results of it. In a copy without .git, LORA_KERNELS_COMMIT names the commit, with the suffix
--dirty if the copy differs from it.
+OUT (new or empty) receives suite.json (the record), logs.tar.gz (with the tests' report and the
+tables of decode), kernels.json, gemm.json, backward.json, group.json, layers.json and
+selfcheck.json. `python -m bench.publish OUT` makes results of it. In a copy without .git,
+LORA_KERNELS_COMMIT names the commit, with the suffix -dirty if the copy differs from it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 LIMITS = {  # seconds; in all less than 9.5 minutes; timed tables take at most half
     "probe": 20, "build": 85, "tests": 85,
     "memcheck": 35, "racecheck": 35, "initcheck": 35, "synccheck": 35,
-    "kernels": 34, "gemm": 42, "backward": 30, "group": 18, "layers": 73, "dram": 30,
+    "kernels": 34, "gemm": 42, "backward": 30, "group": 18, "decode": 12, "layers": 61, "dram": 30,
     "selfcheck": 12,
 }  # fmt: skip
 # What rows of dispatch.json are made of. The tests and sanitizers check the operators.
@@ -145,6 +145,7 @@ class Suite:
             self._timing("gemm", ["bench.bench_gemm"], evidence.gemm),
             self._timing("backward", ["bench.bench_backward"], evidence.gemm),
             self._timing("group", ["bench.bench_group"], evidence.group),
+            self._timing("decode", ["bench.bench_decode"], evidence.gemm, self.logs),
             self._timing(
                 "layers", ["bench", "--plot", str(self.logs / "layers.png")], evidence.layers
             ),
@@ -207,11 +208,11 @@ class Suite:
         self._need_binary("pytest", "hypothesis", "numpy")
         return [
             sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider",
-            f"--junitxml={self.out / 'tests.xml'}",
+            f"--junitxml={self.logs / 'tests.xml'}",
         ]  # fmt: skip
 
     def _tested(self, finished: Finished) -> dict:
-        return evidence.tests(finished, self.out / "tests.xml")
+        return evidence.tests(finished, self.logs / "tests.xml")
 
     def _sanitizer(self, tool: str) -> Stage:
         def command() -> list[str]:
@@ -231,8 +232,8 @@ class Suite:
             {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, needs=("build",),
         )  # fmt: skip
 
-    def _timing(self, name: str, arguments: list[str], judge) -> Stage:
-        path = self.out / f"{name}.json"
+    def _timing(self, name: str, arguments: list[str], judge, folder: Path | None = None) -> Stage:
+        path = (folder or self.out) / f"{name}.json"
 
         def command() -> list[str]:
             self._need_binary("rich", "matplotlib")
