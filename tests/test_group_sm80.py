@@ -18,7 +18,8 @@ from test_group_kernels import (
 
 SM80 = {"compute": 80}
 # Without those whose copies take many thousand emulated threads, and gigabytes.
-SMALL = {n: s for n, s in GROUPS.items() if n not in ("odd_everything", "grouped_queries", "gate_up")}
+LARGE = ("odd_everything", "grouped_queries", "gate_up")
+SMALL = {name: shape for name, shape in GROUPS.items() if name not in LARGE}
 SOME_SEEDS = {name: SEEDS[name] for name in ("p0", "unaligned")}
 
 
