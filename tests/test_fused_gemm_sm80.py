@@ -229,6 +229,13 @@ def test_what_no_kernel_serves(emulated, options, size, reason):
     assert not plan["served"] and reason in plan["reason"]
 
 
+def test_a_mask_of_too_many_columns_is_refused(emulated):
+    n = 1 << 32
+    operands = [broadcast(*size) for size in ((8, 8), (n, 8), (8, 8), (n, 8))]
+    with pytest.raises(ValueError, match="mask has more than"):
+        emulated.fused_gemm(*operands, None, broadcast(8, n), {"compute": 80, "seed": [1, 2]})
+
+
 def test_one_launch_is_hopper_s(emulated):
     plan = plan_of(emulated, 4096, 4096, 4096, 16, compute=80, form="one_launch")
     assert not plan["served"] and "only the sm_90a kernel" in plan["reason"]

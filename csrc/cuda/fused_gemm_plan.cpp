@@ -21,6 +21,8 @@ const char* not_served(const FusedGemmArgs& a, const Target& target) {
   if (target.compute < 80) return "the device is older than compute capability 8.0";
   if (std::max({a.M, a.N, a.K, a.r}) >= kTmaLimit * kSm80Depth)
     return "a dimension is past 2^36, more stages than are counted";
+  if (a.dropout.seed != nullptr && a.N >= int64_t{1} << 32)
+    return "the mask has more than 2^32 columns, which are counted by 32 bits";
   if (ceil_div(a.M, 64) * (ceil_div(a.N, 64) + 1) >= kTmaLimit) return "y has more than 2^31 tiles";
   return nullptr;
 }
