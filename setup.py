@@ -3,6 +3,7 @@
 LORA_KERNELS_BUILD    auto (default) | cuda | cpu | python: anything but auto must succeed
 TORCH_CUDA_ARCH_LIST  default "8.0+PTX;9.0a"; a "+PTX" suffix embeds PTX for newer devices
 CUDA_HOME, MAX_JOBS   as in torch
+NVCC_APPEND_FLAGS     nvcc's own: with -lineinfo a profiler shows source lines
 """
 
 import os
@@ -20,8 +21,9 @@ BUILD = os.environ.get("LORA_KERNELS_BUILD", "auto")
 DEFAULT_ARCHS = "8.0+PTX;9.0a"
 ARCHS = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
 TORCH_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # loads in any torch from 2.11 on
-NVCC_FLAGS = ["-O3", "-std=c++17", "-lineinfo", "-Xptxas=-v,-warn-spills",
-              "-Xcompiler=-fvisibility=hidden"]  # fmt: skip
+NVCC_FLAGS = [
+    "-O3", "-std=c++17", "-Xptxas=-v,-warn-spills", "-Xcompiler=-fvisibility=hidden",
+]  # fmt: skip
 
 
 def cuda_home():

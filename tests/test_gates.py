@@ -78,11 +78,14 @@ def test_page_is_current(kernels, nvcc, emulated):
 
 
 def test_build_time(nvcc, built, tmp_path):
-    built = [unit for unit in built if unit.source in gates.SHIPPED]
-    times = "\n".join(f"{u.source.name} sm_{u.arch}: {u.seconds:.1f} s" for u in built)
-    slowness = gates.slowness(nvcc, tmp_path)
-    assert gates.build_seconds(built) < BUILD_SECONDS * slowness, (
-        f"the yardstick takes {slowness:.2f} times its own; user CPU seconds of nvcc:\n{times}"
+    """Twice before it is too slow: what else the machine did can only have lengthened a time."""
+    runs = [[unit for unit in built if unit.source in gates.SHIPPED]]
+    if gates.build_seconds(*runs) >= BUILD_SECONDS:
+        runs.append(gates.compile_all(nvcc, gates.SHIPPED, cache=tmp_path))
+    times = (f"{u.source.name} sm_{u.arch}: {u.seconds:.1f} / {u.pace:.2f}" for u in runs[-1])
+    assert gates.build_seconds(*runs) < BUILD_SECONDS, (
+        "user CPU seconds of nvcc / how much slower than its best the machine was:\n"
+        + "\n".join(times)
     )
 
 
@@ -144,11 +147,12 @@ def test_allowance(flawed):
 
 def test_slow_build_is_found():
     def unit(source, arch, seconds):
-        return gates.Compiled(Path(source), arch, Path(), "", seconds)
+        return gates.Compiled(Path(source), arch, Path(), "", seconds, pace=1.0)
 
     assert gates.build_seconds([unit("a", "80", 50), unit("b", "80", 30)]) == 50
     assert gates.build_seconds([unit("a", "80", 50), unit("a", "90a", 30)]) == 80
     assert gates.build_seconds([unit(s, "80", 50) for s in "abc"]) == 75
+    assert gates.build_seconds([unit("a", "80", 50)], [unit("a", "80", 40)]) == 40
 
 
 def test_page_depends_on_what_it_shows():
