@@ -37,7 +37,7 @@ def down_proj(x: Tensor, down: Tensor, seed: Tensor | None, threshold: int, scal
     if seed is not None:
         mask = torch.ops.lora_kernels.dropout_mask(seed, x.shape[0], x.shape[1], threshold)
         x = torch.where(mask, x, 0)
-        scale *= _inverse_keep(threshold)
+        scale *= dropout.inverse_keep(threshold)
     h = x.new_empty(x.shape[0], down.shape[0])
     return h.addmm_(x, down.t(), beta=0, alpha=scale)
 
@@ -70,7 +70,7 @@ def _add_up_projection(rows, h, up, seed, threshold, scale) -> None:
     else:
         mask = torch.ops.lora_kernels.dropout_mask(seed, rows.shape[0], rows.shape[1], threshold)
         term = rows.new_empty(rows.shape)
-        term.addmm_(h, up.t(), beta=0, alpha=scale * _inverse_keep(threshold))
+        term.addmm_(h, up.t(), beta=0, alpha=scale * dropout.inverse_keep(threshold))
         rows.add_(torch.where(mask, term, 0))
 
 
@@ -88,7 +88,7 @@ def weight_grad(
     if seed is not None:
         mask = torch.ops.lora_kernels.dropout_mask(seed, x.shape[0], x.shape[1], threshold)
         x = torch.where(mask, x, 0)
-        scale *= _inverse_keep(threshold)
+        scale *= dropout.inverse_keep(threshold)
     left, right = (x, h) if transpose else (h, x)
     if wide and x.is_cuda:
         return torch.mm(left.t(), right, out_dtype=torch.float32).mul_(scale)
@@ -271,8 +271,3 @@ group_forward, group_backward = group_flow(forward, _backward_after)
 
 def _rows(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-
-
-def _inverse_keep(threshold: int) -> float:
-    # Nothing survives q = 0, so its inverse multiplies nothing.
-    return dropout.RANGE / max(dropout.RANGE - threshold, 1)

@@ -69,6 +69,12 @@ def keep_probability(p: float) -> float:
     return 1 - drop_threshold(p) / RANGE
 
 
+def inverse_keep(threshold: int) -> float:
+    """1/q of the mask with this T, by which survivors are multiplied."""
+    # Nothing survives q = 0, so its inverse multiplies nothing.
+    return RANGE / max(RANGE - threshold, 1)
+
+
 def check_probability(p: float, op: str) -> None:
     if not 0.0 <= p <= 1.0:  # NaN fails the comparison too
         raise ValueError(f"{op}: dropout probability has to be between 0 and 1, but got {p}")

@@ -1,0 +1,128 @@
+"""What a device and this Triton offer, one small check each."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+CAPABILITY = (8, 0)  # of the oldest NVIDIA GPU that Triton serves
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def missing() -> str | None:
+    """None if Triton can run here, else what is missing and how to get it; imports nothing."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    if not torch.cuda.is_available() and not interpreted():
+        return "torch sees no GPU; TRITON_INTERPRET=1, set before the first import, runs it on a CPU"
+    return None
+
+
+def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None if the kernels serve an x of this kind, else why not."""
+    if dtype not in DTYPES:
+        return f"it has no {dtype} kernels"
+    if interpreted():
+        if device.type != "cpu":
+            return f"TRITON_INTERPRET is set, which runs the kernels on a CPU; x is on {device}"
+        if dtype == torch.bfloat16 and not interpreter_knows_bfloat16():
+            return (
+                "Triton's interpreter multiplies bfloat16 as if it were integers (triton#11584); "
+                "take float16 or float32"
+            )
+        return None
+    if device.type != "cuda":
+        return f"x is on {device}, not on a GPU"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < CAPABILITY:
+        return "Triton needs compute capability 8.0"
+    return None
+
+
+@functools.cache
+def interpreter_knows_bfloat16() -> bool:
+    from .probe import product_is_right
+
+    return product_is_right()
+
+
+@functools.cache
+def family(device: torch.device) -> str:
+    """Whose rows of configs.json count: by architecture and shared memory."""
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip is not None:
+        return "amd"
+    major, _ = torch.cuda.get_device_capability(device)
+    return {9: "sm90", 10: "sm100"}.get(major, "sm80")
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def has_descriptors(device: torch.device) -> bool:
+    """Whether tiles can be loaded by TMA: a GPU that has it, and host descriptors in Triton."""
+    return family(device) in ("sm90", "sm100", "interpreter") and _descriptor_class() is not None
+
+
+@functools.cache
+def _descriptor_class() -> Callable | None:
+    try:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+    except ImportError:
+        return None
+    return TensorDescriptor
+
+
+def descriptor(tensor: Tensor, block: list[int]):
+    """Of a 2-D tensor whose last dimension is contiguous, by blocks [rows, columns]."""
+    make = _descriptor_class()
+    assert make is not None, "has_descriptors was not asked"
+    return make(tensor, list(tensor.shape), list(tensor.stride()), block)
+
+
+def describable(tensor: Tensor) -> bool:
+    """Whether TMA can address a 2-D tensor: 16-byte rows, contiguous columns, 32-bit sizes."""
+    rows, cols = tensor.shape
+    row, col = tensor.stride()
+    return (
+        col == 1
+        and row * tensor.element_size() % 16 == 0
+        and cols <= row
+        and tensor.data_ptr() % 16 == 0
+        and 0 < rows < 2**31
+        and 0 < cols < 2**31
+    )
+
+
+def precision(x: Tensor) -> str:
+    """Of products in tl.dot: fp32 operands are cut to TF32 only where torch's GEMMs cut them too."""
+    if x.dtype != torch.float32 or torch.version.hip is not None:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def launching_on(x: Tensor):
+    """Triton launches on the current device: makes it x's."""
+    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x [..., K] as [M, K], a view wherever its strides allow one."""
+    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])

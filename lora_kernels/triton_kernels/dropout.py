@@ -1,0 +1,60 @@
+"""The dropout mask, drawn in registers: device functions, bit-identical to `dropout_mask`.
+
+One call of Philox serves rows {g, g+8} by columns {2t, 2t+1, 2t+8, 2t+9} of a 16x16 block (the
+specification is in lora_kernels/dropout.py). A tile of ROWS x COLS therefore draws on a grid of
+ROWS/2 x COLS/4, and its eight bits a call are put in their places by a permutation of dimensions,
+so no word is drawn twice. Tiles have to begin where 16x16 blocks of the global matrix do: `origin`
+says how far that is from where x begins.
+"""
+
+import triton
+import triton.language as tl
+
+ROUNDS = tl.constexpr(7)
+BITS = tl.constexpr((1 << 14) - 1)  # of a half word that decide
+
+
+@triton.jit
+def origin(seed, WINDOW: tl.constexpr):
+    """(row, column), each below 16, of x's first element in its 16x16 block of the global matrix.
+
+    `WINDOW`: the seed has four elements, (seed, offset, row0, col0).
+    """
+    row, col = 0, 0
+    if WINDOW:
+        row = (tl.load(seed + 2) % 16).to(tl.int32)
+        col = (tl.load(seed + 3) % 16).to(tl.int32)
+    return row, col
+
+
+@triton.jit
+def keep_tile(
+    seed, row, col, threshold, WINDOW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):
+    """bool [ROWS, COLS]: which elements of a tile survive.
+
+    `row`, `col`: of the tile, multiples of 16, counted from the block that x begins in.
+    """
+    block_row, block_col = tl.cast(row, tl.int64) // 16, tl.cast(col, tl.int64) // 16
+    if WINDOW:
+        block_row += tl.load(seed + 2) // 16
+        block_col += tl.load(seed + 3) // 16
+    row_group = (block_row * 8).to(tl.uint32) + tl.arange(0, ROWS // 2).to(tl.uint32)
+    col_group = (block_col * 4).to(tl.uint32) + tl.arange(0, COLS // 4).to(tl.uint32)
+    row_group = row_group[:, None] + tl.zeros((1, COLS // 4), tl.uint32)
+    col_group = col_group[None, :] + tl.zeros((ROWS // 2, 1), tl.uint32)
+    offset = tl.load(seed + 1)
+    low = (offset & 0xFFFFFFFF).to(tl.uint32) + tl.zeros_like(row_group)
+    high = ((offset >> 32) & 0xFFFFFFFF).to(tl.uint32) + tl.zeros_like(row_group)
+    word0, word1, word2, word3 = tl.philox(
+        tl.load(seed), col_group, row_group, low, high, n_rounds=ROUNDS
+    )
+
+    # [.., .., lower rows, right columns, odd column]: the bits of one call
+    words = tl.join(tl.join(word0, word2), tl.join(word1, word3))
+    words = tl.permute(words, (0, 1, 3, 2))
+    bits = tl.join(words & BITS, (words >> 16) & BITS)
+    keep = bits.to(tl.int32) >= threshold
+    keep = tl.reshape(keep, (ROWS // 16, 8, COLS // 16, 4, 2, 2, 2))
+    keep = tl.permute(keep, (0, 4, 1, 2, 5, 3, 6))
+    return tl.reshape(keep, (ROWS, COLS))

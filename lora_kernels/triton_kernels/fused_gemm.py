@@ -1,0 +1,198 @@
+"""y [..., N] = x · weightᵀ + mask/q ∘ (scale · h · upᵀ) + bias: the frozen GEMM and the rank-r term.
+
+The accumulators begin as the rank-r term, masked where it has a mask, and then take the frozen
+product, so the term costs no pass over y. Serves y (up = B, bias) and dx (x = dy, weight = W₀ᵀ,
+h = dh, up = Aᵀ, mask). Three kinds, by the table: `grid`, a program a tile; `persistent`, a program
+for many tiles; `descriptors`, the same with x and weight loaded by TMA where it can address them.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..dropout import inverse_keep
+from . import configs, device, dropout
+from .device import launching_on, precision, rows_of
+
+
+@triton.jit
+def place_of(tile, row_tiles, col_tiles, GROUP: tl.constexpr):
+    """(row tile, column tile): GROUP row tiles run down each column, so that L2 keeps both."""
+    in_group = GROUP * col_tiles
+    first = tile // in_group * GROUP
+    high = tl.minimum(row_tiles - first, GROUP)
+    return first + tile % in_group % high, tile % in_group // high
+
+
+@triton.jit
+def up_projection(
+    h, up, seed, row, col, rows, cols, m, n, r, up_row, up_col, threshold, scale,
+    DROPOUT: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """fp32 [ROWS, COLS] = mask ∘ (scale · h · upᵀ)."""
+    term = tl.zeros((ROWS, COLS), tl.float32)
+    for first in range(0, r, RANK):
+        ranks = first + tl.arange(0, RANK)
+        left_at = h + rows.to(tl.int64)[:, None] * r + ranks[None, :]
+        right_at = up + cols.to(tl.int64)[None, :] * up_row + ranks.to(tl.int64)[:, None] * up_col
+        here, there = (rows >= 0) & (rows < m), (cols >= 0) & (cols < n)
+        left = tl.load(left_at, here[:, None] & (ranks < r)[None, :], other=0.0)
+        right = tl.load(right_at, (ranks < r)[:, None] & there[None, :], other=0.0)
+        term = tl.dot(left, right, term, input_precision=PRECISION)
+    term *= scale
+    if DROPOUT:
+        keep = dropout.keep_tile(seed, row, col, threshold, WINDOW, ROWS, COLS)
+        term = tl.where(keep, term, 0.0)
+    return term
+
+
+@triton.jit
+def add_product(
+    total, x, weight, row, col, rows, cols, m, n, k, x_row, x_col, weight_row, weight_col,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """total + x · weightᵀ of one tile, by pointers."""
+    depths = tl.arange(0, DEPTH)
+    here, there = (rows >= 0) & (rows < m), (cols >= 0) & (cols < n)
+    x_tile = x + rows.to(tl.int64)[:, None] * x_row + depths.to(tl.int64)[None, :] * x_col
+    w_tile = weight + cols.to(tl.int64)[None, :] * weight_row
+    w_tile += depths.to(tl.int64)[:, None] * weight_col
+    for depth in range(0, k, DEPTH):
+        inside = depths < k - depth
+        left = tl.load(x_tile, here[:, None] & inside[None, :], other=0.0)
+        right = tl.load(w_tile, inside[:, None] & there[None, :], other=0.0)
+        total = tl.dot(left, right, total, input_precision=PRECISION)
+        x_tile += DEPTH * x_col
+        w_tile += DEPTH * weight_col
+    return total
+
+
+@triton.jit
+def add_described_product(
+    total, x, weight, row, col, k,
+    K_MAJOR: tl.constexpr, PRECISION: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """The same with tiles that TMA loads: what lies outside is zero."""
+    for depth in range(0, k, DEPTH):
+        left = x.load([row, depth])
+        if K_MAJOR:
+            right = tl.trans(weight.load([col, depth]))
+        else:
+            right = weight.load([depth, col])
+        total = tl.dot(left, right, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit(do_not_specialize=["m", "r", "threshold", "scale"])
+def fused_gemm_kernel(
+    x, weight, h, up, bias, y, seed,
+    m, n, k, r,
+    x_row, x_col, weight_row, weight_col, up_row, up_col, bias_step,  # strides
+    threshold, scale,
+    BIAS: tl.constexpr, DROPOUT: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, K_MAJOR: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, RANK: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    row0, col0 = dropout.origin(seed, WINDOW)
+    row_tiles, col_tiles = tl.cdiv(m + row0, ROWS), tl.cdiv(n + col0, COLS)
+    for tile in range(tl.program_id(0), row_tiles * col_tiles, tl.num_programs(0)):
+        row_tile, col_tile = place_of(tile, row_tiles, col_tiles, GROUP)
+        row, col = row_tile * ROWS, col_tile * COLS
+        rows, cols = row - row0 + tl.arange(0, ROWS), col - col0 + tl.arange(0, COLS)
+        total = up_projection(
+            h, up, seed, row, col, rows, cols, m, n, r, up_row, up_col, threshold, scale,
+            DROPOUT, WINDOW, PRECISION, ROWS, COLS, RANK,
+        )  # fmt: skip
+        if DESCRIPTORS:
+            total = add_described_product(
+                total, x, weight, row - row0, col - col0, k, K_MAJOR, PRECISION, DEPTH
+            )
+        else:
+            total = add_product(
+                total, x, weight, row, col, rows, cols, m, n, k,
+                x_row, x_col, weight_row, weight_col, PRECISION, ROWS, COLS, DEPTH,
+            )  # fmt: skip
+
+        here, there = (rows >= 0) & (rows < m), (cols >= 0) & (cols < n)
+        if BIAS:
+            added = tl.load(bias + cols.to(tl.int64) * bias_step, there, other=0.0)
+            total += added.to(tl.float32)[None, :]
+        place = y + rows.to(tl.int64)[:, None] * n + cols[None, :]
+        tl.store(place, total.to(y.dtype.element_ty), here[:, None] & there[None, :])
+
+
+def fused_gemm(
+    x: Tensor,
+    weight: Tensor,
+    h: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    threshold: int,
+    scale: float,
+) -> Tensor:
+    """y [..., N] in x's dtype, summed in fp32 and rounded once.
+
+    Args:
+        x: [..., K] fp32, fp16 or bf16, any strides.
+        weight: [N, K] of x's dtype, any strides: K-major in the forward pass, its transpose for dx.
+        h: [M, r] contiguous, of x's dtype.
+        up: [N, r] of x's dtype, any strides.
+        bias: [N] of x's dtype, or None.
+        seed: of the mask on the rank-r term, int64 [2] or [4]; None: there is none.
+        threshold: T of the mask (lora_kernels/dropout.py).
+        scale: factor of the rank-r term; 1/q is put to it where there is a mask.
+
+    Equivalent to::
+
+        y = x @ weight.t() + torch.where(mask, scale / q * (h @ up.t()), 0) + bias
+    """
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    x = rows_of(x)
+    (m, k), (n, r) = x.shape, up.shape
+    if y.numel() == 0:
+        return y
+    if seed is not None:
+        scale *= inverse_keep(threshold)
+    window = seed is not None and seed.shape[0] == 4
+    config = configs.fused_gemm(x, m)
+    rows, cols = (m + 15, n + 15) if window else (m, n)  # a window may begin inside a block of 16
+    tiles = triton.cdiv(rows, config.rows) * triton.cdiv(cols, config.cols)
+    left, right, k_major = x, weight, weight.stride(1) == 1
+    described = config.kind == "descriptors" and can_describe(x, weight)
+    if described:
+        block = [config.cols, config.depth] if k_major else [config.depth, config.cols]
+        left = device.descriptor(x, [config.rows, config.depth])
+        right = device.descriptor(weight if k_major else weight.t(), block)
+    if config.kind != "grid":
+        tiles = min(tiles, device.multiprocessors(x.device))
+    with launching_on(x):
+        fused_gemm_kernel[(tiles,)](
+            left, right, h, up, bias if bias is not None else x, y, seed if seed is not None else x,
+            m, n, k, r, *x.stride(), *weight.stride(), *up.stride(),
+            bias.stride(0) if bias is not None else 0, threshold, float(scale),
+            BIAS=bias is not None, DROPOUT=seed is not None, WINDOW=window, PRECISION=precision(x),
+            DESCRIPTORS=described, K_MAJOR=k_major,
+            ROWS=config.rows, COLS=config.cols, DEPTH=config.depth,
+            RANK=min(config.rank, rank_block(r)), GROUP=config.group,
+            num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+    return y
+
+
+def can_describe(x: Tensor, weight: Tensor) -> bool:
+    """Whether TMA can load the tiles of both."""
+    turned = weight if weight.stride(1) == 1 else weight.t()
+    return (
+        device.has_descriptors(x.device) and device.describable(x) and device.describable(turned)
+    )
+
+
+def rank_block(r: int) -> int:
+    """Of how many ranks a step takes: a power of two from 16, what tl.dot needs."""
+    return max(triton.next_power_of_2(r), 16)

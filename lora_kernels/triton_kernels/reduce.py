@@ -1,0 +1,31 @@
+"""out = scale · Σ parts[s], summed in the order of s: what makes split sums the same every time."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ELEMENTS = 1024  # a program
+WARPS = 4
+
+
+@triton.jit(do_not_specialize=["count", "elements", "scale"])
+def reduce_kernel(parts, out, count, elements, scale, ELEMENTS: tl.constexpr):
+    places = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
+    inside = places < elements
+    part = parts + places
+    total = tl.zeros((ELEMENTS,), tl.float32)
+    for _ in range(count):
+        total += tl.load(part, inside, other=0.0)
+        part += elements
+    tl.store(out + places, (total * scale).to(out.dtype.element_ty), inside)
+
+
+def reduce_parts(parts: Tensor, out: Tensor, scale: float) -> Tensor:
+    """`out`, filled from contiguous fp32 `parts` [S, *out.shape]; rounded once, to its dtype."""
+    elements = out.numel()
+    reduce_kernel[(triton.cdiv(elements, ELEMENTS),)](
+        parts, out, parts.shape[0], elements, float(scale), ELEMENTS=ELEMENTS, num_warps=WARPS
+    )
+    return out

@@ -1,0 +1,205 @@
+"""grad [r, K] = scale · hᵀ · dropout(x), or its transpose: one read of x, no atomics.
+
+Rows are cut into chunks, whose sums are independent programs; `reduce` adds their fp32 results in
+order. Serves dA (h = dh) and dB (x = dy, transposed), and gives dbias, the sums of dy's columns,
+from the same read. Up to DOWN_RANK ranks `down_and_weight_grad` makes dh of that read too: then dy
+is read once for dh, dB and dbias.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..dropout import inverse_keep
+from . import configs, dropout
+from .device import launching_on, precision, rows_of
+from .fused_gemm import rank_block
+from .reduce import reduce_parts
+
+DOWN_RANK = 32  # beyond, partial gradients of each block of rows cost more than a second read
+MOST_BLOCKS = 64  # of rows: what bounds the memory of those
+
+
+@triton.jit(do_not_specialize=["m", "r", "span", "threshold", "scale"])
+def weight_grad_kernel(
+    h, x, grad, sums, seed,
+    m, k, r, span,
+    h_row, x_row, x_col, grad_rank, grad_col, grad_part,  # strides
+    threshold, scale,
+    SUMS: tl.constexpr, DROPOUT: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    row0, col0 = dropout.origin(seed, WINDOW)
+    col, chunk = tl.program_id(0) * COLS, tl.program_id(1).to(tl.int64)
+    first = chunk * span
+    cols = col - col0 + tl.arange(0, COLS)
+    ranks = tl.program_id(2) * RANK + tl.arange(0, RANK)
+    rows = first - row0 + tl.arange(0, ROWS)
+    there = (cols >= 0) & (cols < k)
+    h_tile = h + rows[:, None] * h_row + ranks[None, :]
+    x_tile = x + rows[:, None] * x_row + cols.to(tl.int64)[None, :] * x_col
+
+    total = tl.zeros((COLS, RANK), tl.float32)
+    column_sums = tl.zeros((COLS,), tl.float32)
+    for row in range(first, tl.minimum(first + span, m + row0), ROWS):
+        here = (rows >= 0) & (rows < m)
+        left = tl.load(x_tile, here[:, None] & there[None, :], other=0.0)
+        right = tl.load(h_tile, here[:, None] & (ranks < r)[None, :], other=0.0)
+        if SUMS:
+            column_sums += tl.sum(left.to(tl.float32), 0)
+        if DROPOUT:
+            keep = dropout.keep_tile(seed, row, col, threshold, WINDOW, ROWS, COLS)
+            left = tl.where(keep, left, tl.zeros_like(left))
+        total = tl.dot(tl.trans(left), right, total, input_precision=PRECISION)
+        h_tile += ROWS * h_row
+        x_tile += ROWS * x_row
+        rows += ROWS
+
+    place = grad + chunk * grad_part + cols.to(tl.int64)[:, None] * grad_col
+    place += ranks.to(tl.int64)[None, :] * grad_rank
+    stored = (total * scale).to(grad.dtype.element_ty)
+    tl.store(place, stored, there[:, None] & (ranks < r)[None, :])
+    if SUMS:
+        of_first = there & (tl.program_id(2) == 0)  # blocks of ranks see the same x
+        tl.store(sums + chunk * k + cols, column_sums.to(sums.dtype.element_ty), of_first)
+
+
+@triton.jit(do_not_specialize=["m", "r", "span"])
+def down_and_weight_grad_kernel(
+    h, dy, down, dh, grad, sums,
+    m, n, r, span,
+    dy_row, dy_col, down_row, down_col, dh_part,  # strides
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """Of ROWS rows and `span` columns of dy: a part of dh, and parts of dB and dbias of its own."""
+    block = tl.program_id(0).to(tl.int64)
+    rows, first = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * span
+    ranks, cols = tl.arange(0, RANK), first + tl.arange(0, COLS)
+    here, known = rows < m, ranks < r
+    dy_tile = dy + rows.to(tl.int64)[:, None] * dy_row + cols.to(tl.int64)[None, :] * dy_col
+    down_tile = down + ranks[None, :] * down_row + cols.to(tl.int64)[:, None] * down_col
+    h_at = rows.to(tl.int64)[:, None] * r + ranks[None, :]
+    kept = tl.load(h + h_at, here[:, None] & known[None, :], other=0.0)
+
+    total = tl.zeros((ROWS, RANK), tl.float32)
+    for _ in range(first, tl.minimum(first + span, n), COLS):
+        there = cols < n
+        tile = tl.load(dy_tile, here[:, None] & there[None, :], other=0.0)
+        right = tl.load(down_tile, there[:, None] & known[None, :], other=0.0)
+        total = tl.dot(tile, right, total, input_precision=PRECISION)
+        part = tl.dot(tl.trans(tile), kept, input_precision=PRECISION)
+        place = grad + (block * n + cols)[:, None] * r + ranks[None, :]
+        tl.store(place, part, there[:, None] & known[None, :])
+        tl.store(sums + block * n + cols, tl.sum(tile.to(tl.float32), 0), there)
+        dy_tile += COLS * dy_col
+        down_tile += COLS * down_col
+        cols += COLS
+    place = dh + tl.program_id(1).to(tl.int64) * dh_part + h_at
+    tl.store(place, total, here[:, None] & known[None, :])
+
+
+def weight_grad(
+    h: Tensor,
+    x: Tensor,
+    seed: Tensor | None,
+    threshold: int,
+    scale: float,
+    wide: bool,
+    transpose: bool,
+) -> Tensor:
+    """grad [r, K], or [K, r] with `transpose`, in x's dtype or, if `wide`, fp32; rounded once.
+
+    Args:
+        h: [M, r] contiguous, of x's dtype.
+        x: [..., K] fp32, fp16 or bf16, any strides.
+        seed: of the mask on x, int64 [2] or [4]; None: there is none.
+        threshold: T of the mask (lora_kernels/dropout.py).
+        scale: factor of the gradient; 1/q is put to it where there is a mask.
+
+    Equivalent to::
+
+        grad = scale * h.t() @ torch.where(mask, x / q, 0)
+    """
+    return grad_and_sums(h, x, seed, threshold, scale, wide, transpose, False)[0]
+
+
+def grad_and_sums(
+    h, x, seed, threshold, scale, wide, transpose, need_sums
+) -> tuple[Tensor, Tensor]:
+    """(`weight_grad`, the sums of x's columns [K] in x's dtype, empty unless asked for)."""
+    x = rows_of(x)
+    (m, k), r = x.shape, h.shape[1]
+    shape = (k, r) if transpose else (r, k)
+    grad = x.new_empty(shape, dtype=torch.float32 if wide else x.dtype)
+    sums = x.new_empty(k if need_sums else 0)
+    if k == 0 or (r == 0 and not need_sums):
+        return grad, sums
+    if seed is not None:
+        scale *= inverse_keep(threshold)
+    window = seed is not None and seed.shape[0] == 4
+    config = configs.weight_grad(x, r)
+    rank = min(config.rank, rank_block(r))
+    rows, cols = (m + 15, k + 15) if window else (m, k)  # a window may begin inside a block of 16
+    col_blocks, rank_blocks = triton.cdiv(cols, config.cols), max(triton.cdiv(r, rank), 1)
+    span, chunks = config.split(rows, col_blocks * rank_blocks, config.rows)
+    parts, part_sums = grad, sums
+    if chunks > 1:
+        parts = torch.empty(chunks, *shape, dtype=torch.float32, device=x.device)
+        part_sums = torch.empty(chunks, sums.shape[0], dtype=torch.float32, device=x.device)
+    with launching_on(x):
+        weight_grad_kernel[col_blocks, chunks, rank_blocks](
+            h, x, parts, part_sums, seed if seed is not None else x,
+            m, k, r, span, r, *x.stride(), *((1, r) if transpose else (k, 1)), r * k,
+            threshold, float(scale) if chunks == 1 else 1.0,
+            SUMS=need_sums, DROPOUT=seed is not None, WINDOW=window, PRECISION=precision(x),
+            ROWS=config.rows, COLS=config.cols, RANK=rank,
+            num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+        if chunks > 1 and r > 0:
+            reduce_parts(parts, grad, scale)
+        if chunks > 1 and need_sums:
+            reduce_parts(part_sums, sums, 1.0)
+    return grad, sums
+
+
+def one_read(dy: Tensor, r: int) -> bool:
+    """Whether `down_and_weight_grad` serves."""
+    rows = configs.down_and_weight_grad(dy, r).rows
+    return dy.numel() > 0 and 0 < r <= DOWN_RANK and dy.numel() <= MOST_BLOCKS * rows * dy.shape[-1]
+
+
+def down_and_weight_grad(
+    h: Tensor, dy: Tensor, down: Tensor, h_scale: float, up_scale: float, wide: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dh [M, r] = h_scale · dy · downᵀ, dB [N, r] = up_scale · dyᵀ · h, dbias [N]) of one read.
+
+    Args:
+        h: [M, r] contiguous, of dy's dtype, r up to DOWN_RANK.
+        dy: [..., N], any strides.
+        down: [r, N], any strides.
+        wide: whether dB is fp32.
+    """
+    dy = rows_of(dy)
+    (m, n), r = dy.shape, h.shape[1]
+    config = configs.down_and_weight_grad(dy, r)
+    blocks = triton.cdiv(m, config.rows)
+    span, splits = config.split(n, blocks, config.cols)
+    fp32 = dict(dtype=torch.float32, device=dy.device)
+    dh_parts, grad_parts = torch.empty(splits, m, r, **fp32), torch.empty(blocks, n, r, **fp32)
+    sum_parts = torch.empty(blocks, n, **fp32)
+    dh, sums = dy.new_empty(m, r), dy.new_empty(n)
+    grad = dy.new_empty(n, r, dtype=torch.float32 if wide else dy.dtype)
+    with launching_on(dy):
+        down_and_weight_grad_kernel[blocks, splits](
+            h, dy, down, dh_parts, grad_parts, sum_parts,
+            m, n, r, span, *dy.stride(), *down.stride(), m * r,
+            PRECISION=precision(dy), ROWS=config.rows, COLS=config.cols, RANK=rank_block(r),
+            num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+        reduce_parts(dh_parts, dh, h_scale)
+        reduce_parts(grad_parts, grad, up_scale)
+        reduce_parts(sum_parts, sums, 1.0)
+    return dh, grad, sums
