@@ -1,9 +1,10 @@
-"""Tile plans by family of devices, width of elements and class of shape: configs.json, read once.
+"""Tile plans by family of devices, width of loads and class of shape: configs.json, read once.
 
 Nothing is timed at run time, and nothing but these three decides, so every rank of a distributed
 job takes the same plan. `python -m bench.tune_triton` measures the table anew on a GPU.
 
-A row holds up to its `up_to`: M for fused_gemm, the rank r for the others. `programs`
+A width is that of elements in bits, "scattered" where they are loaded one by one: rows or a width
+that 16 bytes do not divide. A row holds up to its `up_to`: M for fused_gemm, the rank r for the others. `programs`
 is how many programs a kernel should have at least before it stops splitting its sums.
 """
 
@@ -17,7 +18,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .device import family
+from . import device
+from .dropout import OFF_BLOCKS
 
 TABLE = Path(__file__).with_name("configs.json")
 SCHEMA = 1
@@ -41,34 +43,27 @@ class Config:
     kind: str = "grid"
     group: int = 8  # row blocks that share the columns of weight in L2
 
-    def split(self, length: int, others: int, step: int = 0) -> tuple[int, int]:
+    def split(self, length: int, others: int, step: int) -> tuple[int, int]:
         """(length of a part, number of parts) of a sum that `others` programs would do alone."""
-        step = step or self.depth
-        wanted = min(-(-self.programs // others), MOST_SPLITS, max(length // (LEAST_STEPS * step), 1))
-        span = -(-length // (wanted * step)) * step
-        return max(span, step), max(-(-length // max(span, step)), 1)
+        most = min(MOST_SPLITS, max(length // (LEAST_STEPS * step), 1))
+        wanted = min(-(-self.programs // others), most)
+        span = max(-(-length // (wanted * step)), 1) * step
+        return span, max(-(-length // span), 1)
 
 
-def down_proj(x: Tensor, r: int) -> Config:
-    return lookup("down_proj", family(x.device), x.element_size() * 8, r)
-
-
-def fused_gemm(x: Tensor, m: int) -> Config:
-    return lookup("fused_gemm", family(x.device), x.element_size() * 8, m)
-
-
-def weight_grad(x: Tensor, r: int) -> Config:
-    return lookup("weight_grad", family(x.device), x.element_size() * 8, r)
-
-
-def down_and_weight_grad(x: Tensor, r: int) -> Config:
-    return lookup("down_and_weight_grad", family(x.device), x.element_size() * 8, r)
+def of(kernel: str, size: int, mask: int, *operands: Tensor) -> Config:
+    """The plan of a launch; `size` is what the rows of the table go by, `operands` are the large."""
+    x = operands[0]
+    width = str(x.element_size() * 8)
+    if mask == OFF_BLOCKS.value or not all(map(device.loads_vectors, operands)):
+        width += " scattered"
+    return lookup(kernel, device.family(x.device), width, size)
 
 
 @functools.lru_cache(maxsize=4096)
-def lookup(kernel: str, of_family: str, bits: int, size: int) -> Config:
+def lookup(kernel: str, of_family: str, width: str, size: int) -> Config:
     """The first row of the table that holds a size; the last holds every size."""
-    rows = load()[kernel][of_family][str(bits)]
+    rows = load()[kernel][of_family][width]
     row = next((row for row in rows if row["up_to"] is None or size <= row["up_to"]))
     return Config(**{name: value for name, value in row.items() if name != "up_to"})
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 CAPABILITY = (8, 0)  # of the oldest NVIDIA GPU that Triton serves
+SPECIALISED = 16  # numbers that it divides are known to be so when a kernel is compiled
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -106,6 +107,18 @@ def describable(tensor: Tensor) -> bool:
         and tensor.data_ptr() % 16 == 0
         and 0 < rows < 2**31
         and 0 < cols < 2**31
+    )
+
+
+def loads_vectors(tensor: Tensor) -> bool:
+    """Whether Triton can tell that a 2-D tensor's rows, or columns, are whole vectors of 16 bytes."""
+    (rows, cols), (row, col) = tensor.shape, tensor.stride()
+    lines, length = (row, cols) if col == 1 else (col, rows)
+    return (
+        1 in (row, col)
+        and lines % SPECIALISED == 0
+        and length % SPECIALISED == 0
+        and tensor.data_ptr() % SPECIALISED == 0
     )
 
 

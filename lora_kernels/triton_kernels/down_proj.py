@@ -24,25 +24,28 @@ def down_proj_kernel(
     m, k, r, span,
     x_row, x_col, down_row, down_col, h_row, h_part,  # strides
     threshold, scale,
-    DROPOUT: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    MASK: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, DEPTH: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
+    if not dropout.is_meant(seed, MASK):
+        return
     row, first = tl.program_id(0) * ROWS, tl.program_id(1).to(tl.int64) * span
-    row0, col0 = dropout.origin(seed, WINDOW)
+    first = tl.multiple_of(first, 16)  # vector loads need it; span is a multiple of DEPTH
+    row0, col0 = dropout.origin(seed, MASK)
     rows = row - row0 + tl.arange(0, ROWS)
     cols = first - col0 + tl.arange(0, DEPTH)
     ranks = tl.program_id(2) * RANK + tl.arange(0, RANK)
-    here = (rows >= 0) & (rows < m)
+    here, known = dropout.within(rows, m, MASK), ranks < r
     x_tile = x + rows.to(tl.int64)[:, None] * x_row + cols[None, :] * x_col
     down_tile = down + ranks.to(tl.int64)[None, :] * down_row + cols[:, None] * down_col
 
     total = tl.zeros((ROWS, RANK), tl.float32)
     for depth in range(first, tl.minimum(first + span, k + col0), DEPTH):
-        inside = (cols >= 0) & (cols < k)
+        inside = dropout.within(cols, k, MASK)
         left = tl.load(x_tile, here[:, None] & inside[None, :], other=0.0)
-        right = tl.load(down_tile, inside[:, None] & (ranks < r)[None, :], other=0.0)
-        if DROPOUT:
-            keep = dropout.keep_tile(seed, row, depth, threshold, WINDOW, ROWS, DEPTH)
+        right = tl.load(down_tile, inside[:, None] & known[None, :], other=0.0)
+        if MASK:
+            keep = dropout.keep_tile(seed, row, depth, threshold, MASK, ROWS, DEPTH)
             left = tl.where(keep, left, tl.zeros_like(left))
         total = tl.dot(left, right, total, input_precision=PRECISION)
         x_tile += DEPTH * x_col
@@ -52,7 +55,7 @@ def down_proj_kernel(
     place = h + tl.program_id(1).to(tl.int64) * h_part
     place += rows.to(tl.int64)[:, None] * h_row + ranks[None, :]
     stored = (total * scale).to(h.dtype.element_ty)
-    tl.store(place, stored, here[:, None] & (ranks < r)[None, :])
+    tl.store(place, stored, here[:, None] & known[None, :])
 
 
 def down_proj(x: Tensor, down: Tensor, seed: Tensor | None, threshold: int, scale: float) -> Tensor:
@@ -70,27 +73,28 @@ def down_proj(x: Tensor, down: Tensor, seed: Tensor | None, threshold: int, scal
         h = scale * torch.where(mask, x / q, 0) @ down.t()
     """
     x = rows_of(x)
-    (m, k), r = x.shape, down.shape[0]
-    h = x.new_empty(m, r)
-    if h.numel() == 0:
-        return h
-    if seed is not None:
-        scale *= inverse_keep(threshold)
-    window = seed is not None and seed.shape[0] == 4
-    config = configs.down_proj(x, r)
-    rows, cols = (m + 15, k + 15) if window else (m, k)  # a window may begin inside a block of 16
-    row_blocks, rank_blocks = triton.cdiv(rows, config.rows), triton.cdiv(r, config.rank)
-    span, splits = config.split(cols, row_blocks * rank_blocks)
-    parts = h if splits == 1 else torch.empty(splits, m, r, dtype=torch.float32, device=x.device)
-    with launching_on(x):
-        down_proj_kernel[row_blocks, splits, rank_blocks](
-            x, down, parts, seed if seed is not None else x,
-            m, k, r, span, *x.stride(), *down.stride(), r, m * r,
-            threshold, float(scale) if splits == 1 else 1.0,
-            DROPOUT=seed is not None, WINDOW=window, PRECISION=precision(x),
-            ROWS=config.rows, DEPTH=config.depth, RANK=config.rank,
-            num_warps=config.warps, num_stages=config.stages,
-        )  # fmt: skip
-        if splits > 1:
-            reduce_parts(parts, h, scale)
+    h = x.new_empty(x.shape[0], down.shape[0])
+    if h.numel() > 0:
+        with launching_on(x):
+            for mask in dropout.masks_of(seed):
+                _launch(x, down, h, seed, mask, threshold, scale)
     return h
+
+
+def _launch(x, down, h, seed, mask, threshold, scale) -> None:
+    (m, k), r = x.shape, down.shape[0]
+    shift = dropout.most_shift(mask)
+    config = configs.of("down_proj", r, mask, x)
+    row_blocks, rank_blocks = triton.cdiv(m + shift, config.rows), triton.cdiv(r, config.rank)
+    span, splits = config.split(k + shift, row_blocks * rank_blocks, config.depth)
+    scale = float(scale * (inverse_keep(threshold) if mask else 1.0))
+    parts = h if splits == 1 else torch.empty(splits, m, r, dtype=torch.float32, device=x.device)
+    down_proj_kernel[row_blocks, splits, rank_blocks](
+        x, down, parts, seed if mask else x,
+        m, k, r, span, *x.stride(), *down.stride(), r, m * r,
+        threshold, scale if splits == 1 else 1.0,
+        MASK=mask, PRECISION=precision(x), ROWS=config.rows, DEPTH=config.depth, RANK=config.rank,
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    if splits > 1:
+        reduce_parts(parts, h, scale, seed, mask)

@@ -29,8 +29,8 @@ def place_of(tile, row_tiles, col_tiles, GROUP: tl.constexpr):
 
 @triton.jit
 def up_projection(
-    h, up, seed, row, col, rows, cols, m, n, r, up_row, up_col, threshold, scale,
-    DROPOUT: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    h, up, seed, row, col, rows, cols, here, there, r, up_row, up_col, threshold, scale,
+    MASK: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     """fp32 [ROWS, COLS] = mask ∘ (scale · h · upᵀ)."""
@@ -39,25 +39,24 @@ def up_projection(
         ranks = first + tl.arange(0, RANK)
         left_at = h + rows.to(tl.int64)[:, None] * r + ranks[None, :]
         right_at = up + cols.to(tl.int64)[None, :] * up_row + ranks.to(tl.int64)[:, None] * up_col
-        here, there = (rows >= 0) & (rows < m), (cols >= 0) & (cols < n)
-        left = tl.load(left_at, here[:, None] & (ranks < r)[None, :], other=0.0)
-        right = tl.load(right_at, (ranks < r)[:, None] & there[None, :], other=0.0)
+        known = ranks < r
+        left = tl.load(left_at, here[:, None] & known[None, :], other=0.0)
+        right = tl.load(right_at, known[:, None] & there[None, :], other=0.0)
         term = tl.dot(left, right, term, input_precision=PRECISION)
     term *= scale
-    if DROPOUT:
-        keep = dropout.keep_tile(seed, row, col, threshold, WINDOW, ROWS, COLS)
+    if MASK:
+        keep = dropout.keep_tile(seed, row, col, threshold, MASK, ROWS, COLS)
         term = tl.where(keep, term, 0.0)
     return term
 
 
 @triton.jit
 def add_product(
-    total, x, weight, row, col, rows, cols, m, n, k, x_row, x_col, weight_row, weight_col,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+    total, x, weight, rows, cols, here, there, k, x_row, x_col, weight_row, weight_col,
+    PRECISION: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """total + x · weightᵀ of one tile, by pointers."""
     depths = tl.arange(0, DEPTH)
-    here, there = (rows >= 0) & (rows < m), (cols >= 0) & (cols < n)
     x_tile = x + rows.to(tl.int64)[:, None] * x_row + depths.to(tl.int64)[None, :] * x_col
     w_tile = weight + cols.to(tl.int64)[None, :] * weight_row
     w_tile += depths.to(tl.int64)[:, None] * weight_col
@@ -93,20 +92,23 @@ def fused_gemm_kernel(
     m, n, k, r,
     x_row, x_col, weight_row, weight_col, up_row, up_col, bias_step,  # strides
     threshold, scale,
-    BIAS: tl.constexpr, DROPOUT: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
     DESCRIPTORS: tl.constexpr, K_MAJOR: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, RANK: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    row0, col0 = dropout.origin(seed, WINDOW)
+    if not dropout.is_meant(seed, MASK):
+        return
+    row0, col0 = dropout.origin(seed, MASK)
     row_tiles, col_tiles = tl.cdiv(m + row0, ROWS), tl.cdiv(n + col0, COLS)
     for tile in range(tl.program_id(0), row_tiles * col_tiles, tl.num_programs(0)):
         row_tile, col_tile = place_of(tile, row_tiles, col_tiles, GROUP)
         row, col = row_tile * ROWS, col_tile * COLS
         rows, cols = row - row0 + tl.arange(0, ROWS), col - col0 + tl.arange(0, COLS)
+        here, there = dropout.within(rows, m, MASK), dropout.within(cols, n, MASK)
         total = up_projection(
-            h, up, seed, row, col, rows, cols, m, n, r, up_row, up_col, threshold, scale,
-            DROPOUT, WINDOW, PRECISION, ROWS, COLS, RANK,
+            h, up, seed, row, col, rows, cols, here, there, r, up_row, up_col, threshold, scale,
+            MASK, PRECISION, ROWS, COLS, RANK,
         )  # fmt: skip
         if DESCRIPTORS:
             total = add_described_product(
@@ -114,11 +116,10 @@ def fused_gemm_kernel(
             )
         else:
             total = add_product(
-                total, x, weight, row, col, rows, cols, m, n, k,
-                x_row, x_col, weight_row, weight_col, PRECISION, ROWS, COLS, DEPTH,
+                total, x, weight, rows, cols, here, there, k,
+                x_row, x_col, weight_row, weight_col, PRECISION, DEPTH,
             )  # fmt: skip
 
-        here, there = (rows >= 0) & (rows < m), (cols >= 0) & (cols < n)
         if BIAS:
             added = tl.load(bias + cols.to(tl.int64) * bias_step, there, other=0.0)
             total += added.to(tl.float32)[None, :]
@@ -154,15 +155,18 @@ def fused_gemm(
     """
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     x = rows_of(x)
+    if y.numel() > 0:
+        with launching_on(x):
+            for mask in dropout.masks_of(seed):
+                _launch(x, weight, h, up, bias, y, seed, mask, threshold, scale)
+    return y
+
+
+def _launch(x, weight, h, up, bias, y, seed, mask, threshold, scale) -> None:
     (m, k), (n, r) = x.shape, up.shape
-    if y.numel() == 0:
-        return y
-    if seed is not None:
-        scale *= inverse_keep(threshold)
-    window = seed is not None and seed.shape[0] == 4
-    config = configs.fused_gemm(x, m)
-    rows, cols = (m + 15, n + 15) if window else (m, n)  # a window may begin inside a block of 16
-    tiles = triton.cdiv(rows, config.rows) * triton.cdiv(cols, config.cols)
+    shift = dropout.most_shift(mask)
+    config = configs.of("fused_gemm", m, mask, x, weight)
+    programs = triton.cdiv(m + shift, config.rows) * triton.cdiv(n + shift, config.cols)
     left, right, k_major = x, weight, weight.stride(1) == 1
     described = config.kind == "descriptors" and can_describe(x, weight)
     if described:
@@ -170,19 +174,18 @@ def fused_gemm(
         left = device.descriptor(x, [config.rows, config.depth])
         right = device.descriptor(weight if k_major else weight.t(), block)
     if config.kind != "grid":
-        tiles = min(tiles, device.multiprocessors(x.device))
-    with launching_on(x):
-        fused_gemm_kernel[(tiles,)](
-            left, right, h, up, bias if bias is not None else x, y, seed if seed is not None else x,
-            m, n, k, r, *x.stride(), *weight.stride(), *up.stride(),
-            bias.stride(0) if bias is not None else 0, threshold, float(scale),
-            BIAS=bias is not None, DROPOUT=seed is not None, WINDOW=window, PRECISION=precision(x),
-            DESCRIPTORS=described, K_MAJOR=k_major,
-            ROWS=config.rows, COLS=config.cols, DEPTH=config.depth,
-            RANK=min(config.rank, rank_block(r)), GROUP=config.group,
-            num_warps=config.warps, num_stages=config.stages,
-        )  # fmt: skip
-    return y
+        programs = min(programs, device.multiprocessors(x.device))
+    scale = float(scale * (inverse_keep(threshold) if mask else 1.0))
+    fused_gemm_kernel[(programs,)](
+        left, right, h, up, bias if bias is not None else x, y, seed if mask else x,
+        m, n, k, r, *x.stride(), *weight.stride(), *up.stride(),
+        bias.stride(0) if bias is not None else 0, threshold, scale,
+        BIAS=bias is not None, MASK=mask, PRECISION=precision(x),
+        DESCRIPTORS=described, K_MAJOR=k_major,
+        ROWS=config.rows, COLS=config.cols, DEPTH=config.depth,
+        RANK=min(config.rank, rank_block(r)), GROUP=config.group,
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
 
 
 def can_describe(x: Tensor, weight: Tensor) -> bool:

@@ -29,29 +29,31 @@ def weight_grad_kernel(
     m, k, r, span,
     h_row, x_row, x_col, grad_rank, grad_col, grad_part,  # strides
     threshold, scale,
-    SUMS: tl.constexpr, DROPOUT: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    SUMS: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    row0, col0 = dropout.origin(seed, WINDOW)
+    if not dropout.is_meant(seed, MASK):
+        return
+    row0, col0 = dropout.origin(seed, MASK)
     col, chunk = tl.program_id(0) * COLS, tl.program_id(1).to(tl.int64)
     first = chunk * span
     cols = col - col0 + tl.arange(0, COLS)
     ranks = tl.program_id(2) * RANK + tl.arange(0, RANK)
     rows = first - row0 + tl.arange(0, ROWS)
-    there = (cols >= 0) & (cols < k)
+    there, known = dropout.within(cols, k, MASK), ranks < r
     h_tile = h + rows[:, None] * h_row + ranks[None, :]
     x_tile = x + rows[:, None] * x_row + cols.to(tl.int64)[None, :] * x_col
 
     total = tl.zeros((COLS, RANK), tl.float32)
     column_sums = tl.zeros((COLS,), tl.float32)
     for row in range(first, tl.minimum(first + span, m + row0), ROWS):
-        here = (rows >= 0) & (rows < m)
+        here = dropout.within(rows, m, MASK)
         left = tl.load(x_tile, here[:, None] & there[None, :], other=0.0)
-        right = tl.load(h_tile, here[:, None] & (ranks < r)[None, :], other=0.0)
+        right = tl.load(h_tile, here[:, None] & known[None, :], other=0.0)
         if SUMS:
             column_sums += tl.sum(left.to(tl.float32), 0)
-        if DROPOUT:
-            keep = dropout.keep_tile(seed, row, col, threshold, WINDOW, ROWS, COLS)
+        if MASK:
+            keep = dropout.keep_tile(seed, row, col, threshold, MASK, ROWS, COLS)
             left = tl.where(keep, left, tl.zeros_like(left))
         total = tl.dot(tl.trans(left), right, total, input_precision=PRECISION)
         h_tile += ROWS * h_row
@@ -61,7 +63,7 @@ def weight_grad_kernel(
     place = grad + chunk * grad_part + cols.to(tl.int64)[:, None] * grad_col
     place += ranks.to(tl.int64)[None, :] * grad_rank
     stored = (total * scale).to(grad.dtype.element_ty)
-    tl.store(place, stored, there[:, None] & (ranks < r)[None, :])
+    tl.store(place, stored, there[:, None] & known[None, :])
     if SUMS:
         of_first = there & (tl.program_id(2) == 0)  # blocks of ranks see the same x
         tl.store(sums + chunk * k + cols, column_sums.to(sums.dtype.element_ty), of_first)
@@ -77,6 +79,7 @@ def down_and_weight_grad_kernel(
     """Of ROWS rows and `span` columns of dy: a part of dh, and parts of dB and dbias of its own."""
     block = tl.program_id(0).to(tl.int64)
     rows, first = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * span
+    first = tl.multiple_of(first, 16)  # vector loads need it; span is a multiple of COLS
     ranks, cols = tl.arange(0, RANK), first + tl.arange(0, COLS)
     here, known = rows < m, ranks < r
     dy_tile = dy + rows.to(tl.int64)[:, None] * dy_row + cols.to(tl.int64)[None, :] * dy_col
@@ -131,43 +134,45 @@ def grad_and_sums(
 ) -> tuple[Tensor, Tensor]:
     """(`weight_grad`, the sums of x's columns [K] in x's dtype, empty unless asked for)."""
     x = rows_of(x)
+    k, r = x.shape[1], h.shape[1]
+    shape, dtype = (k, r) if transpose else (r, k), torch.float32 if wide else x.dtype
+    grad, sums = x.new_empty(shape, dtype=dtype), x.new_empty(k if need_sums else 0)
+    if grad.numel() > 0 or sums.numel() > 0:
+        with launching_on(x):
+            for mask in dropout.masks_of(seed):
+                _launch(h, x, grad, sums, seed, mask, threshold, scale, transpose)
+    return grad, sums
+
+
+def _launch(h, x, grad, sums, seed, mask, threshold, scale, transpose) -> None:
     (m, k), r = x.shape, h.shape[1]
-    shape = (k, r) if transpose else (r, k)
-    grad = x.new_empty(shape, dtype=torch.float32 if wide else x.dtype)
-    sums = x.new_empty(k if need_sums else 0)
-    if k == 0 or (r == 0 and not need_sums):
-        return grad, sums
-    if seed is not None:
-        scale *= inverse_keep(threshold)
-    window = seed is not None and seed.shape[0] == 4
-    config = configs.weight_grad(x, r)
+    shift = dropout.most_shift(mask)
+    config = configs.of("weight_grad", r, mask, x)
     rank = min(config.rank, rank_block(r))
-    rows, cols = (m + 15, k + 15) if window else (m, k)  # a window may begin inside a block of 16
-    col_blocks, rank_blocks = triton.cdiv(cols, config.cols), max(triton.cdiv(r, rank), 1)
-    span, chunks = config.split(rows, col_blocks * rank_blocks, config.rows)
+    col_blocks, rank_blocks = triton.cdiv(k + shift, config.cols), max(triton.cdiv(r, rank), 1)
+    span, chunks = config.split(m + shift, col_blocks * rank_blocks, config.rows)
+    scale = float(scale * (inverse_keep(threshold) if mask else 1.0))
     parts, part_sums = grad, sums
     if chunks > 1:
-        parts = torch.empty(chunks, *shape, dtype=torch.float32, device=x.device)
-        part_sums = torch.empty(chunks, sums.shape[0], dtype=torch.float32, device=x.device)
-    with launching_on(x):
-        weight_grad_kernel[col_blocks, chunks, rank_blocks](
-            h, x, parts, part_sums, seed if seed is not None else x,
-            m, k, r, span, r, *x.stride(), *((1, r) if transpose else (k, 1)), r * k,
-            threshold, float(scale) if chunks == 1 else 1.0,
-            SUMS=need_sums, DROPOUT=seed is not None, WINDOW=window, PRECISION=precision(x),
-            ROWS=config.rows, COLS=config.cols, RANK=rank,
-            num_warps=config.warps, num_stages=config.stages,
-        )  # fmt: skip
-        if chunks > 1 and r > 0:
-            reduce_parts(parts, grad, scale)
-        if chunks > 1 and need_sums:
-            reduce_parts(part_sums, sums, 1.0)
-    return grad, sums
+        fp32 = dict(dtype=torch.float32, device=x.device)
+        parts = torch.empty(chunks, *grad.shape, **fp32)
+        part_sums = torch.empty(chunks, *sums.shape, **fp32)
+    weight_grad_kernel[col_blocks, chunks, rank_blocks](
+        h, x, parts, part_sums, seed if mask else x,
+        m, k, r, span, r, *x.stride(), *((1, r) if transpose else (k, 1)), r * k,
+        threshold, scale if chunks == 1 else 1.0,
+        SUMS=sums.numel() > 0, MASK=mask, PRECISION=precision(x),
+        ROWS=config.rows, COLS=config.cols, RANK=rank,
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    if chunks > 1:
+        reduce_parts(parts, grad, scale, seed, mask)
+        reduce_parts(part_sums, sums, 1.0, seed, mask)
 
 
 def one_read(dy: Tensor, r: int) -> bool:
     """Whether `down_and_weight_grad` serves."""
-    rows = configs.down_and_weight_grad(dy, r).rows
+    rows = configs.of("down_and_weight_grad", r, 0, rows_of(dy)).rows
     return dy.numel() > 0 and 0 < r <= DOWN_RANK and dy.numel() <= MOST_BLOCKS * rows * dy.shape[-1]
 
 
@@ -184,7 +189,7 @@ def down_and_weight_grad(
     """
     dy = rows_of(dy)
     (m, n), r = dy.shape, h.shape[1]
-    config = configs.down_and_weight_grad(dy, r)
+    config = configs.of("down_and_weight_grad", r, 0, dy)
     blocks = triton.cdiv(m, config.rows)
     span, splits = config.split(n, blocks, config.cols)
     fp32 = dict(dtype=torch.float32, device=dy.device)

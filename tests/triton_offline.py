@@ -1,0 +1,165 @@
+"""Compiles what Triton's launchers launch for a GPU that is not here, and reads the machine code.
+
+    python tests/triton_offline.py sm90 [--all]    a line of JSON per kernel
+
+The launchers run as they are, on CPU tensors that nothing reads: a driver that only names a target
+stands in for the GPU's, so specialisations are those of real calls. A process of its own, since
+Triton's interpreter, once chosen, stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from lora_kernels.triton_kernels import device
+from lora_kernels.triton_kernels.down_proj import down_proj
+from lora_kernels.triton_kernels.fused_gemm import fused_gemm
+from lora_kernels.triton_kernels.weight_grad import (
+    DOWN_RANK,
+    down_and_weight_grad,
+    grad_and_sums,
+)
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+# name -> target, family of configs.json, bytes of shared memory that a block may have
+TARGETS = {
+    "sm80": (GPUTarget("cuda", 80, 32), "sm80", 163 << 10),
+    "sm86": (GPUTarget("cuda", 86, 32), "sm80", 99 << 10),
+    "sm90": (GPUTarget("cuda", 90, 32), "sm90", 227 << 10),
+    "sm100": (GPUTarget("cuda", 100, 32), "sm100", 227 << 10),
+    "sm120": (GPUTarget("cuda", 120, 32), "sm80", 99 << 10),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), "amd", 64 << 10),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+M, N, K = 8192, 4096, 2048
+FEW = 48  # rows that take other tiles
+SEED, WINDOW = torch.tensor([5, 6]), torch.tensor([5, 6, 16, 3])
+THRESHOLD = 1638
+
+
+class Named:
+    """A driver that knows its target and nothing else."""
+
+    def __init__(self, target: GPUTarget):
+        self.get_current_target = lambda: target
+        self.get_current_device = lambda: 0
+        self.get_current_stream = lambda device: 0
+
+
+class Recorder:
+    """Stands in for JITFunction.run: compiles and keeps what would have been launched."""
+
+    def __init__(self):
+        self.kernels, self._run = [], JITFunction.run
+
+    def install(self):
+        run, kernels = self._run, self.kernels
+
+        def record(self, *args, grid, warmup, **kwargs):
+            compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
+            constants = {k: v for k, v in kwargs.items() if k not in ("num_warps", "num_stages")}
+            kernels.append((self.fn.__name__, constants, compiled))
+            return compiled
+
+        JITFunction.run = record
+
+
+def calls(dtype: torch.dtype, everything: bool):
+    """Launches of each kernel: every class of its table, masks, both majors, odd widths."""
+
+    def empty(*size):
+        return torch.empty(*size, dtype=dtype)
+
+    ranks = (16, 64, 128, 256) if everything else (16, 64)
+    seeds = (None, SEED, WINDOW) if everything else (None, SEED)
+    x, dy, weight = empty(M, K), empty(M, N), empty(N, K)
+    for r in ranks:
+        a, b, h = empty(r, K), empty(N, r), empty(M, r)
+        for seed in seeds:
+            down_proj(x, a, seed, THRESHOLD, 1.5)
+            grad_and_sums(h, x, seed, THRESHOLD, 1.5, False, False, False)
+        down_proj(dy, b.t(), None, 0, 1.5)
+        if r <= DOWN_RANK:
+            down_and_weight_grad(h, dy, b.t(), 1.5, 1.0, True)
+        if r > DOWN_RANK or everything:
+            grad_and_sums(h, dy, None, 0, 1.5, True, True, True)
+    for rows in (M, 700, FEW) if everything else (M, FEW):
+        h = empty(rows, 16)
+        a, b = empty(16, K), empty(N, 16)
+        fused_gemm(empty(rows, K), weight, h, b, empty(N), None, 0, 1.0)
+        for seed in seeds:
+            fused_gemm(empty(rows, N), weight.t(), h, a.t(), None, seed, THRESHOLD, 1.0)
+    if everything:  # nothing that TMA can address, nothing that divides
+        fused_gemm(empty(M, 2047), empty(4095, 2047), empty(M, 7), empty(4095, 7), None, None, 0, 1)
+        down_proj(empty(M, 2047), empty(7, 2047), SEED, THRESHOLD, 1.0)
+
+
+def describe(name: str, constants: dict, kernel) -> dict:
+    """What the machine code of one kernel shows."""
+    about = {"kernel": name, "constants": {k: str(v) for k, v in constants.items()}}
+    about |= {"shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
+    if "amdgcn" in kernel.asm:
+        text = kernel.asm["amdgcn"]
+        scratch = re.findall(r"\.private_segment_fixed_size:\s*(\d+)", text)
+        registers = re.findall(r"\.vgpr_count:\s*(\d+)", text)
+        return about | {
+            "registers": max(map(int, registers)),
+            "stack": max(map(int, scratch)),
+            "tensor_core": len(re.findall(r"v_mfma_", text)),
+        }
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [str(CUOBJDUMP), "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    ptx = kernel.asm["ptx"]
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    return about | {
+        "registers": int(found[1]),
+        "stack": int(found[2]),
+        "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
+        "tcgen05": len(re.findall(r"tcgen05\.mma", ptx)),
+        "tensor_core": len(re.findall(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", ptx)),
+        "tma_loads": len(re.findall(r"cp\.async\.bulk\.tensor\.2d\.shared", ptx)),
+        "async_copies": len(re.findall(r"cp\.async\.c[ag]", ptx)),
+        "atomics": len(re.findall(r"\b(?:atom|red)\.", ptx)),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("target", choices=TARGETS)
+    parser.add_argument("--all", action="store_true", help="every class and variant")
+    parser.add_argument("--dtypes", default="bf16,fp32")
+    args = parser.parse_args()
+    target, family, limit = TARGETS[args.target]
+    triton.runtime.driver.set_active(Named(target))
+    device.family = lambda of: family
+    recorder = Recorder()
+    recorder.install()
+    for name in args.dtypes.split(","):
+        before = len(recorder.kernels)
+        calls(DTYPES[name], args.all)
+        seen = set()
+        for kernel in recorder.kernels[before:]:
+            if kernel[2].hash not in seen:
+                seen.add(kernel[2].hash)
+                about = {"target": args.target, "dtype": name, "limit": limit}
+                print(json.dumps(about | describe(*kernel)), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
