@@ -2,11 +2,12 @@
 
 An entry gives rows if `bench.publish` would take its suite.json without exceptions (finished, no
 stage failed, tests and every sanitizer passed, a clean commit), its selfcheck passed on the device
-that the suite ran on, and the kernels measured have the hash of this tree's sources. Rows are the
-shape classes that selfcheck.json wins (`lora_kernels.shape_classes`); classes in which composed was
-faster at some point go under "slower", which `explain` quotes and nothing follows. What is refused
-is printed with the reason. The file is a function of bench/results/ and the kernels' sources alone:
-a test compares it byte for byte.
+that the suite ran on, and the kernels measured have the hash of this tree's sources. It may hold
+selfcheck.json, of backend cuda, selfcheck-triton.json, or both, each of which is judged alone. Rows
+are the shape classes that a selfcheck wins (`lora_kernels.shape_classes`); classes in which
+composed was faster at some point go under "slower", which `explain` quotes and nothing follows.
+What is refused is printed with the reason. The file is a function of bench/results/ and the
+kernels' sources alone: a test compares it byte for byte.
 """
 
 from __future__ import annotations
@@ -19,29 +20,38 @@ from pathlib import Path
 from typing import Any
 
 from lora_kernels import dispatch, records, shape_classes
+from lora_kernels.triton_kernels import digest
 
 from . import gpu_suite, publish, report
 from .stages import PASSED
 
 
 def kernel_sources(root: Path = gpu_suite.ROOT) -> str:
-    """The hash of this tree's kernels."""
+    """The hash of this tree's CUDA kernels."""
     return runpy.run_path(str(root / "csrc/digest.py"))["kernel_sources"](root / "csrc")
 
 
-def refusals(suite: dict, record: records.Record, folder: Path, sources: str) -> list[str]:
-    """Why an entry proves nothing about the kernels of this tree; nothing if it does."""
+def triton_sources(suite: dict, root: Path = gpu_suite.ROOT) -> str:
+    """The hash of this tree's Triton kernels with the Triton that a suite ran."""
+    return digest.of_version(suite["device"]["triton"], root / "lora_kernels/triton_kernels")
+
+
+def refusals(
+    suite: dict, record: records.Record, folder: Path, sources: str, backend: str = "cuda"
+) -> list[str]:
+    """Why a backend's record proves nothing about the kernels of this tree; nothing if it does."""
     found = publish.objections(suite)
     if found and suite["schema"] != gpu_suite.SCHEMA:
         return found
     status = {stage["name"]: stage["status"] for stage in suite["stages"]}
-    if status.get(publish.SELFCHECK) != PASSED:
-        found.append(f"stage selfcheck {status.get(publish.SELFCHECK, 'is missing')}")
+    stage = publish.SELFCHECKS[backend]
+    if status.get(stage) != PASSED:
+        found.append(f"stage {stage} {status.get(stage, 'is missing')}")
     if suite["dirty"] is not False or suite["commit"] == "unknown":
         found.append("its tree was not that of a commit")
     if wrong := record.wrong():
         found.append(f"wrong: {', '.join(wrong)}")
-    if record.backend != "cuda":
+    if record.backend != backend:
         found.append(f"it is of backend {record.backend!r}")
     of_suite = suite["device"]["device_name"], "{}.{}".format(*suite["device"]["capability"])
     here = record.machine.device, record.machine.capability
@@ -58,7 +68,7 @@ def refusals(suite: dict, record: records.Record, folder: Path, sources: str) ->
 def rows_of(
     suite: dict, record: records.Record, folder: Path
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(rows, slower) of an entry that was not refused."""
+    """(rows, slower) of a record that was not refused."""
     machine = record.machine._asdict()
     about = {key: machine[key] for key in ("device", "capability", "sources", "torch", "cuda")}
     place = {"folder": f"bench/results/{folder.name}", "commit": suite["commit"]}
@@ -71,24 +81,27 @@ def rows_of(
 
 
 def generate(results: Path, sources: str) -> tuple[dict[str, Any], list[str]]:
-    """(the table, what was refused and why)."""
+    """(the table, what was refused and why). `sources`: of this tree's CUDA kernels."""
     table: dict[str, Any] = {"schema": dispatch.SCHEMA, "rows": [], "slower": []}
     refused = []
     for path in sorted(results.glob("cuda-*/suite.json")):
         folder = path.parent
-        try:
-            suite = json.loads(path.read_text())
-            content = (folder / f"{publish.SELFCHECK}.json").read_text()
-            record = records.parse(json.loads(content))
-            found = refusals(suite, record, folder, sources)
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-            found = [f"{type(error).__name__}: {error}"]
-        if found:
-            refused += [f"{folder.name}: {why}" for why in found]
-            continue
-        rows, slower = rows_of(suite, record, folder)
-        table["rows"] += rows
-        table["slower"] += slower
+        files = {b: folder / f"{stage}.json" for b, stage in publish.SELFCHECKS.items()}
+        # an entry without either file is refused as one of cuda
+        for backend in [b for b, file in files.items() if file.exists()] or ["cuda"]:
+            try:
+                suite = json.loads(path.read_text())
+                record = records.parse(json.loads(files[backend].read_text()))
+                own = sources if backend == "cuda" else triton_sources(suite)
+                found = refusals(suite, record, folder, own, backend)
+            except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+                found = [f"{type(error).__name__}: {error}"]
+            if found:
+                refused += [f"{folder.name}/{files[backend].name}: {why}" for why in found]
+                continue
+            rows, slower = rows_of(suite, record, folder)
+            table["rows"] += rows
+            table["slower"] += slower
     return table, refused
 
 

@@ -21,10 +21,11 @@ from . import gpu_suite, report, shapes
 from .stages import FAILED, NOT_RUN, PASSED, TIMED_OUT
 
 PLOTTED = ("layers", "kernels", "gemm", "backward", "group")  # stages that leave a JSON file each
-SELFCHECK = "selfcheck"  # the stage whose file bench.dispatch reads
+# by backend, the stage whose file bench.dispatch reads
+SELFCHECKS = {"cuda": "selfcheck", "triton": "selfcheck-triton"}
 ENTRY = (
     "suite.json",
-    f"{SELFCHECK}.json",
+    *(f"{name}.json" for name in SELFCHECKS.values()),
     *(f"{name}.{kind}" for name in PLOTTED for kind in ("json", "png")),
 )
 COLORS = {"kernel": "#1b7f5c", "torch": "#b8b8b8"}
@@ -105,8 +106,9 @@ def publish(
             shutil.copyfile(out / f"{name}.json", folder / f"{name}.json")
             result = json.loads((out / f"{name}.json").read_text())
             plot(folder / f"{name}.png", result["groups"], result["environment"])
-    if SELFCHECK in passed:
-        shutil.copyfile(out / f"{SELFCHECK}.json", folder / f"{SELFCHECK}.json")
+    for name in SELFCHECKS.values():
+        if name in passed:
+            shutil.copyfile(out / f"{name}.json", folder / f"{name}.json")
     return folder
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import __version__, backends, verdicts
+from . import __version__, backends, dispatch, verdicts
 from .backend import ENV, automatic, by_shape
 from .schemas import EXTENSION_ERROR, has_kernel
 
@@ -82,7 +82,9 @@ def main() -> int:
     _backends(console)
     _choices(console)
     if torch.cuda.is_available():
-        console.print(f"{verdicts.REMEDY}: checks the kernels here, and lets what wins serve")
+        for name in dispatch.MEASURED:
+            said = f"{verdicts.remedy(name)}: checks {name} here, and lets what wins serve"
+            console.print(said, soft_wrap=True)
     return 0
 
 

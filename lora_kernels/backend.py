@@ -304,7 +304,8 @@ def _register_all() -> None:
     )  # fmt: skip
     register(
         Backend("triton", "Triton kernels", _reference_only, _reference_only,
-                missing=lambda: "this version has no Triton kernels yet")
+                missing=lambda: "this version has no Triton kernels yet",
+                evidence=functools.partial(dispatch.evidence, backend="triton"))
     )  # fmt: skip
     register(
         Backend("composed", "the vendor's GEMMs, up projection accumulated in place by addmm",

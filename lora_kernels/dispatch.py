@@ -1,10 +1,12 @@
 """What the automatic choice knows of a backend by measurement: the shipped table and the verdict.
 
-Of a call it asks, in this order: does the user's own verdict say that a kernel is wrong on this
-device? Then never. Does a row of dispatch.json, which comes with the package, hold the call?
-Else, does a class that the user's verdict has won (`shape_classes`)? Else `composed` serves.
+Of a call it asks, in this order: does the user's own verdict say that a kernel of the backend is
+wrong on this device? Then never. Does a row of dispatch.json, which comes with the package, hold
+the call? Else, does a class that the user's verdict has won (`shape_classes`)? Else the next
+backend of the order is asked, and `composed` at last serves.
 
-A row of dispatch.json counts for one device, compute capability and hash of the kernels' sources.
+A row of dispatch.json counts for one backend, device, compute capability and hash of the kernels'
+sources; a verdict for one backend too, so none vouches for another or forbids it.
 `python -m bench.dispatch` writes it from bench/results/.
 """
 
@@ -26,9 +28,10 @@ from .shape_classes import Call, Class, Kind, Point
 
 TABLE = Path(__file__).with_name("dispatch.json")
 SCHEMA = 1
+MEASURED = ("cuda", "triton")  # backends that the automatic choice takes by evidence alone
 NOTHING = (
     "no passing GPU evidence for this device is part of this version, and you have no verdict of "
-    f"your own: run {verdicts.REMEDY}"
+    "your own: run "
 )
 ALONE = (
     "torch.distributed runs several processes, so the verdict of this one does not count; call "
@@ -58,10 +61,15 @@ class Evidence:
         sources: in the order in which they are asked.
         forbidden: what is wrong on this device, or the empty string.
         ignored: why a verdict that is there does not count, or the empty string.
+        backend: of which it is.
     """
 
-    def __init__(self, sources: Iterable[Source] = (), forbidden: str = "", ignored: str = ""):
+    def __init__(
+        self, sources: Iterable[Source] = (), forbidden: str = "", ignored: str = "",
+        backend: str = "cuda",
+    ):  # fmt: skip
         self.sources, self.forbidden, self.ignored = tuple(sources), forbidden, ignored
+        self.remedy = verdicts.remedy(backend)
         # by source; scanned by kind of call, of which few classes are
         self._by_kind: list[dict[Kind, list[Class]]] = []
         for source in self.sources:
@@ -112,7 +120,7 @@ class Evidence:
     def _nothing(self, alone: bool) -> str:
         if alone:
             return ALONE
-        return f"no shipped evidence; {self.ignored}" if self.ignored else NOTHING
+        return f"no shipped evidence; {self.ignored}" if self.ignored else NOTHING + self.remedy
 
 
 def _of_winner(found: Class, source: Source) -> str:
@@ -159,16 +167,19 @@ def class_of(row: dict[str, Any]) -> Class:
     return Class(dtype, of_pass, dropout, m, n, k, r, points)
 
 
-def rows_for(machine: Machine, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows that count on this machine."""
-    keys = ("device", "capability", "sources")
-    return [row for row in rows if all(row[key] == getattr(machine, key) for key in keys)]
+def rows_for(
+    machine: Machine, rows: Iterable[dict[str, Any]], backend: str
+) -> list[dict[str, Any]]:
+    """The rows of a backend that count on this machine."""
+    here = {key: getattr(machine, key) for key in ("device", "capability", "sources")}
+    here["backend"] = backend
+    return [row for row in rows if all(row[key] == value for key, value in here.items())]
 
 
-def shipped(machine: Machine, table: dict[str, Any]) -> list[Source]:
-    """What a table of dispatch.json's format vouches for on this machine, by evidence."""
+def shipped(machine: Machine, table: dict[str, Any], backend: str) -> list[Source]:
+    """What a table of dispatch.json's format vouches for of a backend on this machine."""
     by_place: dict[str, list[Class]] = {}
-    for row in rows_for(machine, table["rows"] + table["slower"]):
+    for row in rows_for(machine, table["rows"] + table["slower"], backend):
         place = row["evidence"]
         name = f"shipped evidence {place['folder']} of commit {place['commit'][:12]}"
         name += f" (torch {row['torch']}, CUDA {row['cuda']})"
@@ -185,7 +196,7 @@ def of_record(record: Record, name: str, *, local: bool) -> tuple[Source, str]:
     where = f"{name} of {record.date}"
     forbidden = (
         f"a kernel is wrong on this device: {', '.join(wrong)}, says {where}; reinstall, then run "
-        f"{verdicts.REMEDY}"
+        f"{verdicts.remedy(record.backend)}"
         if wrong
         else ""
     )
@@ -194,47 +205,53 @@ def of_record(record: Record, name: str, *, local: bool) -> tuple[Source, str]:
 
 def evaluate(
     machine: Machine, table: dict[str, Any], verdict: Record | None = None, shared: bool = False,
-    ignored: str = "",
+    ignored: str = "", backend: str = "cuda",
 ) -> Evidence:  # fmt: skip
-    """The evidence there is for backend `cuda` on a machine.
+    """The evidence there is for a backend on a machine.
 
     Args:
+        machine: with the hash of this backend's kernels.
         table: as dispatch.json.
         verdict: the user's own, or if `shared` rank 0's; None: there is none.
         ignored: why one that is there does not count.
     """
     if not machine.sources:
-        return Evidence(
-            ignored="the library says no hash of its kernels: it was built without them"
-        )
-    sources = shipped(machine, table)
+        library = "the library says no hash of its kernels: it was built without them"
+        why = "Triton is not installed" if backend == "triton" else library
+        return Evidence(ignored=why, backend=backend)
+    sources = shipped(machine, table, backend)
     if verdict is None:
-        return Evidence(sources, ignored=ignored)
-    name = "rank 0's verdict" if shared else f"your verdict {verdicts.path_of(machine)}"
+        return Evidence(sources, ignored=ignored, backend=backend)
+    own = "" if shared else f"your verdict {verdicts.path_of(machine, backend)}"
+    name = own or "rank 0's verdict"
     source, forbidden = of_record(verdict, name, local=not shared)
-    return Evidence([*sources, source], forbidden)
+    return Evidence([*sources, source], forbidden, backend=backend)
 
 
 # ---- of this process -----------------------------------------------------------------------------
 
-_shared: Record | None = None
+_shared: dict[str, Record] = {}  # by backend
 _listeners: list[Callable[[], None]] = []
 
 
 @functools.cache
-def evidence(device: torch.device) -> Evidence:
-    """Of backend `cuda` on a device of this process; read once, until `reload`."""
-    here = machines.of(device)
+def evidence(device: torch.device, backend: str = "cuda") -> Evidence:
+    """Of a backend on a device of this process; read once, until `reload`."""
+    here = machines.of(device, backend)
+    if not here.is_gpu:
+        return Evidence(ignored="a verdict of a CPU steers nothing", backend=backend)
     table = load_table()
-    if _shared is not None and _shared.machine == here:
-        return evaluate(here, table, _shared, shared=True)
-    verdict, ignored = verdicts.load(here)
-    if verdict is not None and verdict.backend != "cuda":
+    shared = _shared.get(backend)
+    if shared is not None and shared.machine == here:
+        return evaluate(here, table, shared, shared=True, backend=backend)
+    verdict, ignored = verdicts.load(here, backend)
+    if verdict is not None and verdict.backend != backend:
         ignored = f"your verdict is of backend {verdict.backend!r}"
         verdict = None
-    found = evaluate(here, table, verdict, ignored=ignored)
+    found = evaluate(here, table, verdict, ignored=ignored, backend=backend)
     if found.forbidden:
-        verdicts.warn(f"forbidden on {here.device}", f"backend 'cuda' is out: {found.forbidden}")
+        about = f"{backend} forbidden on {here.device}"
+        verdicts.warn(about, f"backend {backend!r} is out: {found.forbidden}")
     return found
 
 
@@ -247,10 +264,10 @@ def load_table() -> dict[str, Any]:
     return table
 
 
-def use_shared(record: Record | None) -> None:
-    """Makes rank 0's verdict, already validated, that of this process."""
-    global _shared
-    _shared = record
+def use_shared(*found: Record) -> None:
+    """Makes rank 0's verdicts, already validated, those of this process, and no others."""
+    _shared.clear()
+    _shared.update((record.backend, record) for record in found)
     reload()
 
 

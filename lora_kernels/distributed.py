@@ -1,7 +1,8 @@
-"""One verdict for all ranks: under torch.distributed, choices that differ would differ in bits.
+"""The same verdicts for all ranks: under torch.distributed, choices that differ would differ in
+bits.
 
-With more than one process a rank's own verdict is ignored, unless `share_verdicts` made rank 0's
-that of all. A rank's own verdict that a kernel is wrong is never ignored.
+With more than one process a rank's own verdicts are ignored, unless `share_verdicts` made rank 0's
+those of all. A rank's own verdict that a kernel is wrong is never ignored.
 """
 
 from __future__ import annotations
@@ -17,19 +18,20 @@ from .records import Record
 
 
 def share_verdicts(group: Any = None, device: torch.device | str | None = None) -> bool:
-    """Gives every rank the verdict of the group's rank 0; all use it, or none does.
+    """Gives every rank the verdicts of the group's rank 0; of each backend all use it, or none.
 
     A collective: every rank of the group calls it, before or after its first layer. Each rank
-    checks what it received as it would a file: it must be well formed, and device name, compute
-    capability, versions and the hash of the kernels' sources must be this rank's own.
+    checks what it received as it would a file: it must be well formed, and backend, device name,
+    compute capability, versions and the hash of the kernels' sources must be this rank's own.
 
     Args:
         group: a process group; None: the default one.
         device: of this rank; None: the current CUDA device, or the CPU where there is none.
 
     Returns:
-        Whether the ranks use rank 0's verdict now. If one cannot, VerdictWarning says on every rank
-        which and why, and the automatic choice is by the shipped table alone.
+        Whether the ranks use all of rank 0's verdicts now, of which there is one at least. If one
+        rank cannot, VerdictWarning says on every rank which and why, and the automatic choice of
+        that backend is by the shipped table alone.
 
     Raises:
         RuntimeError: torch.distributed is not initialised.
@@ -38,26 +40,39 @@ def share_verdicts(group: Any = None, device: torch.device | str | None = None) 
         raise RuntimeError(
             "share_verdicts: torch.distributed is not initialised; call init_process_group first"
         )
-    here = machines.of(_device(device))
-    own, why = verdicts.load(here)
+    place = _device(device)
+    here = {name: machines.of(place, name) for name in dispatch.MEASURED}
+    own = {name: verdicts.load(machine, name) for name, machine in here.items()}
     message: list[Any] = [None]
     if dist.get_rank(group) == 0:
-        message = [records.dump(own) if own is not None else why or "it has no verdict"]
+        message = [{n: records.dump(v) if v is not None else why for n, (v, why) in own.items()}]
     root = 0 if group is None else dist.get_global_rank(group, 0)
     dist.broadcast_object_list(message, src=root, group=group)
-    verdict, objection = _received(message[0], here, own)
+    received = {n: _received(message[0], n, here[n], own[n][0]) for n in dispatch.MEASURED}
 
     objections: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(objections, objection, group=group)
-    refused = [f"rank {rank}: {text}" for rank, text in enumerate(objections) if text]
-    dispatch.use_shared(None if refused else verdict)
-    if refused:
-        verdicts.warn(
-            f"shared {refused}",
-            f"no rank uses rank 0's verdict: {'; '.join(refused)}; the remedy is "
-            f"{verdicts.REMEDY} on rank 0's machine, with the same versions on all",
-        )
-    return not refused
+    mine = {name: objection for name, (_, objection) in received.items()}
+    dist.all_gather_object(objections, mine, group=group)
+    used, all_well = [], True
+    for name, (verdict, _) in received.items():
+        refused = [f"rank {rank}: {of[name]}" for rank, of in enumerate(objections) if of[name]]
+        if refused:
+            _warn(name, "; ".join(refused))
+            all_well = False
+        elif verdict is not None:
+            used.append(verdict)
+    if all_well and not used:
+        _warn("cuda", "rank 0 has nothing to share: it has no verdict")
+    dispatch.use_shared(*used)
+    return all_well and bool(used)
+
+
+def _warn(backend: str, why: str) -> None:
+    verdicts.warn(
+        f"shared {backend} {why}",
+        f"no rank uses rank 0's verdict of backend {backend!r}: {why}; the remedy is "
+        f"{verdicts.remedy(backend)} on rank 0's machine, with the same versions on all",
+    )
 
 
 def _device(given: torch.device | str | None) -> torch.device:
@@ -69,17 +84,21 @@ def _device(given: torch.device | str | None) -> torch.device:
 
 
 def _received(
-    message: object, here: machines.Machine, own: Record | None
+    message: object, backend: str, here: machines.Machine, own: Record | None
 ) -> tuple[Record | None, str]:
-    """(the verdict, "") or (None, why this rank cannot use what came)."""
-    if isinstance(message, str):
-        return None, f"rank 0 has nothing to share: {message[: records.MAX_TEXT]}"
+    """(the verdict, "") or (None, why this rank cannot use what came, "" if rank 0 has none)."""
+    came = message.get(backend) if isinstance(message, dict) else None
+    if isinstance(came, str):
+        why = f"rank 0 has nothing to share: {came[: records.MAX_TEXT]}"
+        return None, why if came else ""
     try:
-        verdict = records.parse(message)
+        verdict = records.parse(came)
     except ValueError as error:
         return None, f"what came is malformed: {error}"
+    if verdict.backend != backend:
+        return None, f"what came is of backend {verdict.backend!r}"
     if differ := machines.differences(verdict.machine, here):
         return None, f"what came is of {'; '.join(differ)}"
-    if own is not None and (wrong := own.wrong()):
+    if own is not None and own.backend == backend and (wrong := own.wrong()):
         return None, f"a kernel is wrong here: {', '.join(wrong)}"
     return verdict, ""

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from .schemas import has_kernel
+from .triton_kernels import digest
 
 
 class Machine(NamedTuple):
@@ -19,22 +20,28 @@ class Machine(NamedTuple):
     device: str  # its name
     capability: str  # "9.0"; of a CPU its instruction set, as torch calls it
     torch: str
-    cuda: str  # that torch was built with
+    cuda: str  # that torch was built with; "HIP ..." of a build for ROCm
     driver: str
     package: str
-    sources: str  # csrc/digest.py of what the kernels were built from; "" without CUDA kernels
+    sources: str  # the hash of what the backend's kernels are made of; "" without such kernels
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.driver != ""
 
 
-def sources() -> str:
-    """The hash of the CUDA kernels in the library; "" if it has none."""
+def sources(backend: str = "cuda") -> str:
+    """The hash of Triton's kernels, or of the CUDA kernels in the library; "" if there are none."""
+    if backend == "triton":
+        return digest.sources()
     if not has_kernel("kernel_sources", "CompositeExplicitAutograd"):
         return ""
     return torch.ops.lora_kernels.kernel_sources()
 
 
 @functools.cache
-def of(device: torch.device) -> Machine:
-    """The facts of a device of this process."""
+def of(device: torch.device, backend: str = "cuda") -> Machine:
+    """The facts of a device of this process, with the hash of a backend's kernels."""
     from . import __version__
 
     if device.type == "cuda":
@@ -43,8 +50,9 @@ def of(device: torch.device) -> Machine:
         capability, driver = f"{major}.{minor}", _driver()
     else:
         name, capability, driver = _cpu_name(), torch.backends.cpu.get_cpu_capability(), ""
-    cuda = torch.version.cuda or ""
-    return Machine(name, capability, str(torch.__version__), cuda, driver, __version__, sources())
+    cuda = f"HIP {torch.version.hip}" if torch.version.hip else torch.version.cuda or ""
+    versions = str(torch.__version__), cuda, driver, __version__
+    return Machine(name, capability, *versions, sources(backend))
 
 
 def differences(found: Machine, here: Machine) -> list[str]:
@@ -60,10 +68,10 @@ def differences(found: Machine, here: Machine) -> list[str]:
 
 def _driver() -> str:
     """The driver's release where Linux says it, else the CUDA version that it serves."""
-    try:
-        text = Path("/proc/driver/nvidia/version").read_text(errors="replace")
-    except OSError:
-        text = ""
+    if torch.version.hip:  # a driver that is part of Linux has no release of its own
+        own = _text("/sys/module/amdgpu/version").strip()
+        return own or f"{platform.system()} {platform.release()}"
+    text = _text("/proc/driver/nvidia/version")
     if found := re.search(r"\b\d{3}\.\d+(\.\d+)?\b", text):
         return found[0]
     version = getattr(torch._C, "_cuda_getDriverVersion", lambda: "unknown")()
@@ -71,9 +79,13 @@ def _driver() -> str:
 
 
 def _cpu_name() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(errors="replace")
-    except OSError:
-        text = ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    found = re.search(r"^model name\s*:\s*(.+)$", _text("/proc/cpuinfo"), re.MULTILINE)
     return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _text(path: str) -> str:
+    """Of a file of Linux; "" where there is none."""
+    try:
+        return Path(path).read_text(errors="replace")
+    except OSError:
+        return ""

@@ -8,6 +8,7 @@ is wrong.
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -18,7 +19,7 @@ from . import criterion, dropout
 from .criterion import Oracle
 from .functional import fused_lora_linear
 from .records import NOT_SERVED, RIGHT, WRONG, Check
-from .schemas import has_kernel
+from .schemas import KERNELS, has_kernel
 
 # M, N, K, r: ragged everywhere; a multiple of every tile; more than one tile; a wide rank; decode.
 SHAPES = (
@@ -35,6 +36,7 @@ GRADS = ("x", "lora_a", "lora_b", "bias")
 _REFUSALS = ("not served", "take lora_kernels.composed", ": form is '")
 
 Results = dict[str, Tensor]  # by the names of criterion.Oracle
+Find = Callable[[str], Callable[..., Tensor]]  # a kernel by its name
 About = tuple[str, str, str, bool, tuple[int, ...]]  # of a Check: op, form, dtype, dropout, shape
 
 
@@ -111,24 +113,32 @@ def make(
 # ---- the calls -----------------------------------------------------------------------------------
 
 
-def _down_proj(p: Problem, o: Oracle) -> Results:
-    run = torch.ops.lora_kernels.down_proj
+def _operator(name: str) -> Callable[..., Tensor]:
+    return getattr(torch.ops.lora_kernels, name)
+
+
+def _triton_kernel(name: str) -> Callable[..., Tensor]:
+    return getattr(importlib.import_module(f".triton_kernels.{name}", __package__), name)
+
+
+def _down_proj(p: Problem, o: Oracle, kernel: Find = _operator) -> Results:
+    run = kernel("down_proj")
     return {
         "h": run(p.x, p.lora_a, *p.drop, p.scaling),
         "dh": run(p.dy, p.lora_b.t(), None, 0, p.scaling),
     }
 
 
-def _fused_gemm(p: Problem, o: Oracle) -> Results:
-    run, (h, dh) = torch.ops.lora_kernels.fused_gemm, _ranks(p, o)
+def _fused_gemm(p: Problem, o: Oracle, kernel: Find = _operator) -> Results:
+    run, (h, dh) = kernel("fused_gemm"), _ranks(p, o)
     return {
         "y": run(p.x, p.weight, h, p.lora_b, p.bias, None, 0, 1.0),
         "x": run(p.dy, p.weight.t(), dh, p.lora_a.t(), None, *p.drop, 1.0),
     }
 
 
-def _weight_grad(p: Problem, o: Oracle) -> Results:
-    run, (h, dh) = torch.ops.lora_kernels.weight_grad, _ranks(p, o)
+def _weight_grad(p: Problem, o: Oracle, kernel: Find = _operator) -> Results:
+    run, (h, dh) = kernel("weight_grad"), _ranks(p, o)
     return {
         "lora_a": run(dh, p.x, *p.drop, 1.0, False, False),
         "lora_b": run(h, p.dy, None, 0, 1.0, False, True),
@@ -164,41 +174,49 @@ CALLS: dict[tuple[str, str], Callable[[Problem, Oracle], Results]] = {
     **{("forward_as", form): functools.partial(_forward, form=form) for form in FORWARD_FORMS},
     **{("backward_as", form): functools.partial(_backward, form=form) for form in BACKWARD_FORMS},
 }  # fmt: skip
+TRITON_CALLS = {
+    (name, ""): functools.partial(run, kernel=_triton_kernel)
+    for name, run in zip(KERNELS, (_down_proj, _fused_gemm, _weight_grad), strict=True)
+}
 GROUPS = ("forward_group", "backward_group")
 
 
 # ---- the checks ----------------------------------------------------------------------------------
 
 
-def count(dtypes: list[torch.dtype]) -> int:
+def count(dtypes: list[torch.dtype], backend: str = "cuda") -> int:
     """How many checks `run` yields."""
-    return len(dtypes) * len(SHAPES) * len(DROPOUTS) * (len(CALLS) + len(GROUPS) + 1)
+    calls = len(TRITON_CALLS) if backend == "triton" else len(CALLS) + len(GROUPS)
+    return len(dtypes) * len(SHAPES) * len(DROPOUTS) * (calls + 1)
 
 
 def run(backend: str, device: torch.device, dtypes: list[torch.dtype]) -> Iterator[Check]:
-    """One Check for each operator, form, shape, dtype and dropout."""
+    """One Check for each operator, form, shape, dtype and dropout; of Triton the kernels alone."""
+    triton = backend == "triton"
+    calls, library = (TRITON_CALLS, None) if triton else (CALLS, device.type.upper())
     for dtype in dtypes:
         for shape in SHAPES:
             for p in DROPOUTS:
                 problem = make(shape, dtype, p, device)
                 exact = criterion.oracle(problem)
-                for (op, form), call in CALLS.items():
+                for (op, form), call in calls.items():
                     bound = functools.partial(call, problem, exact)
-                    yield check(op, form, device, problem, bound, exact)
+                    yield check(op, form, library, problem, bound, exact)
                 step = functools.partial(problem.step, backend)
-                yield check(WHOLE, "", device, problem, step, exact)
-                yield from _groups(device, problem, exact)
+                yield check(WHOLE, "", None, problem, step, exact)
+                if not triton:
+                    yield from _groups(device, problem, exact)
 
 
 def check(
     op: str,
     form: str,
-    device: torch.device,
+    library: str | None,
     problem: Problem,
     call: Callable[[], Results],
     exact: Oracle,
 ) -> Check:
-    """Runs one call and judges its results."""
+    """Runs one call and judges its results. `library`: "CPU" or "CUDA" if it needs C++ of that."""
     m, k = problem.x.shape
     n, r = problem.lora_b.shape
     dtype = problem.x.dtype
@@ -209,8 +227,8 @@ def check(
         problem.dropout_p > 0,
         (m, n, k, r),
     )
-    if op != WHOLE and not has_kernel(op, device.type.upper()):
-        return Check(*about, NOT_SERVED, None, f"no C++ kernel for {device.type} is built")
+    if library is not None and not has_kernel(op, library):
+        return Check(*about, NOT_SERVED, None, f"no C++ kernel for {library} is built")
     try:
         got = call()
         used = criterion.usage(exact, got, dtype)
@@ -272,7 +290,7 @@ def _groups(device: torch.device, one: Problem, exact: Oracle) -> Iterator[Check
         return {"x": dx, **_numbered(lora_a=das, lora_b=dbs, bias=dbiases)}
 
     for op, call in zip(GROUPS, (forward, backward), strict=True):
-        yield check(op, "", device, one, call, joint)
+        yield check(op, "", device.type.upper(), one, call, joint)
 
 
 def _numbered(**lists: list[Tensor]) -> Results:

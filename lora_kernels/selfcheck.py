@@ -1,11 +1,13 @@
 """Checks every kernel on this machine and times the whole op against `composed`: a verdict.
 
-    record = selfcheck("cuda", shapes="default")    # python -m lora_kernels selfcheck
+    record = selfcheck("cuda")               # python -m lora_kernels selfcheck
+    record = selfcheck("cuda", "triton")     # python -m lora_kernels selfcheck --backend triton
 
 First each operator and form against float64 (`op_checks`), then `fused_lora_linear` at the points
 of the shape classes: results against float64, forward alone and forward with backward, timed in
 turns with backend `composed`. On a GPU the verdict is stored and steers the automatic choice
-(`dispatch`); on a CPU backend `cpu` is checked in the same way, and steers nothing.
+(`dispatch`); on a CPU backend `cpu`, or `triton` under its interpreter, is checked in the same way,
+and steers nothing.
 """
 
 from __future__ import annotations
@@ -41,7 +43,11 @@ SHAPES: dict[str, list[Shape]] = {
     "default": _grid((1, 16, 64), (1024, 4096, 16384), (1024, 4096, 16384), (16, 64))
     + _grid((1024, 4096, 16384), (1024, 4096, 16384), (1024, 4096, 16384), (16, 64)),
 }
-DTYPES = {"cpu": (torch.float32,), "cuda": (torch.bfloat16, torch.float16)}
+DTYPES = {  # of a backend on a GPU; on a CPU those of cpu
+    "cuda": (torch.bfloat16, torch.float16),
+    "cpu": (torch.float32,),
+    "triton": (torch.bfloat16, torch.float16, torch.float32),
+}
 DROPOUT = 0.1
 ROUNDS = 20  # most samples of one contender at a point
 SECONDS = 0.3  # in which those of a point must fit, or there are fewer
@@ -54,21 +60,35 @@ class CannotRun(Exception):
     """Nothing was checked; the message says why and what to do."""
 
 
-def backend_of(device: torch.device, dtypes: Sequence[torch.dtype]) -> str:
-    """The backend that is checked on a device: that of its type.
+def default_dtypes(device: torch.device, backend: str | None = None) -> tuple[torch.dtype, ...]:
+    """What is checked of a backend on a device; nothing on a device that has none."""
+    return DTYPES.get(device.type if device.type == "cpu" else backend or device.type, ())
+
+
+def default_shapes(device: torch.device) -> list[Shape]:
+    return SHAPES["default" if device.type == "cuda" else "small"]
+
+
+def backend_of(
+    device: torch.device, dtypes: Sequence[torch.dtype], backend: str | None = None
+) -> str:
+    """The backend that is checked on a device: this one, or that of its type.
 
     Raises:
         CannotRun: it cannot run here, or has no kernels for a dtype.
     """
-    name = device.type
-    if name not in DTYPES:
+    if device.type not in ("cpu", "cuda"):
         raise CannotRun(f"device is {device}; expected a CPU or a CUDA device")
-    if name == "cuda" and not torch.cuda.is_available():
+    name = backend or device.type
+    if name not in DTYPES:
+        raise CannotRun(f"backend is {name!r}; expected one of {', '.join(DTYPES)}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        interpreted = " and TRITON_INTERPRET=1" if name == "triton" else ""
         raise CannotRun(
             "torch sees no CUDA device; check nvidia-smi and that torch.version.cuda is not None, "
-            "or try the machinery with --device cpu"
+            f"or try the machinery with --device cpu{interpreted}"
         )
-    if name == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise CannotRun(f"device is {device}, but torch sees {torch.cuda.device_count()}")
     found = backends._REGISTRY[name]
     for why in (found.missing(), *(found.refuses(device, dtype) for dtype in dtypes)):
@@ -79,6 +99,7 @@ def backend_of(device: torch.device, dtypes: Sequence[torch.dtype]) -> str:
 
 def selfcheck(
     device: torch.device | str = "cuda",
+    backend: str | None = None,
     *,
     shapes: Sequence[Shape] | None = None,
     dtypes: Sequence[torch.dtype] | None = None,
@@ -87,12 +108,13 @@ def selfcheck(
     keep: bool = True,
     progress: Progress = lambda done, total, what: None,
 ) -> Record:
-    """Checks and times what runs on `device`.
+    """Checks and times one backend on `device`.
 
     Args:
         device: a CUDA device, or the CPU.
+        backend: cuda, cpu or triton; None: that of the device's type.
         shapes: (M, N, K, r) of the timed points; None: SHAPES["default"] on CUDA, "small" on a CPU.
-        dtypes: of x; None: bfloat16 and float16 on CUDA, float32 on a CPU.
+        dtypes: of x; None: bfloat16 and float16 on CUDA, of triton float32 too; float32 on a CPU.
         operators: whether each operator is checked too, and not the timed points alone.
         seconds: after which no further point is begun; None: all are measured.
         keep: whether the verdict becomes the user's, and is used from the next call on.
@@ -105,18 +127,18 @@ def selfcheck(
         CannotRun: there is nothing to check here. Others: as `store`.
     """
     device = torch.device(device)
-    dtypes = list(dtypes or DTYPES.get(device.type, ()))
-    name = backend_of(device, dtypes)
+    dtypes = list(dtypes or default_dtypes(device, backend))
+    name = backend_of(device, dtypes, backend)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    shapes = SHAPES["default" if name == "cuda" else "small"] if shapes is None else shapes
+    shapes = default_shapes(device) if shapes is None else shapes
     jobs = list(itertools.product(dtypes, shapes, (0.0, DROPOUT)))
-    first = op_checks.count(dtypes) if operators else 0
+    first = op_checks.count(dtypes, name) if operators else 0
     total = first + len(jobs)
     end = time.monotonic() + (seconds if seconds is not None else float("inf"))
     checks: list[Check] = []
     points: list[Point] = []
-    on_device = torch.cuda.device(device) if name == "cuda" else contextlib.nullcontext()
+    on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with on_device, torch.autocast(device.type, enabled=False):
         for found in op_checks.run(name, device, dtypes) if operators else ():
             checks.append(found)
@@ -140,7 +162,8 @@ def selfcheck(
             except Exception as error:  # as in op_checks.check
                 checks.append(op_checks.failed(about, error))
     progress(total, total, "done")
-    record = Record(records.now(), name, machines.of(device), tuple(checks), tuple(points))
+    here = machines.of(device, name)
+    record = Record(records.now(), name, here, tuple(checks), tuple(points))
     if keep:
         store(record)
     return record

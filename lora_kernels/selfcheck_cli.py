@@ -81,14 +81,18 @@ def _parser() -> argparse.ArgumentParser:
         "--device", type=_device, default=torch.device("cuda"), help="default: cuda"
     )
     parser.add_argument(
+        "--backend", choices=list(selfcheck.DTYPES), help="default: that of the device's type"
+    )
+    parser.add_argument(
         "--dtype", type=_dtypes, metavar="DTYPE[,DTYPE]",
-        help=f"of {', '.join(DTYPES)}; default: bf16,fp16 on a GPU, fp32 on a CPU",
+        help=f"of {', '.join(DTYPES)}; default: bf16,fp16 on a GPU, of triton fp32 too; fp32 on a "
+        "CPU",
     )  # fmt: skip
     parser.add_argument(
         "--dry-run", action="store_true",
         help="say what would be checked, timed and stored, and do nothing of it",
     )  # fmt: skip
-    parser.add_argument("--clear", action="store_true", help="remove this device's verdict")
+    parser.add_argument("--clear", action="store_true", help="remove this verdict")
     parser.add_argument("--no-store", action="store_true", help="leave the stored verdict alone")
     parser.add_argument("--no-operators", action="store_true", help="the timed points alone")
     parser.add_argument(
@@ -115,14 +119,14 @@ class Plain:
             print("  ".join(map(str.ljust, row, widths)).rstrip(), flush=True)
 
     @contextlib.contextmanager
-    def progress(self) -> Iterator[selfcheck.Progress]:
+    def progress(self, backend: str) -> Iterator[selfcheck.Progress]:
         tenth = -1
 
         def told(done: int, total: int, what: str) -> None:
             nonlocal tenth
             if 10 * done // max(total, 1) != tenth:
                 tenth = 10 * done // max(total, 1)
-                print(f"{done} of {total}: {what}", flush=True)
+                print(f"{backend}, {done} of {total}: {what}", flush=True)
 
         yield told
 
@@ -159,16 +163,16 @@ class Rich(Plain):
         self.console.print(found)
 
     @contextlib.contextmanager
-    def progress(self) -> Iterator[selfcheck.Progress]:
+    def progress(self, backend: str) -> Iterator[selfcheck.Progress]:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
         from rich.progress import TimeElapsedColumn as Elapsed
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Elapsed())
         with Progress(*columns, console=self.console, transient=True) as bar:
-            task = bar.add_task("selfcheck")
+            task = bar.add_task(backend)
 
             def told(done: int, total: int, what: str) -> None:
-                bar.update(task, completed=done, total=total, description=what)
+                bar.update(task, completed=done, total=total, description=f"{backend}: {what}")
 
             yield told
 
@@ -193,7 +197,8 @@ def _operators(record: Record) -> Table:
             notes = [f"{counts[NOT_SERVED]} not served"] if counts[NOT_SERVED] else []
         worst = f"{max(used):.2f}" if used else "-"
         rows.append([name, status, str(counts[status]), worst, notes[0] if notes else ""])
-    return ("operators against float64", ("op", "status", "calls", "of its bound", "note"), rows)
+    title = f"operators of {record.backend} against float64"
+    return (title, ("op", "status", "calls", "of its bound", "note"), rows)
 
 
 def _points(record: Record) -> Table:
@@ -217,13 +222,15 @@ def _points(record: Record) -> Table:
 def _conclusion(record: Record, say: Callable[[str], None]) -> None:
     if wrong := record.wrong():
         say(f"\nWRONG RESULTS: {', '.join(wrong)}. Do not use backend {record.backend!r} here.")
-        say("Reinstall, run this again, and if it stays report the output.")
+        again = verdicts.remedy(record.backend)
+        say(f"Reinstall, run {again} again, and if it stays report the output.")
     classes = shape_classes.classes(record.points)
     won = [found for found in classes if found.won]
-    if record.backend == "cpu":
+    if not record.machine.is_gpu:
         say("\nA verdict of a CPU steers nothing: there the order of backends is fixed.")
     elif not wrong:
-        say(f"\nThe automatic choice takes cuda in {len(won)} of {len(classes)} shape classes:")
+        takes = "cuda" if record.backend == "cuda" else f"{record.backend}, where cuda did not win,"
+        say(f"\nThe automatic choice takes {takes} in {len(won)} of {len(classes)} shape classes:")
         for found in won:
             say(f"  {found}: {found.worst.ratio:.3f} of composed's time at the slowest point")
         if not classes:
@@ -233,33 +240,38 @@ def _conclusion(record: Record, say: Callable[[str], None]) -> None:
 # ---- the command ---------------------------------------------------------------------------------
 
 
-def _dry_run(args: argparse.Namespace, out: Plain) -> None:
-    device, kind = args.device, args.device.type
-    dtypes = args.dtype or selfcheck.DTYPES[kind]
-    shapes = args.shapes or selfcheck.SHAPES["default" if kind == "cuda" else "small"]
+def _dry_run(args: argparse.Namespace, dtypes: Sequence[torch.dtype], out: Plain) -> None:
+    device, backend = args.device, args.backend
+    shapes = args.shapes or selfcheck.default_shapes(device)
     names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     out.line(
-        f"would check every operator and form on {device} in {names}, with dropout and without"
+        f"would check every operator and form of {backend} on {device} in {names}, with dropout "
+        "and without"
     )
     count = len(list(itertools.product(shapes, dtypes, (0, 1), shape_classes.PASSES)))
     out.line(f"would time {count} points: {', '.join('x'.join(map(str, s)) for s in shapes)}")
-    where = "store nothing" if args.no_store else f"store {verdicts.path_of(machines.of(device))}"
-    out.line(f"would {where}")
+    if args.no_store:
+        out.line("would store nothing")
+    else:
+        out.line(f"would store {verdicts.path_of(machines.of(device, backend), backend)}")
 
 
 def _run(args: argparse.Namespace, out: Plain) -> int:
+    args.backend = args.backend or args.device.type
     if args.clear and (args.device.type == "cpu" or torch.cuda.is_available()):
-        removed = verdicts.clear(machines.of(args.device))
-        out.line(f"removed {removed}" if removed else f"no verdict of {args.device} was stored")
+        removed = verdicts.clear(machines.of(args.device, args.backend), args.backend)
+        missing = f"no verdict of {args.backend} on {args.device} was stored"
+        out.line(f"removed {removed}" if removed else missing)
         return OK
-    selfcheck.backend_of(args.device, args.dtype or selfcheck.DTYPES[args.device.type])
+    dtypes = args.dtype or selfcheck.default_dtypes(args.device, args.backend)
+    selfcheck.backend_of(args.device, dtypes, args.backend)
     if args.dry_run:
-        _dry_run(args, out)
+        _dry_run(args, dtypes, out)
         return OK
-    with out.progress() as progress:
+    with out.progress(args.backend) as progress:
         record = selfcheck.selfcheck(
-            args.device, shapes=args.shapes, dtypes=args.dtype, operators=not args.no_operators,
-            seconds=args.seconds, keep=False, progress=progress,
+            args.device, args.backend, shapes=args.shapes, dtypes=dtypes,
+            operators=not args.no_operators, seconds=args.seconds, keep=False, progress=progress,
         )  # fmt: skip
     if record.checks:
         out.table(_operators(record))

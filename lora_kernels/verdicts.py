@@ -1,10 +1,10 @@
 """The user's verdicts: what `selfcheck` found on this machine, in files that are not trusted.
 
 A verdict is JSON, {"hmac": ..., "verdict": a record}, in the user's cache folder, one file a
-device. It is signed by HMAC-SHA256 with a random key beside it, so a file that was edited, or
-copied from another machine, is known for what it is; whoever can read the key, which is the user
-alone, can sign. Folder, key and file must be the user's own and closed to other writers. A file
-that is anything else is ignored, and a warning says so once.
+device and backend. It is signed by HMAC-SHA256 with a random key beside it, so a file that was
+edited, or copied from another machine, is known for what it is; whoever can read the key, which is
+the user alone, can sign. Folder, key and file must be the user's own and closed to other writers. A
+file that is anything else is ignored, and a warning says so once.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from .records import Record
 
 ENV = "LORA_KERNELS_CACHE"
 REMEDY = "python -m lora_kernels selfcheck"
+OF_DEVICE = ("cuda", "cpu")  # backends that a device's type names
 MAX_BYTES = 4 << 20
 KEY_BYTES = 32
 _OPEN = os.O_RDONLY | sum(
@@ -67,32 +68,38 @@ def folder() -> Path:
     return home / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "lora_kernels"
 
 
-def path_of(machine: Machine) -> Path:
-    """The file of a device, whatever versions and sources are."""
+def remedy(backend: str) -> str:
+    """The command that gives a verdict of this backend."""
+    return REMEDY if backend in OF_DEVICE else f"{REMEDY} --backend {backend}"
+
+
+def path_of(machine: Machine, backend: str = "cuda") -> Path:
+    """The file of a backend on a device, whatever versions and sources are."""
     name = re.sub(r"[^a-z0-9]+", "-", machine.device.lower()).strip("-")[:80]
     capability = re.sub(r"[^a-zA-Z0-9]+", "-", machine.capability)
-    return folder() / f"verdict-{name}-{capability}.json"
+    suffix = "" if backend in OF_DEVICE else f"-{backend}"
+    return folder() / f"verdict-{name}-{capability}{suffix}.json"
 
 
 # ---- reading -------------------------------------------------------------------------------------
 
 
-def load(machine: Machine) -> tuple[Record | None, str]:
-    """(the verdict of this machine, "") or (None, why there is none: "" if no file is there).
+def load(machine: Machine, backend: str = "cuda") -> tuple[Record | None, str]:
+    """(the verdict of a backend here, "") or (None, why there is none: "" if no file is there).
 
     Warns with VerdictWarning, once in a process for a file that is there and is not used.
     """
     where = "the verdict"
     try:
-        path = path_of(machine)
+        path = path_of(machine, backend)
         where = str(path)
         return _read(path, machine), ""
     except FileNotFoundError:
         return None, ""
     except Untrusted as why:
-        reason = f"{where} is ignored: {why}; the remedy is {REMEDY}"
+        reason = f"{where} is ignored: {why}; the remedy is {remedy(backend)}"
     except OSError as error:
-        reason = f"{where} is ignored: {error.strerror}; remove it, then {REMEDY}"
+        reason = f"{where} is ignored: {error.strerror}; remove it, then {remedy(backend)}"
     warn(where, reason)
     return None, reason
 
@@ -191,7 +198,7 @@ def save(record: Record) -> Path:
     Raises:
         Untrusted: the folder is not the user's own. OSError: it cannot be written.
     """
-    path = path_of(record.machine)
+    path = path_of(record.machine, record.backend)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     _check_folder(path.parent)
     with _locked(path.parent):
@@ -205,9 +212,9 @@ def save(record: Record) -> Path:
     return path
 
 
-def clear(machine: Machine) -> Path | None:
-    """Removes the verdict of a machine; where it was, or None if there was none."""
-    path = path_of(machine)
+def clear(machine: Machine, backend: str = "cuda") -> Path | None:
+    """Removes the verdict of a backend on a machine; where it was, or None if there was none."""
+    path = path_of(machine, backend)
     try:
         path.unlink()
     except FileNotFoundError:

@@ -12,6 +12,7 @@ from lora_kernels.shape_classes import PASSES, Call, Point
 
 SOURCES = "5" * 64
 GPU = Machine("NVIDIA Test 1", "9.0", "2.13.0", "13.0", "580.1", "0.1.0", SOURCES)
+OF_TRITON = GPU._replace(sources="7" * 64)  # the same device, as Triton's evidence names it
 BOX = ((1024, 4096), (1024, 4096), (1024, 4096), (16, 64))
 INSIDE = Call(2048, 2048, 4096, 32, False, True)
 EMPTY: dict = {"schema": dispatch.SCHEMA, "rows": [], "slower": []}
@@ -37,6 +38,14 @@ def points(
 
 
 def record(
-    found: Iterable[Point] = (), checks: Iterable[Check] = (RIGHT,), machine: Machine = GPU
+    found: Iterable[Point] = (),
+    checks: Iterable[Check] = (RIGHT,),
+    machine: Machine = GPU,
+    backend: str = "cuda",
 ) -> Record:
-    return Record(DATE, "cuda", machine, tuple(checks), tuple(found))
+    return Record(DATE, backend, machine, tuple(checks), tuple(found))
+
+
+def on_gpu(device: object, backend: str = "cuda") -> Machine:
+    """In place of `machine.of`."""
+    return OF_TRITON if backend == "triton" else GPU

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import problems
 import pytest
 import torch
-from dispatch_facts import BOX, DATE, EMPTY, GPU, INSIDE, WRONG, points, record
+from dispatch_facts import BOX, DATE, EMPTY, GPU, INSIDE, WRONG, on_gpu, points, record
 
 import lora_kernels as lk
 from lora_kernels import backend as backends
-from lora_kernels import composed, dispatch, machine, ops, schemas, shape_classes
+from lora_kernels import composed, dispatch, machine, ops, schemas, shape_classes, verdicts
 from lora_kernels.selfcheck import SHAPES
 from lora_kernels.shape_classes import EDGES, Point, classes
+from lora_kernels.triton_kernels import digest
 
 BF16 = torch.bfloat16
+CPU = torch.device("cpu")
 
 # ---- classes -------------------------------------------------------------------------------------
 
@@ -56,10 +59,10 @@ def evidence(*found: Point, table: dict = EMPTY, checks=(), **more) -> dispatch.
     return dispatch.evaluate(GPU, table, verdict, **more)
 
 
-def shipped(found: list[Point], gpu: machine.Machine = GPU) -> dict:
+def shipped(found: list[Point], gpu: machine.Machine = GPU, backend: str = "cuda") -> dict:
     about = {key: getattr(gpu, key) for key in ("device", "capability", "sources", "torch", "cuda")}
     place = {"folder": "bench/results/cuda-test", "commit": "abcdef"}
-    about |= {"backend": "cuda", "evidence": place}
+    about |= {"backend": backend, "evidence": place}
     both = [dispatch.row_of(c, about) for c in classes(found)], classes(found)
     rows = [row for row, c in zip(*both, strict=True) if c.won]
     slower = [row for row, c in zip(*both, strict=True) if not c.won]
@@ -94,7 +97,37 @@ def test_a_row_of_another_device_or_other_kernels_does_not_count(field):
     other = GPU._replace(**{field: "other"})
     known = dispatch.evaluate(GPU, shipped(points(), other))
     assert not known.steers(BF16)
-    assert known.find(BF16, INSIDE).why == dispatch.NOTHING and "evidence" in dispatch.NOTHING
+    assert known.find(BF16, INSIDE).why == dispatch.NOTHING + verdicts.REMEDY
+    assert "evidence" in dispatch.NOTHING
+
+
+@pytest.mark.parametrize(("name", "other"), [("cuda", "triton"), ("triton", "cuda")])
+def test_a_row_counts_for_its_own_backend_alone(name, other):
+    """Even if their kernels had one hash."""
+    table = shipped(points(), backend=other)
+    known = dispatch.evaluate(GPU, table, backend=name)
+    assert not known.steers(BF16)
+    assert known.find(BF16, INSIDE).why == dispatch.NOTHING + verdicts.remedy(name)
+    assert dispatch.evaluate(GPU, table, backend=other).find(BF16, INSIDE).won
+    slower = shipped(points(lambda *sizes: 2.0), backend=other)
+    known = dispatch.evaluate(GPU, slower, record(points(), backend=name), backend=name)
+    assert known.find(BF16, INSIDE).won
+
+
+def test_a_row_of_triton_lapses_with_its_kernels_and_with_triton(tmp_path):
+    kernel = tmp_path / "kernel.py"
+    kernel.write_text("before")
+    here, upgraded = (
+        GPU._replace(sources=digest.of_version(version, tmp_path)) for version in ("3.7.1", "3.8.0")
+    )
+    kernel.write_text("before  # and a comment")
+    changed = GPU._replace(sources=digest.of_version("3.7.1", tmp_path))
+    table = shipped(points(dtype="float32"), here, "triton")
+    assert dispatch.evaluate(here, table, backend="triton").find(torch.float32, INSIDE).won
+    for stale in (upgraded, changed):
+        known = dispatch.evaluate(stale, table, backend="triton")
+        assert not known.steers(torch.float32)
+        assert "selfcheck --backend triton" in known.find(torch.float32, INSIDE).why
 
 
 def test_other_versions_leave_a_shipped_row_in_force():
@@ -130,6 +163,8 @@ def test_a_library_without_kernels_has_no_evidence():
     here = GPU._replace(sources="")
     known = dispatch.evaluate(here, shipped(points(), here), record(points(), machine=here))
     assert not known.steers(BF16) and "built without them" in known.find(BF16).why
+    known = dispatch.evaluate(here, shipped(points(), here, "triton"), backend="triton")
+    assert not known.steers(BF16) and "Triton is not installed" in known.find(BF16).why
 
 
 def test_a_reason_not_to_use_a_verdict_is_passed_on():
@@ -294,8 +329,73 @@ def test_explain_says_where_the_choice_comes_from(toy):
     assert "composed is faster: 3 ms" in lk.explain(*args).passed_over["toy"]
 
 
-def test_cuda_waits_for_evidence():
+@pytest.fixture
+def measured(monkeypatch, tmp_path):
+    """Backends cuda and triton as they are registered, but composed serves them, here on a CPU."""
+    monkeypatch.setenv(verdicts.ENV, str(tmp_path / "cache"))
+    monkeypatch.setattr(verdicts, "_warned", set())
+    monkeypatch.setattr(machine, "of", on_gpu)
+    for name in dispatch.MEASURED:
+        known = backends._REGISTRY[name].evidence
+        stand_in = lk.Backend(name, "a test", composed.forward, composed.backward, evidence=known)
+        monkeypatch.setitem(backends._REGISTRY, name, stand_in)
+    monkeypatch.setitem(
+        backends._REGISTRY, "cpu", replace(backends._REGISTRY["cpu"], missing=lambda: "a test")
+    )
+    dispatch.reload()
+    yield
+    monkeypatch.undo()
+    dispatch.reload()
+
+
+def learn(backend: str, checks=(), **about) -> None:
+    found = points(box=SMALL, dtype="float32", **about)
+    verdicts.save(record(found, checks, on_gpu(None, backend), backend))
+    dispatch.reload()
+
+
+def explained() -> lk.Explanation:
+    p = problems.make((32, 256, 512, 8))
+    return lk.explain(p.x.requires_grad_(), p.weight, p.lora_a, p.lora_b)
+
+
+def test_explain_says_of_triton_what_it_says_of_cuda(measured):
+    found = explained()
+    assert found.backend == "composed" and not backends.by_shape(CPU, torch.float32)
+    for name in dispatch.MEASURED:
+        assert found.passed_over[name] == dispatch.NOTHING + verdicts.remedy(name)
+    learn("triton")
+    found = explained()
+    assert found.backend == "triton" and backends.by_shape(CPU, torch.float32)
+    assert "0.500 of composed's time" in found.reason and "-triton.json of " in found.reason
+    assert found.passed_over["cuda"] == dispatch.NOTHING + verdicts.REMEDY
+    learn("triton", ratio=lambda *sizes: 1.5)
+    assert explained().backend == "composed"
+    assert "composed is faster: 3 ms" in explained().passed_over["triton"]
+
+
+def test_cuda_comes_before_triton_and_each_falls_alone(measured):
+    learn("triton")
+    learn("cuda")
+    found = explained()
+    assert found.backend == "cuda"
+    assert found.passed_over["triton"] == "comes after cuda in the fixed order"
+    with pytest.warns(verdicts.VerdictWarning, match="backend 'cuda' is out"):
+        learn("cuda", [WRONG])
+        found = explained()
+    assert found.backend == "triton" and "a kernel is wrong" in found.passed_over["cuda"]
+    learn("cuda", [WRONG._replace(status="right", usage=0.1, note="")])
+    with pytest.warns(verdicts.VerdictWarning, match="backend 'triton' is out"):
+        learn("triton", [WRONG])
+        assert not dispatch.evidence(CPU, "triton").steers(torch.float32)
+        assert explained().backend == "cuda"
+
+
+def test_measured_backends_wait_for_evidence():
+    assert {n for n, b in backends._REGISTRY.items() if b.evidence} == set(dispatch.MEASURED)
     assert backends._REGISTRY["cuda"].evidence is dispatch.evidence
+    of_triton = backends._REGISTRY["triton"].evidence
+    assert of_triton.func is dispatch.evidence and of_triton.keywords == {"backend": "triton"}
     assert schemas.has_kernel("forward", "CUDA") or not machine.sources()
 
 

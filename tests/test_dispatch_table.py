@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,15 +14,18 @@ import torch
 from dispatch_facts import EMPTY, GPU, INSIDE, SOURCES, points, record
 from includes import closure
 
-from lora_kernels import dispatch, machine, records
+from lora_kernels import dispatch, machine, records, verdicts
+from lora_kernels.triton_kernels import digest
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench import dispatch as generator  # noqa: E402
-from bench import gpu_suite  # noqa: E402
+from bench import gpu_suite, publish  # noqa: E402
 
 BF16 = torch.bfloat16
+TRITON = "3.7.1"
+OF_TRITON = GPU._replace(sources=digest.of_version(TRITON))
 
 # ---- the hash of the kernels' sources ------------------------------------------------------------
 
@@ -54,6 +59,61 @@ def test_the_library_says_what_its_kernels_were_built_from():
         assert machine.sources() == generator.kernel_sources()
 
 
+def test_the_hash_of_triton_sees_every_file_of_its_folder_and_its_version(tmp_path):
+    for name in ("__init__.py", "down_proj.py", "deep/tiles.json", "down_proj.pyc"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("before")
+    first = digest.of_version(TRITON, tmp_path)
+    assert re.fullmatch("[0-9a-f]{64}", first)
+    assert digest.of_version("3.7.2", tmp_path) != first
+    (tmp_path / "down_proj.pyc").write_text("compiled")
+    assert digest.of_version(TRITON, tmp_path) == first
+    for name in ("__init__.py", "down_proj.py", "deep/tiles.json"):
+        (tmp_path / name).write_text("# a comment")
+        assert digest.of_version(TRITON, tmp_path) != first, name
+        (tmp_path / name).write_text("before")
+    assert digest.of_version(TRITON, tmp_path) == first
+    (tmp_path / "down_proj.py").rename(tmp_path / "up_proj.py")
+    assert digest.of_version(TRITON, tmp_path) != first
+
+
+def test_the_hash_of_triton_is_that_of_the_installed_one(monkeypatch):
+    monkeypatch.setattr(digest.metadata, "version", lambda name: {"triton": TRITON}[name])
+    assert machine.sources("triton") == digest.sources() == digest.of_version(TRITON)
+    assert machine.sources("triton") == generator.triton_sources({"device": {"triton": TRITON}})
+
+    def none(name):
+        raise digest.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(digest.metadata, "version", none)
+    assert digest.sources() == "", "no kernel without Triton"
+
+
+def test_the_hash_needs_no_import_of_triton():
+    code = f"import runpy, sys; runpy.run_path({digest.__file__!r})['sources'](); "
+    code += "assert 'triton' not in sys.modules and 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("driver", ["6.12.12\n", None])
+def test_the_facts_of_a_device_of_rocm(monkeypatch, driver):
+    """Its type is "cuda", its versions are HIP's and amdgpu's."""
+    facts = {"get_device_name": "AMD Instinct Test", "get_device_capability": (9, 4)}
+    for name, value in facts.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    monkeypatch.setattr(torch.version, "hip", "7.0.1")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    files = {"/sys/module/amdgpu/version": driver} if driver else {}
+    monkeypatch.setattr(machine, "_text", lambda path: files.get(path, ""))
+    found = machine.of.__wrapped__(torch.device("cuda", 0), "triton")
+    assert found[:4] == ("AMD Instinct Test", "9.4", str(torch.__version__), "HIP 7.0.1")
+    release = f"{platform.system()} {platform.release()}"
+    assert found.driver == ("6.12.12" if driver else release)
+    assert found.is_gpu and found.sources == digest.sources()
+    assert verdicts.path_of(found, "triton").name == "verdict-amd-instinct-test-9-4-triton.json"
+
+
 # ---- the table and its evidence ------------------------------------------------------------------
 
 
@@ -72,8 +132,11 @@ def entry(tmp_path) -> Path:
     slow = points(lambda *sizes: 2.0, dtype="float16", passes=["training"], dropouts=[False])
     suite = {
         "schema": gpu_suite.SCHEMA, "finished": True, "commit": "abc", "dirty": False,
-        "device": {"device_name": GPU.device, "capability": [9, 0]},
-        "stages": [{"name": name, "status": "passed"} for name in gpu_suite.LIMITS],
+        "device": {"device_name": GPU.device, "capability": [9, 0], "triton": TRITON},
+        "stages": [
+            {"name": name, "status": "passed"}
+            for name in {**gpu_suite.LIMITS, publish.SELFCHECKS["triton"]: 0}
+        ],
     }  # fmt: skip
     (folder / "suite.json").write_text(json.dumps(suite))
     content = records.dump(record([*points(), *slow]))
@@ -132,6 +195,59 @@ def test_evidence_that_proves_nothing_gives_no_row(entry, file, edit, why):
     change(entry / f"{file}.json", edit)
     table, refused = generator.generate(entry.parent, SOURCES)
     assert table == EMPTY and any(why in text for text in refused), refused
+
+
+@pytest.fixture
+def both(entry) -> Path:
+    """The entry, where Triton's kernels were measured too."""
+    found = record(points(dtype="float32"), machine=OF_TRITON, backend="triton")
+    (entry / "selfcheck-triton.json").write_text(json.dumps(records.dump(found)))
+    return entry
+
+
+def test_each_file_gives_rows_of_its_backend(both):
+    table, refused = generator.generate(both.parent, SOURCES)
+    assert not refused and len(table["rows"]) == 8 and len(table["slower"]) == 1
+    assert {(row["backend"], row["dtype"], row["sources"]) for row in table["rows"]} == {
+        ("cuda", "bfloat16", SOURCES), ("triton", "float32", OF_TRITON.sources)
+    }  # fmt: skip
+    of_cuda, of_triton = (
+        dispatch.evaluate(here, table, backend=backend)
+        for here, backend in ((GPU, "cuda"), (OF_TRITON, "triton"))
+    )
+    assert of_cuda.find(BF16, INSIDE).won and not of_cuda.steers(torch.float32)
+    assert of_triton.find(torch.float32, INSIDE).won and not of_triton.steers(BF16)
+    (both / "selfcheck.json").unlink()
+    alone, refused = generator.generate(both.parent, SOURCES)
+    assert not refused and not alone["slower"]
+    assert alone["rows"] == [row for row in table["rows"] if row["backend"] == "triton"]
+
+
+@pytest.mark.parametrize(
+    ("file", "edit", "why"),
+    [
+        ("suite", stage("selfcheck-triton", "not run"), "stage selfcheck-triton not run"),
+        ("suite", lambda s: s["stages"].pop(), "stage selfcheck-triton is missing"),
+        ("suite", lambda s: s["device"].update(triton="3.8.0"), "not those of this tree"),
+        ("suite", lambda s: s["device"].pop("triton"), "KeyError: 'triton'"),
+        ("selfcheck-triton", lambda r: r["machine"].update(sources=SOURCES), "not those of this"),
+        ("selfcheck-triton", lambda r: r.update(backend="cuda"), "of backend 'cuda'"),
+        ("selfcheck-triton", lambda r: r["points"][0].update(right=False), "wrong: fused_lora"),
+        ("selfcheck-triton", lambda r: r["machine"].update(device="Other"), "the suite on"),
+    ],
+)  # fmt: skip
+def test_what_refuses_triton_leaves_the_rows_of_cuda(both, file, edit, why):
+    change(both / f"{file}.json", edit)
+    table, refused = generator.generate(both.parent, SOURCES)
+    assert {row["backend"] for row in table["rows"]} == {"cuda"} and len(table["rows"]) == 4
+    assert refused and all("cuda-nvidia-test-1/selfcheck-triton.json: " in r for r in refused)
+    assert any(why in text for text in refused), refused
+
+
+def test_what_refuses_cuda_leaves_the_rows_of_triton(both):
+    table, refused = generator.generate(both.parent, "6" * 64)
+    assert {row["backend"] for row in table["rows"]} == {"triton"}
+    assert refused == ["cuda-nvidia-test-1/selfcheck.json: its kernels are not those of this tree"]
 
 
 def test_a_missing_file_and_a_renamed_folder_give_no_row(entry):

@@ -393,7 +393,10 @@ def out(tmp_path):
         "schema": gpu_suite.SCHEMA, "finished": True, "commit": "abc", "dirty": False,
         "sources_sha256": gpu_suite.sources_hash(), "binary_sha256": "0",
         "device": {"device_name": machine["device_name"]},
-        "stages": [{"name": name, "status": "passed"} for name in gpu_suite.LIMITS],
+        "stages": [
+            {"name": name, "status": "passed"}
+            for name in {**gpu_suite.LIMITS, publish.SELFCHECKS["triton"]: 0}
+        ],
     }  # fmt: skip
     groups = [gemm_group(4, one_launch=1.01, two_launches=1.1), gemm_group(8, two_launches=1.2)]
     gemm = {"environment": machine, "groups": groups}
@@ -401,7 +404,8 @@ def out(tmp_path):
     backward = {"environment": machine, "groups": groups}
     group = {"environment": machine, "groups": [group_table(p) for p in (0.0, 0.1)]}
     files = {"kernels": kernels, "layers": layers, "gemm": gemm, "backward": backward}
-    files |= {"group": group, "suite": record, "selfcheck": {}}
+    files |= {"group": group, "suite": record}
+    files |= {name: {"of": backend} for backend, name in publish.SELFCHECKS.items()}
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     return folder
@@ -426,9 +430,13 @@ def test_publish(out, tmp_path):
     assert {path.name for path in folder.iterdir()} == set(publish.ENTRY)
     with pytest.raises(SystemExit, match="--replace"):
         publish.publish(out, tmp_path / "results")
+    for backend, name in publish.SELFCHECKS.items():
+        assert json.loads((folder / f"{name}.json").read_text()) == {"of": backend}
     edit(out, set_status("layers", "not run"))
+    edit(out, set_status(publish.SELFCHECKS["triton"], "not run"))
     publish.publish(out, tmp_path / "results", replace=True)
     assert not (folder / "layers.json").exists() and (folder / "kernels.png").exists()
+    assert not (folder / "selfcheck-triton.json").exists() and (folder / "selfcheck.json").exists()
 
 
 @pytest.mark.parametrize(

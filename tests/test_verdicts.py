@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import verdict_files
-from dispatch_facts import GPU, WRONG, points, record
+from dispatch_facts import GPU, OF_TRITON, WRONG, points, record
 from verdict_files import edit, faster
 
 from lora_kernels import machine, records, verdicts
@@ -41,6 +41,16 @@ def refused(found_on: machine.Machine = GPU) -> str:
 def test_a_verdict_comes_back(path, cache):
     assert verdicts.load(GPU) == (record(points()), "")
     assert path.parent == cache and path.name == "verdict-nvidia-test-1-9-0.json"
+
+
+def test_each_backend_has_a_file_of_its_own(path):
+    other = verdicts.save(record(points(dtype="float32"), machine=OF_TRITON, backend="triton"))
+    assert other != path and other.name == "verdict-nvidia-test-1-9-0-triton.json"
+    assert verdicts.path_of(GPU, "cpu") == path, "a device's type names one backend"
+    assert verdicts.load(GPU) == (record(points()), "")
+    assert verdicts.load(OF_TRITON, "triton")[0].backend == "triton"
+    assert verdicts.clear(GPU) == path and verdicts.clear(GPU) is None
+    assert verdicts.clear(OF_TRITON, "triton") == other and not other.exists()
 
 
 def test_no_verdict_is_no_reason_to_speak():
@@ -203,6 +213,16 @@ def test_a_verdict_of_another_machine(path, cache, tmp_path, monkeypatch):
     (other / "key").unlink()
     monkeypatch.setattr(verdicts, "_warned", set())
     assert "key that signed it is gone" in refused()
+
+
+@pytest.mark.parametrize("content", [b"{", None], ids=["cut off", "a folder"])
+def test_the_remedy_names_the_backend(content):
+    path = verdicts.save(record(machine=OF_TRITON, backend="triton"))
+    path.unlink()
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.warns(VerdictWarning, match="python -m lora_kernels selfcheck --backend triton"):
+        assert verdicts.load(OF_TRITON, "triton")[0] is None
+    assert verdicts.load(GPU) == (None, ""), "cuda's is not touched"
 
 
 def test_a_verdict_renamed_to_another_device(path):

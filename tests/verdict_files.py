@@ -16,9 +16,9 @@ def cache(tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "cache"
     monkeypatch.setenv(verdicts.ENV, str(folder))
     monkeypatch.setattr(verdicts, "_warned", set())
-    dispatch.use_shared(None)
+    dispatch.use_shared()
     yield folder
-    dispatch.use_shared(None)
+    dispatch.use_shared()
 
 
 @pytest.fixture
