@@ -18,6 +18,7 @@ from torch import Tensor
 from . import composed, dispatch
 from .schemas import CAPABILITY, EXTENSION_ERROR, has_kernel
 from .shape_classes import Call
+from .triton_kernels import device as triton_device
 
 ENV = "LORA_KERNELS_BACKEND"
 FORWARD_ALONE = "automatic forward"  # what "" is to the operators, where no backward will follow
@@ -280,6 +281,17 @@ def _cuda_plan(x, weight, lora_a, lora_b, seed, up_scale) -> str:
     return f"forward: {ops.forward_plan(*call)}; backward: {ops.backward_plan(*call)}"
 
 
+def _triton(name: str) -> Callable:
+    """A function of triton_kernels/flow.py, which imports Triton, once it is called."""
+
+    def run(*args):
+        from .triton_kernels import flow
+
+        return getattr(flow, name)(*args)
+
+    return run
+
+
 def _reference_only(*args):
     raise RuntimeError(
         "fused_lora_linear: backend 'reference' is plain PyTorch and has no operator"
@@ -303,8 +315,10 @@ def _register_all() -> None:
                 prefers=_cpu_prefers)
     )  # fmt: skip
     register(
-        Backend("triton", "Triton kernels", _reference_only, _reference_only,
-                missing=lambda: "this version has no Triton kernels yet",
+        Backend("triton", "Triton down_proj, fused_gemm and weight_grad, for any GPU that Triton "
+                "serves", _triton("forward"), _triton("backward"), refuses=triton_device.refuses,
+                prefers=triton_device.prefers, plan=_triton("plan"),
+                missing=triton_device.missing,
                 evidence=functools.partial(dispatch.evidence, backend="triton"))
     )  # fmt: skip
     register(

@@ -12,6 +12,8 @@ import torch
 from emulator import build
 from torch.utils import cpp_extension
 
+import triton_interpreter  # before anything imports Triton
+
 import lora_kernels as lk
 from lora_kernels.schemas import on_hopper
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import os
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from . import digest
+
 CAPABILITY = (8, 0)  # of the oldest NVIDIA GPU that Triton serves
+OLDEST = (3, 6)
 SPECIALISED = 16  # numbers that it divides are known to be so when a kernel is compiled
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -23,10 +25,13 @@ def interpreted() -> bool:
 
 def missing() -> str | None:
     """None if Triton can run here, else what is missing and how to get it; imports nothing."""
-    if importlib.util.find_spec("triton") is None:
+    version = digest.triton_version()
+    if not version:
         return "Triton is not installed: pip install triton"
+    if tuple(map(int, version.split(".")[:2])) < OLDEST:
+        return "Triton is {}, expected {}.{} or newer: pip install -U triton".format(version, *OLDEST)
     if not torch.cuda.is_available() and not interpreted():
-        return "torch sees no GPU; TRITON_INTERPRET=1, set before the first import, runs it on a CPU"
+        return "torch sees no GPU; with TRITON_INTERPRET=1, set before Python starts, a CPU runs it"
     return None
 
 
@@ -47,6 +52,13 @@ def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"x is on {device}, not on a GPU"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < CAPABILITY:
         return "Triton needs compute capability 8.0"
+    return None
+
+
+def prefers(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None if the automatic choice may take the kernels for such an x, else why not."""
+    if dtype == torch.float32 and cuts_to_tf32():
+        return "float32 is measured without TF32, which torch.backends.cuda.matmul allows"
     return None
 
 
@@ -124,9 +136,14 @@ def loads_vectors(tensor: Tensor) -> bool:
 
 def precision(x: Tensor) -> str:
     """Of products in tl.dot: fp32 operands are cut to TF32 only where torch's GEMMs cut them too."""
-    if x.dtype != torch.float32 or torch.version.hip is not None:
-        return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if x.dtype == torch.float32 and cuts_to_tf32() else "ieee"
+
+
+def cuts_to_tf32() -> bool:
+    """Whether the user lets fp32 GEMMs on a GPU multiply in TF32, by either of torch's flags."""
+    if torch.version.hip is not None:  # has no such instruction
+        return False
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def launching_on(x: Tensor):

@@ -3,19 +3,27 @@
 A measurement holds for one hash, as for the CUDA kernels (csrc/digest.py): comments count too.
 """
 
+import contextlib
 import hashlib
 from importlib import metadata
 from pathlib import Path
 
+DISTRIBUTIONS = ("triton", "triton-rocm", "pytorch-triton-rocm", "triton-windows")
 FOLDER = Path(__file__).parent
 
 
 def sources() -> str:
     """The hash of this package with the Triton that is installed; "" if none is."""
-    try:
-        return of_version(metadata.version("triton"))
-    except metadata.PackageNotFoundError:
-        return ""
+    version = triton_version()
+    return of_version(version) if version else ""
+
+
+def triton_version() -> str:
+    """Of the Triton that is installed, under any of its names; "" if none is. Imports nothing."""
+    for name in DISTRIBUTIONS:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.version(name)
+    return ""
 
 
 def of_version(version: str, folder: Path = FOLDER) -> str:

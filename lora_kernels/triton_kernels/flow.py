@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from . import configs
+from .device import rows_of
 from .down_proj import down_proj
-from .fused_gemm import fused_gemm
+from .dropout import masks_of
+from .fused_gemm import can_describe, fused_gemm
 from .weight_grad import down_and_weight_grad, grad_and_sums, one_read, weight_grad
 
 Grads = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -49,3 +52,19 @@ def backward(
         da = weight_grad(dh, x, seed, threshold, up_scale, wide_a, False)
     return dx, da, db, dbias
 
+
+
+def plan(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, seed: Tensor | None, up_scale: float
+) -> str:
+    """What the forward pass would launch, for `explain`."""
+    x, r = rows_of(x), lora_a.shape[0]
+    down = configs.of("down_proj", r, masks_of(seed)[0], x)
+    gemm = configs.of("fused_gemm", x.shape[0], 0, x, weight)
+    kind = gemm.kind
+    if kind == "descriptors" and not can_describe(x, weight):
+        kind = "persistent"
+    return (
+        f"Triton: down_proj {down.rows}x{down.rank}x{down.depth}, then fused_gemm "
+        f"{gemm.rows}x{gemm.cols}x{gemm.depth} ({kind})"
+    )
