@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import composed, dispatch
-from .schemas import CAPABILITY, EXTENSION_ERROR, has_kernel
+from .schemas import CAPABILITY, EXTENSION_ERROR, LIBRARY, has_kernel
 from .shape_classes import Call
 from .triton_kernels import device as triton_device
 
@@ -282,7 +282,7 @@ def _cuda_plan(x, weight, lora_a, lora_b, seed, up_scale) -> str:
 
 
 def _triton(name: str) -> Callable:
-    """A function of triton_kernels/flow.py, which imports Triton, once it is called."""
+    """A function of triton_kernels/flow.py, which imports Triton once it is called."""
 
     def run(*args):
         from .triton_kernels import flow
@@ -290,6 +290,22 @@ def _triton(name: str) -> Callable:
         return getattr(flow, name)(*args)
 
     return run
+
+
+for _name in ("forward", "backward"):
+    LIBRARY.impl(f"{_name}_triton", _triton(_name), "CompositeExplicitAutograd")
+
+
+def _triton_flow() -> dict[str, Callable]:
+    forward = torch.ops.lora_kernels.forward_triton.default
+    backward = torch.ops.lora_kernels.backward_triton.default
+    group_forward, group_backward = composed.group_flow(forward, composed.adding(backward))
+    return dict(
+        forward=forward,
+        backward=backward,
+        group_forward=group_forward,
+        group_backward=group_backward,
+    )
 
 
 def _reference_only(*args):
@@ -316,7 +332,7 @@ def _register_all() -> None:
     )  # fmt: skip
     register(
         Backend("triton", "Triton down_proj, fused_gemm and weight_grad, for any GPU that Triton "
-                "serves", _triton("forward"), _triton("backward"), refuses=triton_device.refuses,
+                "serves", **_triton_flow(), refuses=triton_device.refuses,
                 prefers=triton_device.prefers, plan=_triton("plan"),
                 missing=triton_device.missing,
                 evidence=functools.partial(dispatch.evidence, backend="triton"))

@@ -40,7 +40,7 @@ def weight_grad(h, x, *args, **kwargs) -> int:
     return _gemm(h[1], x[-1], h[0])
 
 
-@register_flop_formula([_OPS.forward, _OPS.lora_linear])
+@register_flop_formula([_OPS.forward, _OPS.forward_triton, _OPS.lora_linear])
 def forward(x, weight, lora_a, lora_b, *args, **kwargs) -> int:
     n, k = weight
     return _gemm(_rows(x), n, k) + _gemm(_rows(x), lora_a[0], k + n)
@@ -51,7 +51,7 @@ def forward_group(x, weights, lora_as, lora_bs, *args, **kwargs) -> int:
     return sum(forward(x, *one) for one in zip(weights, lora_as, lora_bs, strict=True))
 
 
-@register_flop_formula([_OPS.backward, _OPS.lora_linear_backward])
+@register_flop_formula([_OPS.backward, _OPS.backward_triton, _OPS.lora_linear_backward])
 def backward(dy, x, weight, lora_a, lora_b, *args, **kwargs) -> int:
     need_x, need_a, need_b = args[-4:-1]
     (n, k), r, m = weight, lora_a[0], _rows(x)

@@ -298,6 +298,7 @@ def _(h, x, seed, threshold, scale, wide, transpose):
 
 
 @_fake("forward")
+@_fake("forward_triton")
 def _(x, weight, lora_a, lora_b, bias, seed, threshold, h_scale, up_scale):
     return _fake_outputs(x, weight, lora_a)
 
@@ -313,6 +314,7 @@ def _(x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, backend):
 
 
 @_fake("backward")
+@_fake("backward_triton")
 def _(dy, x, weight, lora_a, lora_b, h, seed, threshold, h_scale, up_scale, wide_a, wide_b, *needs):
     a = lora_a.float() if wide_a else lora_a
     b = lora_b.float() if wide_b else lora_b

@@ -16,11 +16,12 @@ The same with `group` in their names: projections that share x, each with a seed
 Autograd looks for tensors only in lists that hold nothing else, so in `lora_linear_group` an absent
 bias is a tensor of no elements, and without dropout the list of seeds is empty.
 
+`forward_triton` and `backward_triton` are the same lines in Triton, on any device that it serves.
+
 `forward_as` and `forward_plan`: `forward` in a form of the caller's choice, "one_launch",
 "two_launches" or "decode" (up to 64 rows), for tests and tuning; `backward_as` and `backward_plan`
 likewise, "one_grid" or "passes", the plan being that of all three gradients. The form "sm80" takes
 the kernels of sm_80 on any device.
-
 """
 
 from __future__ import annotations
@@ -31,6 +32,16 @@ import torch
 
 KERNELS = ("down_proj", "fused_gemm", "weight_grad")
 CAPABILITY = (8, 0)  # of the oldest CUDA device with kernels
+_FORWARD = (
+    "(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor? seed, "
+    "int threshold, float h_scale, float up_scale) -> (Tensor y, Tensor h)"
+)
+_BACKWARD = (
+    "(Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor h, "
+    "Tensor? seed, int threshold, float h_scale, float up_scale, bool wide_a, "
+    "bool wide_b, bool need_x, bool need_a, bool need_b, bool need_bias) "
+    "-> (Tensor dx, Tensor da, Tensor db, Tensor dbias)"
+)
 SCHEMAS = (
     "cpu_isa() -> str",
     "has_sm90a() -> bool",
@@ -43,17 +54,15 @@ SCHEMAS = (
     "int threshold, float scale) -> Tensor",
     "weight_grad(Tensor h, Tensor x, Tensor? seed, int threshold, float scale, bool wide, "
     "bool transpose) -> Tensor",
-    "forward(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor? seed, "
-    "int threshold, float h_scale, float up_scale) -> (Tensor y, Tensor h)",
+    f"forward{_FORWARD}",
+    f"forward_triton{_FORWARD}",
     "forward_as(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, Tensor? seed, "
     "int threshold, float h_scale, float up_scale, str form, int tile_n, int group) "
     "-> (Tensor y, Tensor h)",
     "forward_plan(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? seed, str form, "
     "int tile_n, int group, float up_scale=1.0) -> str",
-    "backward(Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor h, "
-    "Tensor? seed, int threshold, float h_scale, float up_scale, bool wide_a, "
-    "bool wide_b, bool need_x, bool need_a, bool need_b, bool need_bias) "
-    "-> (Tensor dx, Tensor da, Tensor db, Tensor dbias)",
+    f"backward{_BACKWARD}",
+    f"backward_triton{_BACKWARD}",
     "backward_as(Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor h, "
     "Tensor? seed, int threshold, float h_scale, float up_scale, bool wide_a, "
     "bool wide_b, bool need_x, bool need_a, bool need_b, bool need_bias, str form, int tile_n, "

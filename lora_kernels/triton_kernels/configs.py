@@ -3,9 +3,9 @@
 Nothing is timed at run time, and nothing but these three decides, so every rank of a distributed
 job takes the same plan. `python -m bench.tune_triton` measures the table anew on a GPU.
 
-A width is that of elements in bits, "scattered" where they are loaded one by one: rows or a width
-that 16 bytes do not divide. A row holds up to its `up_to`: M for fused_gemm, the rank r for the others. `programs`
-is how many programs a kernel should have at least before it stops splitting its sums.
+A width is that of elements in bits, "scattered" where they are loaded one by one: rows or a length
+of rows that 16 bytes do not divide. A row holds up to its `up_to`, M for fused_gemm, the rank r for
+the others. `programs` is how many a kernel should have before it stops splitting its sums.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Config:
 
 
 def of(kernel: str, size: int, mask: int, *operands: Tensor) -> Config:
-    """The plan of a launch; `size` is what the rows of the table go by, `operands` are the large."""
+    """The plan of a launch. `size` is what rows of the table go by; `operands`, the large ones."""
     x = operands[0]
     width = str(x.element_size() * 8)
     if mask == OFF_BLOCKS.value or not all(map(device.loads_vectors, operands)):
@@ -64,7 +64,7 @@ def of(kernel: str, size: int, mask: int, *operands: Tensor) -> Config:
 def lookup(kernel: str, of_family: str, width: str, size: int) -> Config:
     """The first row of the table that holds a size; the last holds every size."""
     rows = load()[kernel][of_family][width]
-    row = next((row for row in rows if row["up_to"] is None or size <= row["up_to"]))
+    row = next(row for row in rows if row["up_to"] is None or size <= row["up_to"])
     return Config(**{name: value for name, value in row.items() if name != "up_to"})
 
 
@@ -75,4 +75,3 @@ def load() -> dict[str, Any]:
     if table["schema"] != SCHEMA:
         raise RuntimeError(f"{TABLE}: schema {table['schema']}, expected {SCHEMA}; reinstall")
     return table
-

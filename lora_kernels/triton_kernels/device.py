@@ -29,7 +29,9 @@ def missing() -> str | None:
     if not version:
         return "Triton is not installed: pip install triton"
     if tuple(map(int, version.split(".")[:2])) < OLDEST:
-        return "Triton is {}, expected {}.{} or newer: pip install -U triton".format(version, *OLDEST)
+        return "Triton is {}, expected {}.{} or newer: pip install -U triton".format(
+            version, *OLDEST
+        )
     if not torch.cuda.is_available() and not interpreted():
         return "torch sees no GPU; with TRITON_INTERPRET=1, set before Python starts, a CPU runs it"
     return None
@@ -123,7 +125,7 @@ def describable(tensor: Tensor) -> bool:
 
 
 def loads_vectors(tensor: Tensor) -> bool:
-    """Whether Triton can tell that a 2-D tensor's rows, or columns, are whole vectors of 16 bytes."""
+    """Whether Triton can tell that rows, or columns, of a matrix are whole vectors of 16 bytes."""
     (rows, cols), (row, col) = tensor.shape, tensor.stride()
     lines, length = (row, cols) if col == 1 else (col, rows)
     return (
@@ -135,7 +137,7 @@ def loads_vectors(tensor: Tensor) -> bool:
 
 
 def precision(x: Tensor) -> str:
-    """Of products in tl.dot: fp32 operands are cut to TF32 only where torch's GEMMs cut them too."""
+    """Of products in tl.dot: fp32 operands are cut to TF32 where torch's GEMMs cut them too."""
     return "tf32" if x.dtype == torch.float32 and cuts_to_tf32() else "ieee"
 
 
@@ -146,7 +148,7 @@ def cuts_to_tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def launching_on(x: Tensor):
+def launching_on(x: Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device: makes it x's."""
     if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()

@@ -88,7 +88,7 @@ def _launch(x, down, h, seed, mask, threshold, scale) -> None:
     row_blocks, rank_blocks = triton.cdiv(m + shift, config.rows), triton.cdiv(r, config.rank)
     span, splits = config.split(k + shift, row_blocks * rank_blocks, config.depth)
     scale = float(scale * (inverse_keep(threshold) if mask else 1.0))
-    parts = h if splits == 1 else torch.empty(splits, m, r, dtype=torch.float32, device=x.device)
+    parts = h if splits == 1 else x.new_empty(splits, m, r, dtype=torch.float32)
     down_proj_kernel[row_blocks, splits, rank_blocks](
         x, down, parts, seed if mask else x,
         m, k, r, span, *x.stride(), *down.stride(), r, m * r,

@@ -48,7 +48,7 @@ def is_meant(seed, MASK: tl.constexpr):
 
 @triton.jit
 def origin(seed, MASK: tl.constexpr):
-    """(row, column), each below 16, of x's first element in its 16x16 block of the global matrix."""
+    """(row, column), each below 16, of x's first element in its 16x16 block of the whole."""
     row, col = 0, 0
     if MASK == OFF_BLOCKS:
         row = (tl.load(seed + 2) % 16).to(tl.int32)

@@ -1,8 +1,8 @@
 """`forward` and `backward` of the schemas, of the three kernels: backend `triton`.
 
-    forward    h  = down_proj(x, A)              y  = fused_gemm(x, W0, h, B) + bias
-    backward   dh = down_proj(dy, Bᵀ)            dx = fused_gemm(dy, W0ᵀ, dh, Aᵀ)
-               dA = weight_grad(dh, x)           dB = weight_grad(h, dy)ᵀ
+forward    h  = down_proj(x, A)              y  = fused_gemm(x, W0, h, B) + bias
+backward   dh = down_proj(dy, Bᵀ)            dx = fused_gemm(dy, W0ᵀ, dh, Aᵀ)
+           dA = weight_grad(dh, x)           dB = weight_grad(h, dy)ᵀ
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ def backward(
     """(dx, dA, dB, dbias), empty where not needed, as `composed.backward`."""
     dx, da, db, dbias, dh = (x.new_empty(0) for _ in range(5))
     need_dh = need_x or need_a
-    if need_dh and need_b and one_read(dy, lora_b.shape[1]):
-        dh, db, sums = down_and_weight_grad(h, dy, lora_b.t(), h_scale, up_scale, wide_b)
-        dbias = sums if need_bias else dbias
+    if one_read(dy, lora_b.shape[1]):
+        if need_dh or need_b or need_bias:
+            dh, db, dbias = down_and_weight_grad(
+                h, dy, lora_b.t(), h_scale, up_scale, wide_b, need_b, need_bias
+            )
     else:
         if need_dh:
             dh = down_proj(dy, lora_b.t(), None, 0, h_scale)
         if need_b or need_bias:
-            of = h if need_b else h[:, :0].contiguous()
-            grad, dbias = grad_and_sums(of, dy, None, 0, up_scale, wide_b, True, need_bias)
-            db = grad if need_b else db
+            of = h if need_b else h.new_empty(h.shape[0], 0)
+            db, dbias = grad_and_sums(of, dy, None, 0, up_scale, wide_b, True, need_bias)
     if need_x:
         dx = fused_gemm(dy, weight.t(), dh, lora_a.t(), None, seed, threshold, up_scale)
     if need_a:
         da = weight_grad(dh, x, seed, threshold, up_scale, wide_a, False)
     return dx, da, db, dbias
-
 
 
 def plan(

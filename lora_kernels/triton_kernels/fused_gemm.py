@@ -1,4 +1,4 @@
-"""y [..., N] = x · weightᵀ + mask/q ∘ (scale · h · upᵀ) + bias: the frozen GEMM and the rank-r term.
+"""y [..., N] = x · weightᵀ + mask/q ∘ (scale · h · upᵀ) + bias: frozen GEMM and rank-r term.
 
 The accumulators begin as the rank-r term, masked where it has a mask, and then take the frozen
 product, so the term costs no pass over y. Serves y (up = B, bias) and dx (x = dy, weight = W₀ᵀ,
@@ -8,7 +8,6 @@ for many tiles; `descriptors`, the same with x and weight loaded by TMA where it
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -78,10 +77,7 @@ def add_described_product(
     """The same with tiles that TMA loads: what lies outside is zero."""
     for depth in range(0, k, DEPTH):
         left = x.load([row, depth])
-        if K_MAJOR:
-            right = tl.trans(weight.load([col, depth]))
-        else:
-            right = weight.load([depth, col])
+        right = tl.trans(weight.load([col, depth])) if K_MAJOR else weight.load([depth, col])
         total = tl.dot(left, right, total, input_precision=PRECISION)
     return total
 
@@ -191,9 +187,7 @@ def _launch(x, weight, h, up, bias, y, seed, mask, threshold, scale) -> None:
 def can_describe(x: Tensor, weight: Tensor) -> bool:
     """Whether TMA can load the tiles of both."""
     turned = weight if weight.stride(1) == 1 else weight.t()
-    return (
-        device.has_descriptors(x.device) and device.describable(x) and device.describable(turned)
-    )
+    return device.has_descriptors(x.device) and device.describable(x) and device.describable(turned)
 
 
 def rank_block(r: int) -> int:

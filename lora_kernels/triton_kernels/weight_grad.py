@@ -74,7 +74,8 @@ def down_and_weight_grad_kernel(
     h, dy, down, dh, grad, sums,
     m, n, r, span,
     dy_row, dy_col, down_row, down_col, dh_part,  # strides
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, RANK: tl.constexpr,
+    GRAD: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     """Of ROWS rows and `span` columns of dy: a part of dh, and parts of dB and dbias of its own."""
     block = tl.program_id(0).to(tl.int64)
@@ -93,10 +94,12 @@ def down_and_weight_grad_kernel(
         tile = tl.load(dy_tile, here[:, None] & there[None, :], other=0.0)
         right = tl.load(down_tile, there[:, None] & known[None, :], other=0.0)
         total = tl.dot(tile, right, total, input_precision=PRECISION)
-        part = tl.dot(tl.trans(tile), kept, input_precision=PRECISION)
-        place = grad + (block * n + cols)[:, None] * r + ranks[None, :]
-        tl.store(place, part, there[:, None] & known[None, :])
-        tl.store(sums + block * n + cols, tl.sum(tile.to(tl.float32), 0), there)
+        if GRAD:
+            part = tl.dot(tl.trans(tile), kept, input_precision=PRECISION)
+            place = grad + (block * n + cols)[:, None] * r + ranks[None, :]
+            tl.store(place, part, there[:, None] & known[None, :])
+        if SUMS:
+            tl.store(sums + block * n + cols, tl.sum(tile.to(tl.float32), 0), there)
         dy_tile += COLS * dy_col
         down_tile += COLS * down_col
         cols += COLS
@@ -154,9 +157,8 @@ def _launch(h, x, grad, sums, seed, mask, threshold, scale, transpose) -> None:
     scale = float(scale * (inverse_keep(threshold) if mask else 1.0))
     parts, part_sums = grad, sums
     if chunks > 1:
-        fp32 = dict(dtype=torch.float32, device=x.device)
-        parts = torch.empty(chunks, *grad.shape, **fp32)
-        part_sums = torch.empty(chunks, *sums.shape, **fp32)
+        parts = x.new_empty(chunks, *grad.shape, dtype=torch.float32)
+        part_sums = x.new_empty(chunks, *sums.shape, dtype=torch.float32)
     weight_grad_kernel[col_blocks, chunks, rank_blocks](
         h, x, parts, part_sums, seed if mask else x,
         m, k, r, span, r, *x.stride(), *((1, r) if transpose else (k, 1)), r * k,
@@ -171,14 +173,15 @@ def _launch(h, x, grad, sums, seed, mask, threshold, scale, transpose) -> None:
 
 
 def one_read(dy: Tensor, r: int) -> bool:
-    """Whether `down_and_weight_grad` serves."""
+    """Whether `down_and_weight_grad` serves: by shape alone, so that bits depend on no need."""
     rows = configs.of("down_and_weight_grad", r, 0, rows_of(dy)).rows
     return dy.numel() > 0 and 0 < r <= DOWN_RANK and dy.numel() <= MOST_BLOCKS * rows * dy.shape[-1]
 
 
 def down_and_weight_grad(
-    h: Tensor, dy: Tensor, down: Tensor, h_scale: float, up_scale: float, wide: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    h: Tensor, dy: Tensor, down: Tensor, h_scale: float, up_scale: float, wide: bool,
+    need_grad: bool, need_sums: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dh [M, r] = h_scale · dy · downᵀ, dB [N, r] = up_scale · dyᵀ · h, dbias [N]) of one read.
 
     Args:
@@ -186,22 +189,26 @@ def down_and_weight_grad(
         dy: [..., N], any strides.
         down: [r, N], any strides.
         wide: whether dB is fp32.
+        need_grad, need_sums: whether dB and dbias are wanted; else they are empty.
     """
     dy = rows_of(dy)
     (m, n), r = dy.shape, h.shape[1]
     config = configs.of("down_and_weight_grad", r, 0, dy)
     blocks = triton.cdiv(m, config.rows)
     span, splits = config.split(n, blocks, config.cols)
-    fp32 = dict(dtype=torch.float32, device=dy.device)
-    dh_parts, grad_parts = torch.empty(splits, m, r, **fp32), torch.empty(blocks, n, r, **fp32)
-    sum_parts = torch.empty(blocks, n, **fp32)
-    dh, sums = dy.new_empty(m, r), dy.new_empty(n)
-    grad = dy.new_empty(n, r, dtype=torch.float32 if wide else dy.dtype)
+    dh = dy.new_empty(m, r)
+    grad = dy.new_empty((n, r) if need_grad else 0, dtype=torch.float32 if wide else dy.dtype)
+    sums = dy.new_empty(n if need_sums else 0)
+    dh_parts, grad_parts, sum_parts = (
+        dy.new_empty(count, *out.shape, dtype=torch.float32)
+        for count, out in ((splits, dh), (blocks, grad), (blocks, sums))
+    )
     with launching_on(dy):
         down_and_weight_grad_kernel[blocks, splits](
             h, dy, down, dh_parts, grad_parts, sum_parts,
             m, n, r, span, *dy.stride(), *down.stride(), m * r,
-            PRECISION=precision(dy), ROWS=config.rows, COLS=config.cols, RANK=rank_block(r),
+            GRAD=need_grad, SUMS=need_sums, PRECISION=precision(dy),
+            ROWS=config.rows, COLS=config.cols, RANK=rank_block(r),
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         reduce_parts(dh_parts, dh, h_scale)
