@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from tolerance import UNIT
+from triton_interpreter import INTERPRETED
 
 from lora_kernels import composed, dropout
 
@@ -19,6 +22,9 @@ SHAPES = [
     (95, 600, 130),
     (13, 40, 300),
 ]
+NEEDS_TRITON = pytest.mark.skipif(
+    not INTERPRETED, reason="on CPU tensors Triton runs in its interpreter alone"
+)
 SEED = torch.tensor([77, 5, 3, 21])  # an origin that no 16x16 block starts at
 THRESHOLD = 3000
 
@@ -47,8 +53,19 @@ def close(got, exact, total, length, eager=0.0):
     assert ((got.double() - exact).abs() <= bound).all()
 
 
+class Triton:
+    """Its three launchers, imported when they are called."""
+
+    def __getattr__(self, name):
+        return getattr(importlib.import_module(f"lora_kernels.triton_kernels.{name}"), name)
+
+
 def variants():
-    return [pytest.param(OPS, 0.0, id="cpp"), pytest.param(composed, 1.0, id="composed")]
+    return [
+        pytest.param(OPS, 0.0, id="cpp"),
+        pytest.param(composed, 1.0, id="composed"),
+        pytest.param(Triton(), 0.0, id="triton", marks=NEEDS_TRITON),
+    ]
 
 
 @pytest.mark.parametrize("kernels, eager", variants())

@@ -22,13 +22,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from lora_kernels.triton_kernels import device
+from lora_kernels.triton_kernels import configs, device
 from lora_kernels.triton_kernels.down_proj import down_proj
 from lora_kernels.triton_kernels.fused_gemm import fused_gemm
 from lora_kernels.triton_kernels.weight_grad import (
-    DOWN_RANK,
     down_and_weight_grad,
     grad_and_sums,
+    one_read,
 )
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -61,18 +61,24 @@ class Recorder:
     """Stands in for JITFunction.run: compiles and keeps what would have been launched."""
 
     def __init__(self):
-        self.kernels, self._run = [], JITFunction.run
+        self.kernels, self._run, self._lookup = [], JITFunction.run, configs.lookup
+        self.width = ""  # of the plan that was looked up last
 
     def install(self):
         run, kernels = self._run, self.kernels
 
+        def lookup(kernel, family, width, size):
+            self.width = width
+            return self._lookup(kernel, family, width, size)
+
         def record(self, *args, grid, warmup, **kwargs):
             compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
             constants = {k: v for k, v in kwargs.items() if k not in ("num_warps", "num_stages")}
+            constants["vectors"] = "scattered" not in recorder.width
             kernels.append((self.fn.__name__, constants, compiled))
             return compiled
 
-        JITFunction.run = record
+        recorder, JITFunction.run, configs.lookup = self, record, lookup
 
 
 def calls(dtype: torch.dtype, everything: bool):
@@ -90,9 +96,9 @@ def calls(dtype: torch.dtype, everything: bool):
             down_proj(x, a, seed, THRESHOLD, 1.5)
             grad_and_sums(h, x, seed, THRESHOLD, 1.5, False, False, False)
         down_proj(dy, b.t(), None, 0, 1.5)
-        if r <= DOWN_RANK:
-            down_and_weight_grad(h, dy, b.t(), 1.5, 1.0, True)
-        if r > DOWN_RANK or everything:
+        if one_read(dy, r):
+            down_and_weight_grad(h, dy, b.t(), 1.5, 1.0, True, True, True)
+        if not one_read(dy, r) or everything:
             grad_and_sums(h, dy, None, 0, 1.5, True, True, True)
     for rows in (M, 700, FEW) if everything else (M, FEW):
         h = empty(rows, 16)
@@ -105,9 +111,39 @@ def calls(dtype: torch.dtype, everything: bool):
         down_proj(empty(M, 2047), empty(7, 2047), SEED, THRESHOLD, 1.0)
 
 
+def recompiled() -> dict:
+    """How many kernels a first call takes, and what calls of other scalars and M compile more."""
+    recorder = Recorder()
+    recorder.install()
+    dtype = torch.bfloat16
+
+    def empty(*size):
+        return torch.empty(*size, dtype=dtype)
+
+    def call(m, r, scale, threshold, seed):
+        x, dy, weight = empty(m, K), empty(m, N), empty(N, K)
+        h = down_proj(x, empty(r, K), seed, threshold, scale)
+        fused_gemm(x, weight, h, empty(N, r), None, None, 0, scale)
+        fused_gemm(dy, weight.t(), h, empty(r, K).t(), None, seed, threshold, scale)
+        grad_and_sums(h, x, seed, threshold, scale, False, False, False)
+        down_and_weight_grad(h, dy, empty(N, r).t(), scale, scale, True, True, False)
+
+    def compiled() -> dict[str, str]:
+        return {kernel.hash: name for name, _, kernel in recorder.kernels}
+
+    call(8192, 16, 1.5, 1638, SEED)
+    call(8193, 16, 1.5, 1638, SEED)  # sums of an even and an odd number of parts
+    first = compiled()
+    for m, scale, threshold in ((8192, 1, 1638), (5000, 0.3, 1), (12345, 2.0, 16000)):
+        call(m, 16, float(scale), threshold, torch.tensor([m, 1 << 40]))
+    more = [name for key, name in compiled().items() if key not in first]
+    return {"first": len(first), "more": more}
+
+
 def describe(name: str, constants: dict, kernel) -> dict:
     """What the machine code of one kernel shows."""
     about = {"kernel": name, "constants": {k: str(v) for k, v in constants.items()}}
+    about["vectors"] = about["constants"].pop("vectors") == "True"
     about |= {"shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
     if "amdgcn" in kernel.asm:
         text = kernel.asm["amdgcn"]
@@ -143,10 +179,14 @@ def main() -> int:
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--all", action="store_true", help="every class and variant")
     parser.add_argument("--dtypes", default="bf16,fp32")
+    parser.add_argument("--recompiles", action="store_true", help="what other scalars compile")
     args = parser.parse_args()
     target, family, limit = TARGETS[args.target]
     triton.runtime.driver.set_active(Named(target))
     device.family = lambda of: family
+    if args.recompiles:
+        print(json.dumps(recompiled()))
+        return 0
     recorder = Recorder()
     recorder.install()
     for name in args.dtypes.split(","):

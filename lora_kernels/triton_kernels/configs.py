@@ -5,7 +5,8 @@ job takes the same plan. `python -m bench.tune_triton` measures the table anew o
 
 A width is that of elements in bits, "scattered" where they are loaded one by one: rows or a length
 of rows that 16 bytes do not divide. A row holds up to its `up_to`, M for fused_gemm, the rank r for
-the others. `programs` is how many a kernel should have before it stops splitting its sums.
+the others. `programs` is how many a kernel should have before it stops splitting its sums. No rows:
+the kernel is not used there.
 """
 
 from __future__ import annotations
@@ -51,18 +52,33 @@ class Config:
         return span, max(-(-length // span), 1)
 
 
+def serves(kernel: str, mask: int, *operands: Tensor) -> bool:
+    """Whether the table has plans for such operands."""
+    return is_used(kernel, *_class_of(mask, operands))
+
+
 def of(kernel: str, size: int, mask: int, *operands: Tensor) -> Config:
     """The plan of a launch. `size` is what rows of the table go by; `operands`, the large ones."""
+    return lookup(kernel, *_class_of(mask, operands), size)
+
+
+def _class_of(mask: int, operands: tuple[Tensor, ...]) -> tuple[str, str]:
+    """(family, width) of a launch."""
     x = operands[0]
     width = str(x.element_size() * 8)
     if mask == OFF_BLOCKS.value or not all(map(device.loads_vectors, operands)):
         width += " scattered"
-    return lookup(kernel, device.family(x.device), width, size)
+    return device.family(x.device), width
+
+
+def is_used(kernel: str, of_family: str, width: str) -> bool:
+    return len(load()[kernel][of_family][width]) > 0
 
 
 @functools.lru_cache(maxsize=4096)
 def lookup(kernel: str, of_family: str, width: str, size: int) -> Config:
     """The first row of the table that holds a size; the last holds every size."""
+    assert is_used(kernel, of_family, width), f"{kernel} has no plans for {of_family}, {width}"
     rows = load()[kernel][of_family][width]
     row = next(row for row in rows if row["up_to"] is None or size <= row["up_to"])
     return Config(**{name: value for name, value in row.items() if name != "up_to"})

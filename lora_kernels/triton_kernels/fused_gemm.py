@@ -164,7 +164,7 @@ def _launch(x, weight, h, up, bias, y, seed, mask, threshold, scale) -> None:
     config = configs.of("fused_gemm", m, mask, x, weight)
     programs = triton.cdiv(m + shift, config.rows) * triton.cdiv(n + shift, config.cols)
     left, right, k_major = x, weight, weight.stride(1) == 1
-    described = config.kind == "descriptors" and can_describe(x, weight)
+    described = config.kind == "descriptors" and shift == 0 and can_describe(x, weight)
     if described:
         block = [config.cols, config.depth] if k_major else [config.depth, config.cols]
         left = device.descriptor(x, [config.rows, config.depth])

@@ -42,20 +42,20 @@ def weight_grad_kernel(
     rows = first - row0 + tl.arange(0, ROWS)
     there, known = dropout.within(cols, k, MASK), ranks < r
     h_tile = h + rows[:, None] * h_row + ranks[None, :]
-    x_tile = x + rows[:, None] * x_row + cols.to(tl.int64)[None, :] * x_col
+    x_tile = x + rows[None, :] * x_row + cols.to(tl.int64)[:, None] * x_col  # transposed
 
     total = tl.zeros((COLS, RANK), tl.float32)
     column_sums = tl.zeros((COLS,), tl.float32)
     for row in range(first, tl.minimum(first + span, m + row0), ROWS):
         here = dropout.within(rows, m, MASK)
-        left = tl.load(x_tile, here[:, None] & there[None, :], other=0.0)
+        left = tl.load(x_tile, there[:, None] & here[None, :], other=0.0)
         right = tl.load(h_tile, here[:, None] & known[None, :], other=0.0)
         if SUMS:
-            column_sums += tl.sum(left.to(tl.float32), 0)
+            column_sums += tl.sum(left.to(tl.float32), 1)
         if MASK:
             keep = dropout.keep_tile(seed, row, col, threshold, MASK, ROWS, COLS)
-            left = tl.where(keep, left, tl.zeros_like(left))
-        total = tl.dot(tl.trans(left), right, total, input_precision=PRECISION)
+            left = tl.where(tl.trans(keep), left, tl.zeros_like(left))
+        total = tl.dot(left, right, total, input_precision=PRECISION)
         h_tile += ROWS * h_row
         x_tile += ROWS * x_row
         rows += ROWS
@@ -174,8 +174,13 @@ def _launch(h, x, grad, sums, seed, mask, threshold, scale, transpose) -> None:
 
 def one_read(dy: Tensor, r: int) -> bool:
     """Whether `down_and_weight_grad` serves: by shape alone, so that bits depend on no need."""
-    rows = configs.of("down_and_weight_grad", r, 0, rows_of(dy)).rows
-    return dy.numel() > 0 and 0 < r <= DOWN_RANK and dy.numel() <= MOST_BLOCKS * rows * dy.shape[-1]
+    if dy.numel() == 0 or not 0 < r <= DOWN_RANK:
+        return False
+    dy = rows_of(dy)
+    if not configs.serves("down_and_weight_grad", 0, dy):
+        return False
+    config = configs.of("down_and_weight_grad", r, 0, dy)
+    return dy.shape[0] <= MOST_BLOCKS * config.rows
 
 
 def down_and_weight_grad(

@@ -1,0 +1,294 @@
+"""The Triton kernels in the interpreter: what the tests of every backend do not ask."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+
+import problems
+import pytest
+import tolerance
+import torch
+from tolerance import UNIT
+from triton_interpreter import INTERPRETED
+
+import lora_kernels as lk
+from lora_kernels import dropout
+from lora_kernels.triton_kernels import configs, device, digest
+
+pytestmark = pytest.mark.skipif(
+    not INTERPRETED, reason="on CPU tensors Triton runs in its interpreter alone"
+)
+THRESHOLD = 3000
+SEEDS = {
+    "whole": [5, 1 << 40],
+    "on_blocks": [-7, 6, 16, 32],
+    "off_blocks": [5, 6, 3, 21],
+    "last_block": [1 << 50, (1 << 62) + 3, (1 << 33) - 64, (1 << 34) - 80],
+}
+
+
+def normal(*size, dtype=torch.float32, seed=0):
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed + sum(size))).to(dtype)
+
+
+def close(got, exact, size, dtype):
+    """To one rounding and fp32 sums of `size`, as tests/test_kernels.py's `close`."""
+    bound = 1.05 * UNIT[dtype] * exact.abs() + 2.0**-14 * size + 2.0**-24
+    assert ((got.double() - exact).abs() <= bound).all()
+
+
+# ---- the mask ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", SEEDS.values(), ids=SEEDS)
+def test_mask_is_bit_identical(seed):
+    """By weight_grad of one row a time: its gradient is x's row where the mask keeps it."""
+    from lora_kernels.triton_kernels.fused_gemm import fused_gemm
+
+    m, n = 61, 75
+    seed = torch.tensor(seed)
+    nothing, ones = torch.zeros(m, 0), torch.ones(m, 1)
+    y = fused_gemm(
+        nothing, torch.zeros(n, 0), ones, torch.ones(n, 1), None, seed, THRESHOLD, 1.0
+    )  # fmt: skip
+    assert torch.equal(y != 0, dropout.reference_mask(seed, m, n, THRESHOLD))
+
+
+@pytest.mark.parametrize("seed", SEEDS.values(), ids=SEEDS)
+def test_mask_is_alike_in_all_three(seed):
+    from lora_kernels.triton_kernels.down_proj import down_proj
+    from lora_kernels.triton_kernels.weight_grad import weight_grad
+
+    m, k = 61, 75
+    seed = torch.tensor(seed)
+    kept = dropout.reference_mask(seed, m, k, THRESHOLD)
+    scale = (dropout.RANGE - THRESHOLD) / dropout.RANGE  # undoes 1/q
+    identity = torch.eye(k)
+    h = down_proj(torch.ones(m, k), identity, seed, THRESHOLD, scale)
+    assert torch.equal(h.round().bool(), kept)
+    grad = weight_grad(torch.eye(m), torch.ones(m, k), seed, THRESHOLD, scale, True, False)
+    assert torch.equal(grad.round().bool(), kept)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_what_is_dropped_is_selected_away(bad):
+    """0 * inf would be NaN: a dropped element must not be multiplied."""
+    from lora_kernels.triton_kernels.down_proj import down_proj
+
+    seed = torch.tensor([5, 6])
+    kept = dropout.reference_mask(seed, 40, 50, THRESHOLD)
+    x = torch.where(kept, 1.0, bad)
+    h = down_proj(x, torch.ones(3, 50), seed, THRESHOLD, 1.0)
+    assert h.isfinite().all()
+
+
+# ---- tile plans ----------------------------------------------------------------------------------
+
+TABLE = configs.load()
+FAMILIES = [family for family in TABLE["fused_gemm"] if family != "interpreter"]
+FAST_PLANS = [("sm90", torch.float16), ("sm80", torch.float32)]
+WIDTHS = ("16", "32", "16 scattered", "32 scattered")
+
+
+@pytest.mark.parametrize("kernel", configs.KERNELS)
+def test_table_is_whole(kernel):
+    for family in (*FAMILIES, "interpreter"):
+        assert tuple(TABLE[kernel][family]) == WIDTHS
+        for rows in TABLE[kernel][family].values():
+            limits = [row["up_to"] for row in rows]
+            if kernel == "down_and_weight_grad" and not rows:
+                continue  # it is an alternative
+            assert limits[-1] is None and limits[:-1] == sorted(limits[:-1])
+            for row in rows:
+                assert row.get("kind", "grid") in configs.KINDS
+                sides = [row[name] for name in ("rows", "cols", "depth", "rank") if row[name]]
+                assert all(side & (side - 1) == 0 and side >= 16 for side in sides)
+
+
+def check_gemm(m, n, k, r, dtype, seed, mn_major):
+    from lora_kernels.triton_kernels.fused_gemm import fused_gemm
+
+    x, h = normal(m, k, dtype=dtype), normal(m, r, dtype=dtype, seed=1)
+    weight = normal(k, n, dtype=dtype, seed=2).t() if mn_major else normal(n, k, dtype=dtype)
+    up, bias = normal(n, r, dtype=dtype, seed=3), normal(n, dtype=dtype, seed=4)
+    y = fused_gemm(x, weight, h, up, bias, seed, THRESHOLD, 0.75)
+    term, size = (
+        0.75 * h.double() @ up.double().t(),
+        0.75 * h.double().abs() @ up.double().abs().t(),
+    )
+    if seed is not None:
+        inverse = dropout.inverse_keep(THRESHOLD)
+        kept = dropout.reference_mask(seed, m, n, THRESHOLD)
+        term, size = torch.where(kept, term * inverse, 0), size * inverse
+    exact = x.double() @ weight.double().t() + term + bias.double()
+    size = size + x.double().abs() @ weight.double().abs().t() + bias.double().abs()
+    close(y, exact, size, dtype)
+
+
+@pytest.mark.parametrize("mn_major", [False, True], ids=["K_major", "MN_major"])
+@pytest.mark.parametrize("seed", [None, [5, 6], [5, 6, 3, 21]], ids=["p0", "whole", "off_blocks"])
+@pytest.mark.parametrize("kind", configs.KINDS)
+def test_kinds_of_gemm(kind, seed, mn_major, monkeypatch):
+    """17 tiles and ragged edges: more than there are persistent programs."""
+    plan = configs.Config(16, 32, 32, 16, 4, 2, 4, kind, group=2)
+    monkeypatch.setattr(configs, "lookup", lambda *about: plan)
+    described = []
+    real = device.descriptor
+    monkeypatch.setattr(device, "descriptor", lambda *a: described.append(a) or real(*a))
+    check_gemm(57, 120, 72, 19, torch.float16, seed and torch.tensor(seed), mn_major)
+    assert bool(described) == (kind == "descriptors")
+
+
+def test_descriptors_only_of_what_tma_addresses():
+    whole = torch.empty(64, 64, dtype=torch.float16)
+    assert device.describable(whole) and device.describable(whole[:7, :5])
+    assert not device.describable(whole[:, 1:])  # begins off 16 bytes
+    assert not device.describable(torch.empty(64, 60, dtype=torch.float16))  # rows off 16 bytes
+    assert not device.describable(whole.t()) and not device.describable(whole[:1].expand(9, 64))
+    assert not device.describable(whole[:0])
+
+
+@pytest.mark.parametrize(
+    "family, dtype",
+    [
+        pytest.param(f, d, marks=() if (f, d) in FAST_PLANS else pytest.mark.slow)
+        for f, d in itertools.product(FAMILIES, (torch.float16, torch.float32))
+    ],
+    ids=str,
+)
+def test_plans_of_every_family_are_right(family, dtype, monkeypatch):
+    """Tiles of the GPUs' own table, some not whole, at a rank of two blocks."""
+    monkeypatch.setattr(device, "family", lambda of: family)
+    for r in (20, 72):
+        problem = problems.make((130, 264, 136, r), dtype, dropout_p=0.2)
+        tolerance.assert_c1(problem, problem.run("triton"))
+
+
+@pytest.mark.parametrize("length, others", [(1, 1), (100, 1), (4096, 3), (8192, 500), (10**6, 1)])
+def test_split_covers_the_sum(length, others):
+    plan = configs.Config(64, 64, 64, 16, 4, 2, programs=264)
+    span, count = plan.split(length, others, 64)
+    assert span % 64 == 0 and (count - 1) * span < length <= count * span
+    assert count <= configs.MOST_SPLITS
+
+
+# ---- promises ------------------------------------------------------------------------------------
+
+
+def test_same_bits_every_time():
+    from lora_kernels.triton_kernels import flow
+
+    x, dy, seed = normal(200, 330), normal(200, 140), torch.tensor([5, 6])
+    weight, a, b = normal(140, 330), normal(9, 330), normal(140, 9)
+
+    def run(*needs):
+        y, h = flow.forward(x, weight, a, b, None, seed, THRESHOLD, 1.5, 1.0)
+        scalars = (THRESHOLD, 1.5, 1.0, False, False)
+        return y, *flow.backward(dy, x, weight, a, b, h, seed, *scalars, *needs)
+
+    first = run(True, True, True, True)
+    for got, want in zip(run(True, True, True, True), first, strict=True):
+        assert torch.equal(got, want)
+    for needed in range(4):
+        needs = [i == needed for i in range(4)]
+        assert torch.equal(run(*needs)[1 + needed], first[1 + needed]), "depends on what is needed"
+
+
+def test_a_row_depends_on_no_other():
+    from lora_kernels.triton_kernels import flow
+
+    x, weight, a, b = normal(100, 64), normal(48, 64), normal(8, 64), normal(48, 8)
+    spoilt = x.clone()
+    spoilt[57] = torch.nan
+    y, _ = flow.forward(x, weight, a, b, None, None, 0, 1.0, 1.0)
+    got, _ = flow.forward(spoilt, weight, a, b, None, None, 0, 1.0, 1.0)
+    others = torch.arange(100) != 57
+    assert torch.equal(got[others], y[others]) and got[57].isnan().all()
+
+
+def test_offsets_past_32_bits():
+    from lora_kernels.triton_kernels.down_proj import down_proj
+    from lora_kernels.triton_kernels.fused_gemm import fused_gemm
+    from lora_kernels.triton_kernels.weight_grad import weight_grad
+
+    apart = torch.empty(3, (1 << 30) + 64, dtype=torch.float16)[:, :40]  # rows 2 GB apart
+    apart.copy_(normal(3, 40, dtype=torch.float16))
+    x, a, h = apart.clone(), normal(5, 40, dtype=torch.float16), normal(3, 5, dtype=torch.float16)
+    weight, up = normal(20, 40, dtype=torch.float16), normal(20, 5, dtype=torch.float16)
+    for of in (
+        lambda x: down_proj(x, a, None, 0, 1.0),
+        lambda x: weight_grad(h, x, None, 0, 1.0, False, False),
+        lambda x: fused_gemm(x, weight, h, up, None, None, 0, 1.0),
+    ):
+        assert torch.equal(of(apart), of(x))
+
+
+@pytest.mark.parametrize("matmul, expected", [("tf32", "tf32"), ("ieee", "ieee"), ("none", "ieee")])
+def test_tf32_only_where_torch_allows_it(matmul, expected, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", matmul)
+    assert device.precision(torch.empty(1)) == expected
+    assert device.precision(torch.empty(1, dtype=torch.float16)) == "ieee"
+    why = device.prefers(torch.device("cuda"), torch.float32)
+    assert (why is None) == (expected == "ieee")
+
+
+# ---- what cannot be served -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "version, message",
+    [("", "not installed: pip install triton"), ("3.5.1", "is 3.5.1, expected 3.6 or newer")],
+)
+def test_missing_triton_says_how_to_get_it(version, message, monkeypatch):
+    monkeypatch.setattr(digest, "triton_version", lambda: version)
+    assert message in lk.backends()["triton"]
+    x = torch.randn(4, 8)
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot run here: Triton"):
+        lk.fused_lora_linear(
+            x, torch.randn(5, 8), torch.randn(2, 8), torch.randn(5, 2), backend="triton"
+        )
+
+
+@pytest.mark.parametrize(
+    "where, dtype, message",
+    [
+        ("cpu", torch.float64, "no torch.float64 kernels"),
+        ("meta", torch.float32, "TRITON_INTERPRET is set, which runs the kernels on a CPU"),
+    ],
+)
+def test_refusals(where, dtype, message):
+    assert message in device.refuses(torch.device(where), dtype)
+
+
+def run_python(code: str, **env: str) -> subprocess.CompletedProcess:
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | env
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=clean)
+
+
+CALL = """
+import torch, lora_kernels as lk
+x = torch.ones(4, 8, dtype=torch.{dtype})
+y = lk.fused_lora_linear(x, x, x[:2], x[:, :2], backend={backend!r})
+"""
+
+
+def test_an_interpreter_that_is_wrong_is_refused():
+    """Of bfloat16 Triton's own interpreter multiplies the bits: no result is better."""
+    done = run_python(CALL.format(dtype="bfloat16", backend="triton"), TRITON_INTERPRET="1")
+    assert "multiplies bfloat16 as if it were integers" in done.stderr
+    done = run_python(CALL.format(dtype="float16", backend="triton"), TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+
+
+def test_kernels_are_imported_when_they_are_called():
+    check = "import sys\nassert 'lora_kernels.triton_kernels.down_proj' not in sys.modules"
+    done = run_python(CALL.format(dtype="float32", backend=None) + check)
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_a_gpu_it_says_so():
+    done = run_python("import lora_kernels as lk; print(lk.backends()['triton'])")
+    assert "torch sees no GPU" in done.stdout
