@@ -67,9 +67,9 @@ class Recorder:
     def install(self):
         run, kernels = self._run, self.kernels
 
-        def lookup(kernel, family, width, size):
+        def lookup(kernel, family, width, *sizes):
             self.width = width
-            return self._lookup(kernel, family, width, size)
+            return self._lookup(kernel, family, width, *sizes)
 
         def record(self, *args, grid, warmup, **kwargs):
             compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
@@ -87,7 +87,7 @@ def calls(dtype: torch.dtype, everything: bool):
     def empty(*size):
         return torch.empty(*size, dtype=dtype)
 
-    ranks = (16, 64, 128, 256) if everything else (16, 64)
+    ranks = (8, 16, 24, 40, 48, 64, 100, 128, 256) if everything else (8, 16, 64)
     seeds = (None, SEED, WINDOW) if everything else (None, SEED)
     x, dy, weight = empty(M, K), empty(M, N), empty(N, K)
     for r in ranks:
@@ -100,9 +100,10 @@ def calls(dtype: torch.dtype, everything: bool):
             down_and_weight_grad(h, dy, b.t(), 1.5, 1.0, True, True, True)
         if not one_read(dy, r) or everything:
             grad_and_sums(h, dy, None, 0, 1.5, True, True, True)
-    for rows in (M, 700, FEW) if everything else (M, FEW):
-        h = empty(rows, 16)
-        a, b = empty(16, K), empty(N, 16)
+    few = ((M, 16), (FEW, 16))
+    for rows, r in (*((M, r) for r in ranks), (700, 16), (FEW, 16)) if everything else few:
+        h = empty(rows, r)
+        a, b = empty(r, K), empty(N, r)
         fused_gemm(empty(rows, K), weight, h, b, empty(N), None, 0, 1.0)
         for seed in seeds:
             fused_gemm(empty(rows, N), weight.t(), h, a.t(), None, seed, THRESHOLD, 1.0)

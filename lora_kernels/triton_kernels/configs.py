@@ -3,10 +3,10 @@
 Nothing is timed at run time, and nothing but these three decides, so every rank of a distributed
 job takes the same plan. `python -m bench.tune_triton` measures the table anew on a GPU.
 
-A width is that of elements in bits, "scattered" where they are loaded one by one: rows or a length
-of rows that 16 bytes do not divide. A row holds up to its `up_to`, M for fused_gemm, the rank r for
-the others. `programs` is how many a kernel should have before it stops splitting its sums. No rows:
-the kernel is not used there.
+A width is that of elements in bits, "scattered" where they are loaded one by one: rows of x that
+are not contiguous, or whose length or distance 16 does not divide. A row holds up to its `up_to`, M
+for fused_gemm, the rank r for the others. `programs` is how many a kernel should have: below it a
+sum is split, or a smaller tile taken. No rows: the kernel is not used there.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Config:
     def split(self, length: int, others: int, step: int) -> tuple[int, int]:
         """(length of a part, number of parts) of a sum that `others` programs would do alone."""
         most = min(MOST_SPLITS, max(length // (LEAST_STEPS * step), 1))
-        wanted = min(-(-self.programs // others), most)
+        wanted = min(max(self.programs // others, 1), most)
         span = max(-(-length // (wanted * step)), 1) * step
         return span, max(-(-length // span), 1)
 
@@ -59,14 +59,16 @@ def serves(kernel: str, mask: int, *operands: Tensor) -> bool:
 
 def of(kernel: str, size: int, mask: int, *operands: Tensor) -> Config:
     """The plan of a launch. `size` is what rows of the table go by; `operands`, the large ones."""
-    return lookup(kernel, *_class_of(mask, operands), size)
+    others = [t.shape[0] for t in operands[1:]]  # rows of weight: columns of y
+    return lookup(kernel, *_class_of(mask, operands), size, *others)
 
 
 def _class_of(mask: int, operands: tuple[Tensor, ...]) -> tuple[str, str]:
     """(family, width) of a launch."""
-    x = operands[0]
+    x, *weights = operands
     width = str(x.element_size() * 8)
-    if mask == OFF_BLOCKS.value or not all(map(device.loads_vectors, operands)):
+    turned = (w if w.stride(1) == 1 else w.t() for w in weights)
+    if mask == OFF_BLOCKS.value or not all(map(device.loads_vectors, (x, *turned))):
         width += " scattered"
     return device.family(x.device), width
 
@@ -76,12 +78,20 @@ def is_used(kernel: str, of_family: str, width: str) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def lookup(kernel: str, of_family: str, width: str, size: int) -> Config:
-    """The first row of the table that holds a size; the last holds every size."""
-    assert is_used(kernel, of_family, width), f"{kernel} has no plans for {of_family}, {width}"
+def lookup(kernel: str, of_family: str, width: str, size: int, n: int = 0) -> Config:
+    """The first row of the table that holds a size; the last holds every size.
+
+    With `n`, the columns of y, one of smaller tiles if too few programs would run.
+    """
     rows = load()[kernel][of_family][width]
-    row = next(row for row in rows if row["up_to"] is None or size <= row["up_to"])
-    return Config(**{name: value for name, value in row.items() if name != "up_to"})
+    if not rows:
+        raise LookupError(f"{TABLE.name}: {kernel} has no plan for {of_family}, {width}")
+    held = next(i for i, row in enumerate(rows) if row["up_to"] is None or size <= row["up_to"])
+    plans = [Config(**{k: v for k, v in row.items() if k != "up_to"}) for row in rows[: held + 1]]
+    for plan in reversed(plans):
+        if n == 0 or -(-size // plan.rows) * -(-n // plan.cols) >= plan.programs:
+            return plan
+    return plans[0] if n else plans[-1]
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from . import digest
 
 CAPABILITY = (8, 0)  # of the oldest NVIDIA GPU that Triton serves
 OLDEST = (3, 6)
+MOST = 2**31 - 1024  # rows or columns: tiles are placed by 32 bits
 SPECIALISED = 16  # numbers that it divides are known to be so when a kernel is compiled
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -125,13 +126,12 @@ def describable(tensor: Tensor) -> bool:
 
 
 def loads_vectors(tensor: Tensor) -> bool:
-    """Whether Triton can tell that rows, or columns, of a matrix are whole vectors of 16 bytes."""
-    (rows, cols), (row, col) = tensor.shape, tensor.stride()
-    lines, length = (row, cols) if col == 1 else (col, rows)
+    """Whether Triton can tell that the rows of a matrix are whole vectors of 16 bytes."""
+    row, col = tensor.stride()
     return (
-        1 in (row, col)
-        and lines % SPECIALISED == 0
-        and length % SPECIALISED == 0
+        col == 1
+        and row % SPECIALISED == 0
+        and tensor.shape[1] % SPECIALISED == 0
         and tensor.data_ptr() % SPECIALISED == 0
     )
 
@@ -156,5 +156,15 @@ def launching_on(x: Tensor) -> contextlib.AbstractContextManager:
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """x [..., K] as [M, K], a view wherever its strides allow one."""
-    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    """x [..., K] as [M, K], a view wherever its strides allow one.
+
+    Raises:
+        RuntimeError: rows or columns are too many for the kernels to count.
+    """
+    x = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    if max(x.shape) > MOST:
+        raise RuntimeError(
+            f"fused_lora_linear: backend 'triton' counts rows and columns up to {MOST}, but x is "
+            f"{list(x.shape)} by rows; split the call, or pass backend='composed'"
+        )
+    return x

@@ -15,47 +15,48 @@ from torch import Tensor
 from ..dropout import inverse_keep
 from . import configs, dropout
 from .device import launching_on, precision, rows_of
+from .ranks import known, rank_block, ranks_of
 from .reduce import reduce_parts
 
 
-@triton.jit(do_not_specialize=["m", "r", "span", "threshold", "scale"])
+@triton.jit(do_not_specialize=["m", "span", "threshold", "scale"])
 def down_proj_kernel(
     x, down, h, seed,
     m, k, r, span,
-    x_row, x_col, down_row, down_col, h_row, h_part,  # strides
+    x_row, x_col, down_row, down_col, h_part,  # strides
     threshold, scale,
     MASK: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, DEPTH: tl.constexpr, RANK: tl.constexpr,
+    EXACT: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     if not dropout.is_meant(seed, MASK):
         return
-    row, first = tl.program_id(0) * ROWS, tl.program_id(1).to(tl.int64) * span
+    row_block, ranks = ranks_of(tl.program_id(0), r, EXACT, RANK)
+    row, first = row_block * ROWS, tl.program_id(1).to(tl.int64) * span
     first = tl.multiple_of(first, 16)  # vector loads need it; span is a multiple of DEPTH
     row0, col0 = dropout.origin(seed, MASK)
     rows = row - row0 + tl.arange(0, ROWS)
     cols = first - col0 + tl.arange(0, DEPTH)
-    ranks = tl.program_id(2) * RANK + tl.arange(0, RANK)
-    here, known = dropout.within(rows, m, MASK), ranks < r
+    here = dropout.within(rows, m, MASK)[:, None]
     x_tile = x + rows.to(tl.int64)[:, None] * x_row + cols[None, :] * x_col
     down_tile = down + ranks.to(tl.int64)[None, :] * down_row + cols[:, None] * down_col
 
     total = tl.zeros((ROWS, RANK), tl.float32)
     for depth in range(first, tl.minimum(first + span, k + col0), DEPTH):
         inside = dropout.within(cols, k, MASK)
-        left = tl.load(x_tile, here[:, None] & inside[None, :], other=0.0)
-        right = tl.load(down_tile, inside[:, None] & known[None, :], other=0.0)
+        left = tl.load(x_tile, here & inside[None, :], other=0.0)
+        right = tl.load(down_tile, known(inside[:, None], ranks, r, EXACT), other=0.0)
         if MASK:
             keep = dropout.keep_tile(seed, row, depth, threshold, MASK, ROWS, DEPTH)
             left = tl.where(keep, left, tl.zeros_like(left))
         total = tl.dot(left, right, total, input_precision=PRECISION)
-        x_tile += DEPTH * x_col
-        down_tile += DEPTH * down_col
+        x_tile += DEPTH * tl.cast(x_col, tl.int64)
+        down_tile += DEPTH * tl.cast(down_col, tl.int64)
         cols += DEPTH
 
     place = h + tl.program_id(1).to(tl.int64) * h_part
-    place += rows.to(tl.int64)[:, None] * h_row + ranks[None, :]
+    place += rows.to(tl.int64)[:, None] * (RANK if EXACT else r) + ranks[None, :]
     stored = (total * scale).to(h.dtype.element_ty)
-    tl.store(place, stored, here[:, None] & known[None, :])
+    tl.store(place, stored, known(here, ranks, r, EXACT))
 
 
 def down_proj(x: Tensor, down: Tensor, seed: Tensor | None, threshold: int, scale: float) -> Tensor:
@@ -85,15 +86,17 @@ def _launch(x, down, h, seed, mask, threshold, scale) -> None:
     (m, k), r = x.shape, down.shape[0]
     shift = dropout.most_shift(mask)
     config = configs.of("down_proj", r, mask, x)
-    row_blocks, rank_blocks = triton.cdiv(m + shift, config.rows), triton.cdiv(r, config.rank)
-    span, splits = config.split(k + shift, row_blocks * rank_blocks, config.depth)
+    rank = rank_block(r, config)
+    programs = triton.cdiv(m + shift, config.rows) * triton.cdiv(r, rank)
+    span, splits = config.split(k + shift, programs, config.depth)
     scale = float(scale * (inverse_keep(threshold) if mask else 1.0))
     parts = h if splits == 1 else x.new_empty(splits, m, r, dtype=torch.float32)
-    down_proj_kernel[row_blocks, splits, rank_blocks](
+    down_proj_kernel[programs, splits](
         x, down, parts, seed if mask else x,
-        m, k, r, span, *x.stride(), *down.stride(), r, m * r,
+        m, k, r, span, *x.stride(), *down.stride(), m * r,
         threshold, scale if splits == 1 else 1.0,
-        MASK=mask, PRECISION=precision(x), ROWS=config.rows, DEPTH=config.depth, RANK=config.rank,
+        MASK=mask, PRECISION=precision(x), EXACT=r == rank,
+        ROWS=config.rows, DEPTH=config.depth, RANK=rank,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     if splits > 1:

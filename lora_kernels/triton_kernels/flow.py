@@ -24,6 +24,7 @@ def forward(
     seed: Tensor | None, threshold: int, h_scale: float, up_scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y [..., N], h [M, r]), as `composed.forward`."""
+    seed = None if seed is None else seed.contiguous()
     h = down_proj(x, lora_a, seed, threshold, h_scale)
     return fused_gemm(x, weight, h, lora_b, bias, None, 0, up_scale), h
 
@@ -35,6 +36,7 @@ def backward(
 ) -> Grads:  # fmt: skip
     """(dx, dA, dB, dbias), empty where not needed, as `composed.backward`."""
     dx, da, db, dbias, dh = (x.new_empty(0) for _ in range(5))
+    h, seed = h.contiguous(), None if seed is None else seed.contiguous()
     need_dh = need_x or need_a
     if one_read(dy, lora_b.shape[1]):
         if need_dh or need_b or need_bias:
@@ -45,8 +47,8 @@ def backward(
         if need_dh:
             dh = down_proj(dy, lora_b.t(), None, 0, h_scale)
         if need_b or need_bias:
-            of = h if need_b else h.new_empty(h.shape[0], 0)
-            db, dbias = grad_and_sums(of, dy, None, 0, up_scale, wide_b, True, need_bias)
+            grad, dbias = grad_and_sums(h, dy, None, 0, up_scale, wide_b, True, need_bias)
+            db = grad if need_b else db
     if need_x:
         dx = fused_gemm(dy, weight.t(), dh, lora_a.t(), None, seed, threshold, up_scale)
     if need_a:

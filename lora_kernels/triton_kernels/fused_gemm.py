@@ -15,6 +15,7 @@ from torch import Tensor
 from ..dropout import inverse_keep
 from . import configs, device, dropout
 from .device import launching_on, precision, rows_of
+from .ranks import LEAST, rank_block
 
 
 @triton.jit
@@ -29,19 +30,26 @@ def place_of(tile, row_tiles, col_tiles, GROUP: tl.constexpr):
 @triton.jit
 def up_projection(
     h, up, seed, row, col, rows, cols, here, there, r, up_row, up_col, threshold, scale,
-    MASK: tl.constexpr, PRECISION: tl.constexpr,
+    MASK: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     """fp32 [ROWS, COLS] = mask ∘ (scale · h · upᵀ)."""
     term = tl.zeros((ROWS, COLS), tl.float32)
-    for first in range(0, r, RANK):
-        ranks = first + tl.arange(0, RANK)
-        left_at = h + rows.to(tl.int64)[:, None] * r + ranks[None, :]
-        right_at = up + cols.to(tl.int64)[None, :] * up_row + ranks.to(tl.int64)[:, None] * up_col
-        known = ranks < r
-        left = tl.load(left_at, here[:, None] & known[None, :], other=0.0)
-        right = tl.load(right_at, known[:, None] & there[None, :], other=0.0)
+    ranks, width = tl.arange(0, RANK), (RANK if EXACT else r)
+    h_tile = h + rows.to(tl.int64)[:, None] * width + ranks[None, :]
+    up_tile = up + cols.to(tl.int64)[None, :] * up_row + ranks.to(tl.int64)[:, None] * up_col
+    if EXACT:  # one step, without a loop in the way of the frozen product's first loads
+        left = tl.load(h_tile, here[:, None], other=0.0)
+        right = tl.load(up_tile, there[None, :], other=0.0)
         term = tl.dot(left, right, term, input_precision=PRECISION)
+    else:
+        for first in range(0, r, RANK):
+            inside = ranks < r - first
+            left = tl.load(h_tile, here[:, None] & inside[None, :], other=0.0)
+            right = tl.load(up_tile, inside[:, None] & there[None, :], other=0.0)
+            term = tl.dot(left, right, term, input_precision=PRECISION)
+            h_tile += RANK
+            up_tile += RANK * tl.cast(up_col, tl.int64)
     term *= scale
     if MASK:
         keep = dropout.keep_tile(seed, row, col, threshold, MASK, ROWS, COLS)
@@ -64,8 +72,8 @@ def add_product(
         left = tl.load(x_tile, here[:, None] & inside[None, :], other=0.0)
         right = tl.load(w_tile, inside[:, None] & there[None, :], other=0.0)
         total = tl.dot(left, right, total, input_precision=PRECISION)
-        x_tile += DEPTH * x_col
-        w_tile += DEPTH * weight_col
+        x_tile += DEPTH * tl.cast(x_col, tl.int64)
+        w_tile += DEPTH * tl.cast(weight_col, tl.int64)
     return total
 
 
@@ -82,14 +90,14 @@ def add_described_product(
     return total
 
 
-@triton.jit(do_not_specialize=["m", "r", "threshold", "scale"])
+@triton.jit(do_not_specialize=["m", "threshold", "scale"])
 def fused_gemm_kernel(
     x, weight, h, up, bias, y, seed,
     m, n, k, r,
     x_row, x_col, weight_row, weight_col, up_row, up_col, bias_step,  # strides
     threshold, scale,
     BIAS: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, K_MAJOR: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, K_MAJOR: tl.constexpr, EXACT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, RANK: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -104,7 +112,7 @@ def fused_gemm_kernel(
         here, there = dropout.within(rows, m, MASK), dropout.within(cols, n, MASK)
         total = up_projection(
             h, up, seed, row, col, rows, cols, here, there, r, up_row, up_col, threshold, scale,
-            MASK, PRECISION, ROWS, COLS, RANK,
+            MASK, PRECISION, EXACT, ROWS, COLS, RANK,
         )  # fmt: skip
         if DESCRIPTORS:
             total = add_described_product(
@@ -162,9 +170,13 @@ def _launch(x, weight, h, up, bias, y, seed, mask, threshold, scale) -> None:
     (m, k), (n, r) = x.shape, up.shape
     shift = dropout.most_shift(mask)
     config = configs.of("fused_gemm", m, mask, x, weight)
+    described = config.kind == "descriptors" and shift == 0 and can_describe(x, weight)
+    if config.kind == "descriptors" and not described:
+        config = configs.of("fused_gemm", m, dropout.OFF_BLOCKS.value, x, weight)
+    # A mask, or loads of single elements, beside more ranks at a time would spill.
+    rank = LEAST if mask or r % LEAST else rank_block(r, config)
     programs = triton.cdiv(m + shift, config.rows) * triton.cdiv(n + shift, config.cols)
     left, right, k_major = x, weight, weight.stride(1) == 1
-    described = config.kind == "descriptors" and shift == 0 and can_describe(x, weight)
     if described:
         block = [config.cols, config.depth] if k_major else [config.depth, config.cols]
         left = device.descriptor(x, [config.rows, config.depth])
@@ -177,9 +189,9 @@ def _launch(x, weight, h, up, bias, y, seed, mask, threshold, scale) -> None:
         m, n, k, r, *x.stride(), *weight.stride(), *up.stride(),
         bias.stride(0) if bias is not None else 0, threshold, scale,
         BIAS=bias is not None, MASK=mask, PRECISION=precision(x),
-        DESCRIPTORS=described, K_MAJOR=k_major,
+        DESCRIPTORS=described, K_MAJOR=k_major, EXACT=r == rank,
         ROWS=config.rows, COLS=config.cols, DEPTH=config.depth,
-        RANK=min(config.rank, rank_block(r)), GROUP=config.group,
+        RANK=rank, GROUP=config.group,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
 
@@ -188,8 +200,3 @@ def can_describe(x: Tensor, weight: Tensor) -> bool:
     """Whether TMA can load the tiles of both."""
     turned = weight if weight.stride(1) == 1 else weight.t()
     return device.has_descriptors(x.device) and device.describable(x) and device.describable(turned)
-
-
-def rank_block(r: int) -> int:
-    """Of how many ranks a step takes: a power of two from 16, what tl.dot needs."""
-    return max(triton.next_power_of_2(r), 16)

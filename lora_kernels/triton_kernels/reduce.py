@@ -12,7 +12,7 @@ ELEMENTS = 1024  # a program
 WARPS = 4
 
 
-@triton.jit(do_not_specialize=["count", "elements", "scale"])
+@triton.jit(do_not_specialize=["count", "scale"])
 def reduce_kernel(
     parts, out, seed, count, elements, scale, MASK: tl.constexpr, ELEMENTS: tl.constexpr
 ):

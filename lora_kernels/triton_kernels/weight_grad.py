@@ -2,8 +2,8 @@
 
 Rows are cut into chunks, whose sums are independent programs; `reduce` adds their fp32 results in
 order. Serves dA (h = dh) and dB (x = dy, transposed), and gives dbias, the sums of dy's columns,
-from the same read. Up to DOWN_RANK ranks `down_and_weight_grad` makes dh of that read too: then dy
-is read once for dh, dB and dbias.
+from the same read. Of few ranks `down_and_weight_grad` makes dh of that read too: then dy is read
+once for dh, dB and dbias.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ from torch import Tensor
 from ..dropout import inverse_keep
 from . import configs, dropout
 from .device import launching_on, precision, rows_of
-from .fused_gemm import rank_block
+from .ranks import known, rank_block, ranks_of
 from .reduce import reduce_parts
 
-DOWN_RANK = 32  # beyond, partial gradients of each block of rows cost more than a second read
-MOST_BLOCKS = 64  # of rows: what bounds the memory of those
+MOST_BYTES = 1 << 28  # of the partial gradients of `down_and_weight_grad`
 
 
-@triton.jit(do_not_specialize=["m", "r", "span", "threshold", "scale"])
+@triton.jit(do_not_specialize=["m", "span", "threshold", "scale"])
 def weight_grad_kernel(
     h, x, grad, sums, seed,
     m, k, r, span,
-    h_row, x_row, x_col, grad_rank, grad_col, grad_part,  # strides
+    x_row, x_col, grad_rank, grad_col, grad_part,  # strides
     threshold, scale,
     SUMS: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, RANK: tl.constexpr,
+    EXACT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     if not dropout.is_meant(seed, MASK):
         return
     row0, col0 = dropout.origin(seed, MASK)
-    col, chunk = tl.program_id(0) * COLS, tl.program_id(1).to(tl.int64)
+    col_block, ranks = ranks_of(tl.program_id(0), r, EXACT, RANK)
+    col, chunk = col_block * COLS, tl.program_id(1).to(tl.int64)
     first = chunk * span
     cols = col - col0 + tl.arange(0, COLS)
-    ranks = tl.program_id(2) * RANK + tl.arange(0, RANK)
     rows = first - row0 + tl.arange(0, ROWS)
-    there, known = dropout.within(cols, k, MASK), ranks < r
+    there = dropout.within(cols, k, MASK)[:, None]
+    h_row = RANK if EXACT else r
     h_tile = h + rows[:, None] * h_row + ranks[None, :]
     x_tile = x + rows[None, :] * x_row + cols.to(tl.int64)[:, None] * x_col  # transposed
 
@@ -48,8 +48,8 @@ def weight_grad_kernel(
     column_sums = tl.zeros((COLS,), tl.float32)
     for row in range(first, tl.minimum(first + span, m + row0), ROWS):
         here = dropout.within(rows, m, MASK)
-        left = tl.load(x_tile, there[:, None] & here[None, :], other=0.0)
-        right = tl.load(h_tile, here[:, None] & known[None, :], other=0.0)
+        left = tl.load(x_tile, there & here[None, :], other=0.0)
+        right = tl.load(h_tile, known(here[:, None], ranks, r, EXACT), other=0.0)
         if SUMS:
             column_sums += tl.sum(left.to(tl.float32), 1)
         if MASK:
@@ -57,54 +57,54 @@ def weight_grad_kernel(
             left = tl.where(tl.trans(keep), left, tl.zeros_like(left))
         total = tl.dot(left, right, total, input_precision=PRECISION)
         h_tile += ROWS * h_row
-        x_tile += ROWS * x_row
+        x_tile += ROWS * tl.cast(x_row, tl.int64)
         rows += ROWS
 
     place = grad + chunk * grad_part + cols.to(tl.int64)[:, None] * grad_col
     place += ranks.to(tl.int64)[None, :] * grad_rank
     stored = (total * scale).to(grad.dtype.element_ty)
-    tl.store(place, stored, there[:, None] & known[None, :])
-    if SUMS:
-        of_first = there & (tl.program_id(2) == 0)  # blocks of ranks see the same x
-        tl.store(sums + chunk * k + cols, column_sums.to(sums.dtype.element_ty), of_first)
+    tl.store(place, stored, known(there, ranks, r, EXACT))
+    if SUMS:  # all blocks of ranks see the same x
+        written = dropout.within(cols, k, MASK) & (tl.min(ranks, 0) == 0)
+        tl.store(sums + chunk * k + cols, column_sums.to(sums.dtype.element_ty), written)
 
 
-@triton.jit(do_not_specialize=["m", "r", "span"])
+@triton.jit(do_not_specialize=["m", "span"])
 def down_and_weight_grad_kernel(
     h, dy, down, dh, grad, sums,
     m, n, r, span,
     dy_row, dy_col, down_row, down_col, dh_part,  # strides
     GRAD: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, RANK: tl.constexpr,
+    EXACT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     """Of ROWS rows and `span` columns of dy: a part of dh, and parts of dB and dbias of its own."""
     block = tl.program_id(0).to(tl.int64)
     rows, first = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * span
     first = tl.multiple_of(first, 16)  # vector loads need it; span is a multiple of COLS
     ranks, cols = tl.arange(0, RANK), first + tl.arange(0, COLS)
-    here, known = rows < m, ranks < r
+    here, width = (rows < m)[:, None], (RANK if EXACT else r)
     dy_tile = dy + rows.to(tl.int64)[:, None] * dy_row + cols.to(tl.int64)[None, :] * dy_col
     down_tile = down + ranks[None, :] * down_row + cols.to(tl.int64)[:, None] * down_col
-    h_at = rows.to(tl.int64)[:, None] * r + ranks[None, :]
-    kept = tl.load(h + h_at, here[:, None] & known[None, :], other=0.0)
+    h_at = rows.to(tl.int64)[:, None] * width + ranks[None, :]
+    kept = tl.load(h + h_at, known(here, ranks, r, EXACT), other=0.0)
 
     total = tl.zeros((ROWS, RANK), tl.float32)
     for _ in range(first, tl.minimum(first + span, n), COLS):
         there = cols < n
-        tile = tl.load(dy_tile, here[:, None] & there[None, :], other=0.0)
-        right = tl.load(down_tile, there[:, None] & known[None, :], other=0.0)
+        tile = tl.load(dy_tile, here & there[None, :], other=0.0)
+        right = tl.load(down_tile, known(there[:, None], ranks, r, EXACT), other=0.0)
         total = tl.dot(tile, right, total, input_precision=PRECISION)
         if GRAD:
             part = tl.dot(tl.trans(tile), kept, input_precision=PRECISION)
-            place = grad + (block * n + cols)[:, None] * r + ranks[None, :]
-            tl.store(place, part, there[:, None] & known[None, :])
+            place = grad + (block * n + cols)[:, None] * width + ranks[None, :]
+            tl.store(place, part, known(there[:, None], ranks, r, EXACT))
         if SUMS:
             tl.store(sums + block * n + cols, tl.sum(tile.to(tl.float32), 0), there)
-        dy_tile += COLS * dy_col
-        down_tile += COLS * down_col
+        dy_tile += COLS * tl.cast(dy_col, tl.int64)
+        down_tile += COLS * tl.cast(down_col, tl.int64)
         cols += COLS
     place = dh + tl.program_id(1).to(tl.int64) * dh_part + h_at
-    tl.store(place, total, here[:, None] & known[None, :])
+    tl.store(place, total, known(here, ranks, r, EXACT))
 
 
 def weight_grad(
@@ -151,19 +151,19 @@ def _launch(h, x, grad, sums, seed, mask, threshold, scale, transpose) -> None:
     (m, k), r = x.shape, h.shape[1]
     shift = dropout.most_shift(mask)
     config = configs.of("weight_grad", r, mask, x)
-    rank = min(config.rank, rank_block(r))
-    col_blocks, rank_blocks = triton.cdiv(k + shift, config.cols), max(triton.cdiv(r, rank), 1)
-    span, chunks = config.split(m + shift, col_blocks * rank_blocks, config.rows)
+    rank = rank_block(r, config)
+    programs = triton.cdiv(k + shift, config.cols) * max(triton.cdiv(r, rank), 1)
+    span, chunks = config.split(m + shift, programs, config.rows)
     scale = float(scale * (inverse_keep(threshold) if mask else 1.0))
     parts, part_sums = grad, sums
     if chunks > 1:
         parts = x.new_empty(chunks, *grad.shape, dtype=torch.float32)
         part_sums = x.new_empty(chunks, *sums.shape, dtype=torch.float32)
-    weight_grad_kernel[col_blocks, chunks, rank_blocks](
+    weight_grad_kernel[programs, chunks](
         h, x, parts, part_sums, seed if mask else x,
-        m, k, r, span, r, *x.stride(), *((1, r) if transpose else (k, 1)), r * k,
+        m, k, r, span, *x.stride(), *((1, r) if transpose else (k, 1)), r * k,
         threshold, scale if chunks == 1 else 1.0,
-        SUMS=sums.numel() > 0, MASK=mask, PRECISION=precision(x),
+        SUMS=sums.numel() > 0, MASK=mask, PRECISION=precision(x), EXACT=r == rank,
         ROWS=config.rows, COLS=config.cols, RANK=rank,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
@@ -173,14 +173,19 @@ def _launch(h, x, grad, sums, seed, mask, threshold, scale, transpose) -> None:
 
 
 def one_read(dy: Tensor, r: int) -> bool:
-    """Whether `down_and_weight_grad` serves: by shape alone, so that bits depend on no need."""
-    if dy.numel() == 0 or not 0 < r <= DOWN_RANK:
+    """Whether `down_and_weight_grad` serves dy: by its shape and layout, never by what is needed.
+
+    Its parts of dB, written and read once in fp32, are to cost half of a second read of dy at most.
+    """
+    if dy.numel() == 0 or r == 0:
         return False
     dy = rows_of(dy)
     if not configs.serves("down_and_weight_grad", 0, dy):
         return False
     config = configs.of("down_and_weight_grad", r, 0, dy)
-    return dy.shape[0] <= MOST_BLOCKS * config.rows
+    parts = triton.cdiv(dy.shape[0], config.rows) * dy.shape[1] * r * 4
+    cheap = 2 * 8 * r <= config.rows * dy.element_size()
+    return r <= config.rank and cheap and parts <= MOST_BYTES
 
 
 def down_and_weight_grad(
@@ -190,7 +195,7 @@ def down_and_weight_grad(
     """(dh [M, r] = h_scale · dy · downᵀ, dB [N, r] = up_scale · dyᵀ · h, dbias [N]) of one read.
 
     Args:
-        h: [M, r] contiguous, of dy's dtype, r up to DOWN_RANK.
+        h: [M, r] contiguous, of dy's dtype; r as `one_read` says.
         dy: [..., N], any strides.
         down: [r, N], any strides.
         wide: whether dB is fp32.
@@ -199,7 +204,7 @@ def down_and_weight_grad(
     dy = rows_of(dy)
     (m, n), r = dy.shape, h.shape[1]
     config = configs.of("down_and_weight_grad", r, 0, dy)
-    blocks = triton.cdiv(m, config.rows)
+    rank, blocks = rank_block(r, config), triton.cdiv(m, config.rows)
     span, splits = config.split(n, blocks, config.cols)
     dh = dy.new_empty(m, r)
     grad = dy.new_empty((n, r) if need_grad else 0, dtype=torch.float32 if wide else dy.dtype)
@@ -212,8 +217,8 @@ def down_and_weight_grad(
         down_and_weight_grad_kernel[blocks, splits](
             h, dy, down, dh_parts, grad_parts, sum_parts,
             m, n, r, span, *dy.stride(), *down.stride(), m * r,
-            GRAD=need_grad, SUMS=need_sums, PRECISION=precision(dy),
-            ROWS=config.rows, COLS=config.cols, RANK=rank_block(r),
+            GRAD=need_grad, SUMS=need_sums, PRECISION=precision(dy), EXACT=r == rank,
+            ROWS=config.rows, COLS=config.cols, RANK=rank,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         reduce_parts(dh_parts, dh, h_scale)
