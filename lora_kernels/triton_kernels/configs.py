@@ -5,13 +5,16 @@ job takes the same plan. `python -m bench.tune_triton` measures the table anew o
 
 A width is that of elements in bits, "scattered" where they are loaded one by one: rows or a length
 of rows that 16 bytes do not divide. A row holds up to its `up_to`, M for fused_gemm, the rank r for
-the others. `programs` is how many a kernel should have before it stops splitting its sums.
+the others. `programs` is how many a kernel should have before it stops splitting its sums. "origin"
+says of each family where its rows come from.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from . import device
 from .dropout import OFF_BLOCKS
 
 TABLE = Path(__file__).with_name("configs.json")
-SCHEMA = 1
+SCHEMA = 2
 KERNELS = ("down_proj", "fused_gemm", "weight_grad", "down_and_weight_grad")
 KINDS = ("grid", "persistent", "descriptors")  # of fused_gemm
 MOST_SPLITS = 32  # partial results that are summed afterwards
@@ -51,8 +54,28 @@ class Config:
         return span, max(-(-length // span), 1)
 
 
+_TRIALS: dict[str, Config] = {}  # by kernel, in place of the table
+
+
+@contextlib.contextmanager
+def using(kernel: str, config: Config) -> Iterator[None]:
+    """Every launch of a kernel takes `config`, in this process: to measure it before it is a row.
+
+    `lookup` remembers nothing of it.
+    """
+    outer = _TRIALS.copy()
+    _TRIALS[kernel] = config
+    try:
+        yield
+    finally:
+        _TRIALS.clear()
+        _TRIALS.update(outer)
+
+
 def of(kernel: str, size: int, mask: int, *operands: Tensor) -> Config:
     """The plan of a launch. `size` is what rows of the table go by; `operands`, the large ones."""
+    if kernel in _TRIALS:
+        return _TRIALS[kernel]
     x = operands[0]
     width = str(x.element_size() * 8)
     if mask == OFF_BLOCKS.value or not all(map(device.loads_vectors, operands)):
@@ -65,6 +88,11 @@ def lookup(kernel: str, of_family: str, width: str, size: int) -> Config:
     """The first row of the table that holds a size; the last holds every size."""
     rows = load()[kernel][of_family][width]
     row = next(row for row in rows if row["up_to"] is None or size <= row["up_to"])
+    return plan_of(row)
+
+
+def plan_of(row: dict[str, Any]) -> Config:
+    """What a row of the table says but for the sizes that it holds."""
     return Config(**{name: value for name, value in row.items() if name != "up_to"})
 
 
