@@ -32,6 +32,11 @@ MOST_SPLITS = 32  # partial results that are summed afterwards
 LEAST_STEPS = 4  # tiles of a sum that is split
 
 
+def cdiv(length: int, block: int) -> int:
+    """How many blocks a length has; triton.cdiv costs the host more than a lookup of a plan."""
+    return -(-length // block)
+
+
 @dataclass(frozen=True)
 class Config:
     """One launch: rows x cols of a tile (rows x rank in down_proj), depth of a step."""
@@ -49,9 +54,9 @@ class Config:
     def split(self, length: int, others: int, step: int) -> tuple[int, int]:
         """(length of a part, number of parts) of a sum that `others` programs would do alone."""
         most = min(MOST_SPLITS, max(length // (LEAST_STEPS * step), 1))
-        wanted = min(-(-self.programs // others), most)
-        span = max(-(-length // (wanted * step)), 1) * step
-        return span, max(-(-length // span), 1)
+        wanted = min(cdiv(self.programs, others), most)
+        span = max(cdiv(length, wanted * step), 1) * step
+        return span, max(cdiv(length, span), 1)
 
 
 _TRIALS: dict[str, Config] = {}  # by kernel, in place of the table

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..dropout import inverse_keep
 from . import configs, dropout
+from .configs import cdiv
 from .device import launching_on, precision, rows_of
 from .reduce import reduce_parts
 
@@ -85,7 +86,7 @@ def _launch(x, down, h, seed, mask, threshold, scale) -> None:
     (m, k), r = x.shape, down.shape[0]
     shift = dropout.most_shift(mask)
     config = configs.of("down_proj", r, mask, x)
-    row_blocks, rank_blocks = triton.cdiv(m + shift, config.rows), triton.cdiv(r, config.rank)
+    row_blocks, rank_blocks = cdiv(m + shift, config.rows), cdiv(r, config.rank)
     span, splits = config.split(k + shift, row_blocks * rank_blocks, config.depth)
     scale = float(scale * (inverse_keep(threshold) if mask else 1.0))
     parts = h if splits == 1 else x.new_empty(splits, m, r, dtype=torch.float32)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..dropout import inverse_keep
 from . import configs, device, dropout
+from .configs import cdiv
 from .device import launching_on, precision, rows_of
 
 
@@ -162,7 +163,7 @@ def _launch(x, weight, h, up, bias, y, seed, mask, threshold, scale) -> None:
     (m, k), (n, r) = x.shape, up.shape
     shift = dropout.most_shift(mask)
     config = configs.of("fused_gemm", m, mask, x, weight)
-    programs = triton.cdiv(m + shift, config.rows) * triton.cdiv(n + shift, config.cols)
+    programs = cdiv(m + shift, config.rows) * cdiv(n + shift, config.cols)
     left, right, k_major = x, weight, weight.stride(1) == 1
     described = config.kind == "descriptors" and can_describe(x, weight)
     if described:
@@ -192,4 +193,4 @@ def can_describe(x: Tensor, weight: Tensor) -> bool:
 
 def rank_block(r: int) -> int:
     """Of how many ranks a step takes: a power of two from 16, what tl.dot needs."""
-    return max(triton.next_power_of_2(r), 16)
+    return max(1 << (r - 1).bit_length(), 16)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..dropout import inverse_keep
 from . import configs, dropout
+from .configs import cdiv
 from .device import launching_on, precision, rows_of
 from .fused_gemm import rank_block
 from .reduce import reduce_parts
@@ -152,7 +153,7 @@ def _launch(h, x, grad, sums, seed, mask, threshold, scale, transpose) -> None:
     shift = dropout.most_shift(mask)
     config = configs.of("weight_grad", r, mask, x)
     rank = min(config.rank, rank_block(r))
-    col_blocks, rank_blocks = triton.cdiv(k + shift, config.cols), max(triton.cdiv(r, rank), 1)
+    col_blocks, rank_blocks = cdiv(k + shift, config.cols), max(cdiv(r, rank), 1)
     span, chunks = config.split(m + shift, col_blocks * rank_blocks, config.rows)
     scale = float(scale * (inverse_keep(threshold) if mask else 1.0))
     parts, part_sums = grad, sums
@@ -194,7 +195,7 @@ def down_and_weight_grad(
     dy = rows_of(dy)
     (m, n), r = dy.shape, h.shape[1]
     config = configs.of("down_and_weight_grad", r, 0, dy)
-    blocks = triton.cdiv(m, config.rows)
+    blocks = cdiv(m, config.rows)
     span, splits = config.split(n, blocks, config.cols)
     dh = dy.new_empty(m, r)
     grad = dy.new_empty((n, r) if need_grad else 0, dtype=torch.float32 if wide else dy.dtype)
