@@ -79,6 +79,14 @@ def test_the_shipped_table_says_of_each_family_where_it_comes_from():
         assert set(table[kernel]) == set(table["origin"]), kernel
 
 
+def test_elements_that_are_loaded_one_by_one_are_not_tma_s():
+    """A window's tiles may begin anywhere, TMA's in the interpreter at 16 bytes."""
+    for family in configs.load()["origin"]:
+        for width in tune_triton.WIDTHS:
+            rows = configs.load()["fused_gemm"][family][f"{width} scattered"]
+            assert all(row["kind"] != "descriptors" for row in rows)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_row_that_is_measured_holds_a_shape(family):
     table = configs.load()
