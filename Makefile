@@ -5,6 +5,7 @@
 # make gpu        on a machine with a GPU: tests, sanitizers, timings, DRAM bytes, into OUT
 # make publish    what OUT proves, as an entry of bench/results/
 # make dispatch   what bench/results/ proves, as the automatic choice's table in the package
+# make tune-triton  on a machine with a GPU: the tile plans of the Triton kernels, measured
 # make gates      registers and instructions of every CUDA kernel, into docs/kernels.md
 #
 # PYTHON=/path/to/python takes an interpreter that already has torch (and, for `make test`, pytest, numpy,
@@ -28,7 +29,8 @@ export HF_HUB_OFFLINE := 1
 OUT ?= bench/out/gpu
 
 .PHONY: build test test-all lint bench bench-overhead bench-memory bench-kernels bench-gemm \
-  bench-backward bench-group bench-decode bench-training gpu publish dispatch gates example clean
+  bench-backward bench-group bench-decode bench-training gpu publish dispatch tune-triton gates example \
+  clean
 
 build: $(STAMP)
 
@@ -94,6 +96,9 @@ publish: build
 
 dispatch: build
 	$(PY) -m bench.dispatch $(ARGS)
+
+tune-triton: build
+	$(PY) -m bench.tune_triton $(ARGS)
 
 gates: build
 	$(PY) tests/gates.py --write

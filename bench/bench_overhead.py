@@ -1,19 +1,25 @@
 """`python -m bench.bench_overhead`: host time of a call, on a layer too small for anything else.
 
 One 8x8 linear with bias at r = 8 and 8 rows, fp32 on the CPU, one thread, the garbage collector
-off. Contenders run in turns, `--calls` calls a sample. Times are microseconds per call: median,
-minimum, and the ratio of medians to PEFT's own peft.tuners.lora.Linear. In `forward` a graph is
-recorded; `fwd+bwd` ends in y.backward(dy), which accumulates into .grad.
+off; where there is a GPU, on that in bf16 too, with the backends that it has, each sample begun on
+an idle device. Contenders run in turns, `--calls` calls a sample. Times are microseconds per call:
+median, minimum, and the ratio of medians to PEFT's own peft.tuners.lora.Linear. In `forward` a
+graph is recorded; `fwd+bwd` ends in y.backward(dy), which accumulates into .grad.
 
 The automatic choice alone is timed too, by a stand-in for a device with measured evidence: with an
 empty table, where no shape is looked at, and with a full one, for a shape seen before and for one
-that is new. Figures count only from a machine that does nothing else.
+that is new. So are the launchers of the Triton kernels, in a process of their own and by a driver
+that launches nothing (`bench.triton_launch`), where Triton is installed. Figures count only from a
+machine that does nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 
@@ -25,11 +31,15 @@ import lora_kernels as lk
 from lora_kernels import backend as backends
 from lora_kernels import composed, dispatch, dropout, ops
 from lora_kernels.shape_classes import EDGES, PASSES, Point, classes
+from lora_kernels.triton_kernels import device as triton_device
+from lora_kernels.triton_kernels import digest
 
 from . import report, shapes, timing
 
 SIZE = 8  # rows, in_features, out_features and rank
 MODES = ("forward", "no_grad", "fwd+bwd")
+DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
+ON_GPU = ("cuda", "triton")  # backends that are forced there
 
 
 def peft_linear(linear: nn.Linear, p: float) -> nn.Module | None:
@@ -42,9 +52,13 @@ def peft_linear(linear: nn.Linear, p: float) -> nn.Module | None:
     return inject_adapter_in_model(config, nn.Sequential(linear))[0]
 
 
-def layers(p: float) -> dict[str, Callable[[Tensor], Tensor]]:
-    """What is called with x, by name, all in training mode."""
-    frozen = nn.Linear(SIZE, SIZE).requires_grad_(False)
+def layers(p: float, x: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
+    """What is called with such an x, by name, all in training mode."""
+
+    def linear() -> nn.Linear:
+        return nn.Linear(SIZE, SIZE, device=x.device, dtype=x.dtype)
+
+    frozen = linear().requires_grad_(False)
     module = lk.LoRALinear.from_linear(frozen, SIZE, lora_dropout=p)
     operands = module.weight, module.lora_a, module.lora_b, module.bias
 
@@ -54,12 +68,15 @@ def layers(p: float) -> dict[str, Callable[[Tensor], Tensor]]:
         )
 
     found = {
-        "peft Linear": peft_linear(nn.Linear(SIZE, SIZE), p),
+        "peft Linear": peft_linear(linear(), p),
         "nn.Linear, frozen": frozen,
         "LoRALinear": module,
         "fused_lora_linear": function(None),
         "backend composed": function("composed"),
     }
+    if x.device.type == "cuda":
+        usable = [name for name in ON_GPU if lk.backends()[name] is None]
+        found |= {f"backend {name}": function(name) for name in usable}
     return {name: layer for name, layer in found.items() if layer is not None}
 
 
@@ -78,18 +95,33 @@ def calls(mode: str, p: float, x: Tensor, dy: Tensor) -> dict[str, Callable[[], 
 
         return without_grad
 
-    found = {name: bind(layer) for name, layer in layers(p).items()}
+    found = {name: bind(layer) for name, layer in layers(p, x).items()}
     if mode == "fwd+bwd" and not x.requires_grad:
         del found["nn.Linear, frozen"]
     return found
 
 
-def measure(found: dict[str, Callable[[], object]], args: argparse.Namespace) -> list[dict]:
-    """Rows in microseconds, with the ratio to PEFT's median if PEFT is there."""
+class IdleDeviceTimer(timing.HostTimer):
+    """Begins on an idle device: waiting for room in its queue is not the host's work."""
+
+    def __call__(self, call: timing.Call) -> float:
+        torch.cuda.synchronize()
+        return super().__call__(call)
+
+
+def measure(
+    found: dict[str, Callable[[], object]], args: argparse.Namespace, device: str = "cpu"
+) -> list[dict]:
+    """Rows in microseconds, with the ratio to PEFT's median if PEFT is there. Calls on `device`."""
     for call in found.values():
         for _ in range(args.calls):
             call()
-    timed = timing.interleave(found, timing.HostTimer(args.calls), args.rounds)
+    timer = (timing.HostTimer if device == "cpu" else IdleDeviceTimer)(args.calls)
+    return rows_of(timing.interleave(found, timer, args.rounds))
+
+
+def rows_of(timed: dict[str, timing.Summary]) -> list[dict]:
+    """Rows of a table, in microseconds."""
     peft = timed["peft Linear"].median_ms if "peft Linear" in timed else None
     return [
         {
@@ -138,6 +170,20 @@ def choices(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
+def triton_launches(args: argparse.Namespace) -> list[dict]:
+    """Rows of the host time of Triton's launchers; none without a Triton that serves."""
+    version = digest.triton_version()
+    if not version or tuple(map(int, version.split(".")[:2])) < triton_device.OLDEST:
+        return []
+    environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.triton_launch", str(args.calls), str(args.rounds)]
+    ran = subprocess.run(
+        command, cwd=report.ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    summaries = json.loads(ran.stdout).items()
+    return rows_of({f"triton launch: {name}": timing.Summary(**found) for name, found in summaries})
+
+
 def cell(row: dict) -> str:
     ratio = row["ratio_to_peft"]
     text = f"{row['median_us']:.3g} ({row['min_us']:.3g})"
@@ -180,26 +226,29 @@ def main() -> int:
     machine = report.environment("cpu")
     if machine["peft"] is None:
         console.print("peft is not installed (pip install peft): no PEFT row, no ratio to it")
-    groups, dy = [], torch.randn(SIZE, SIZE)
+    groups: list[dict] = []
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     with report.progress(console) as bar:
-        task = bar.add_task("host time", total=2 * len(MODES) * len(args.dropout))
-        for p in args.dropout:
-            for x_grad in (True, False):
-                x = torch.randn(SIZE, SIZE, requires_grad=x_grad)
-                table = []
-                for mode in MODES:
-                    rows = measure(calls(mode, p, x, dy), args)
-                    table.append(dict(mode=mode, dropout=p, x_requires_grad=x_grad, rows=rows))
-                    bar.advance(task)
-                needs = "x requires grad" if x_grad else "x without grad"
-                title = f"us per call, median (min) and x peft: dropout {p:g}, {needs}"
-                console.print(
-                    report.table(title, joined(table), {mode: (mode, cell) for mode in MODES}), ""
-                )
-                groups += table
+        task = bar.add_task("host time", total=2 * len(MODES) * len(args.dropout) * len(devices))
+        for device, p, x_grad in itertools.product(devices, args.dropout, (True, False)):
+            like = dict(device=device, dtype=DTYPES[device])
+            x = torch.randn(SIZE, SIZE, **like, requires_grad=x_grad)
+            dy = torch.randn(SIZE, SIZE, **like)
+            table = []
+            for mode in MODES:
+                rows = measure(calls(mode, p, x, dy), args, device)
+                about = dict(mode=mode, device=device, dropout=p, x_requires_grad=x_grad)
+                table.append(about | {"rows": rows})
+                bar.advance(task)
+            needs = "x requires grad" if x_grad else "x without grad"
+            title = f"us per call, median (min) and x peft: {device}, dropout {p:g}, {needs}"
+            console.print(
+                report.table(title, joined(table), {mode: (mode, cell) for mode in MODES}), ""
+            )
+            groups += table
 
-    device = torch.device("cpu")
-    seed = measure({"draw_seed": lambda: dropout.draw_seed(device)}, args)[0]
+    cpu = torch.device("cpu")
+    seed = measure({"draw_seed": lambda: dropout.draw_seed(cpu)}, args)[0]
     console.print(
         f"the seed draw, part of every call with dropout: {seed['median_us']:.1f} us "
         f"(min {seed['min_us']:.1f})"
@@ -207,8 +256,14 @@ def main() -> int:
     chosen = choices(args)
     columns = {"median_us": ("median", report.digits), "min_us": ("min", report.digits)}
     console.print(report.table("us per automatic choice", chosen, columns))
+    launches = triton_launches(args)
+    if launches:
+        console.print(report.table("us per launcher, without the driver", launches, columns))
+    else:
+        console.print("no Triton, or one that is too old: no row of its launchers")
     settings = {"rounds": args.rounds, "calls_per_sample": args.calls, "size": SIZE}
     content = {"groups": groups, "draw_seed": seed, "automatic_choice": chosen}
+    content["triton_launches"] = launches
     report.finish(console, args.json, "overhead", machine, settings, content)
     return 0
 

@@ -3,8 +3,9 @@
 An entry gives rows if `bench.publish` would take its suite.json without exceptions (finished, no
 stage failed, tests and every sanitizer passed, a clean commit), its selfcheck passed on the device
 that the suite ran on, and the kernels measured have the hash of this tree's sources. It may hold
-selfcheck.json, of backend cuda, selfcheck-triton.json, or both, each of which is judged alone. Rows
-are the shape classes that a selfcheck wins (`lora_kernels.shape_classes`); classes in which
+selfcheck.json, of backend cuda, selfcheck-triton.json, or both, each of which is judged alone; the
+latter by suite-triton.json where there is one, which needs the tests of Triton and no sanitizer.
+Rows are the shape classes that a selfcheck wins (`lora_kernels.shape_classes`); classes in which
 composed was faster at some point go under "slower", which `explain` quotes and nothing follows.
 What is refused is printed with the reason. The file is a function of bench/results/ and the
 kernels' sources alone: a test compares it byte for byte.
@@ -84,13 +85,12 @@ def generate(results: Path, sources: str) -> tuple[dict[str, Any], list[str]]:
     """(the table, what was refused and why). `sources`: of this tree's CUDA kernels."""
     table: dict[str, Any] = {"schema": dispatch.SCHEMA, "rows": [], "slower": []}
     refused = []
-    for path in sorted(results.glob("cuda-*/suite.json")):
-        folder = path.parent
+    for folder in sorted({path.parent for path in results.glob("cuda-*/suite*.json")}):
         files = {b: folder / f"{stage}.json" for b, stage in publish.SELFCHECKS.items()}
         # an entry without either file is refused as one of cuda
         for backend in [b for b, file in files.items() if file.exists()] or ["cuda"]:
             try:
-                suite = json.loads(path.read_text())
+                suite = json.loads(publish.suite_of(folder, backend).read_text())
                 record = records.parse(json.loads(files[backend].read_text()))
                 own = sources if backend == "cuda" else triton_sources(suite)
                 found = refusals(suite, record, folder, own, backend)

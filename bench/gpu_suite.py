@@ -1,13 +1,16 @@
-"""`bench/gpu_suite.sh OUT`: all that a GPU has to show about the CUDA kernels, in one command.
+"""`bench/gpu_suite.sh OUT`: all that a GPU has to show about the kernels, in one command.
 
-Builds them, runs the GPU tests and every compute-sanitizer tool, times the kernels and whole
-layers, counts DRAM bytes, and prints one line per stage. Each stage has a time limit of its own, so
-a hang costs that stage alone; what cannot run here is `not run`, with the reason. The exit code is
-1 if a stage failed or was killed. No network, no privilege, no change of the GPU's settings.
+Builds the CUDA kernels, runs the GPU tests and every compute-sanitizer tool, times the kernels and
+whole layers, counts DRAM bytes, and prints one line per stage. Each stage has a time limit of its
+own, so a hang costs that stage alone; what cannot run here is `not run`, with the reason. The exit
+code is 1 if a stage failed or was killed. No network, no privilege, no change of the GPU's
+settings.
 
 OUT (new or empty) receives suite.json (the record), logs.tar.gz (with the tests' report and the
 tables of decode), kernels.json, gemm.json, backward.json, group.json, layers.json and
-selfcheck.json. `python -m bench.publish OUT` makes results of it. In a copy without .git,
+selfcheck.json. `python -m bench.publish OUT` makes results of it. With --triton it is the Triton
+kernels that are tested, measured and tuned on trial, and OUT receives suite.json, logs.tar.gz and
+selfcheck-triton.json, which publish puts beside what the other run left. In a copy without .git,
 LORA_KERNELS_COMMIT names the commit, with the suffix -dirty if the copy differs from it.
 """
 
@@ -16,9 +19,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import functools
 import hashlib
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -40,11 +45,20 @@ LIMITS = {  # seconds; in all less than 9.5 minutes; timed tables take at most h
     "kernels": 34, "gemm": 42, "backward": 30, "group": 18, "decode": 12, "layers": 61, "dram": 30,
     "selfcheck": 12,
 }  # fmt: skip
+TRITON_LIMITS = {  # of --triton, where tests and selfcheck compile most of the time
+    "probe": 20, "build": 85, "triton": 190, "selfcheck-triton": 130, "tune-triton": 140,
+}  # fmt: skip
+PROFILES = {"cuda": LIMITS, "triton": TRITON_LIMITS}
 # What rows of dispatch.json are made of. The tests and sanitizers check the operators.
 SELFCHECK = [
     "lora_kernels", "selfcheck", "--shapes", "few", "--dtype", "bf16", "--no-operators",
     "--no-store", "--seconds", "4.5",
 ]  # fmt: skip
+SELFCHECK_TRITON = [
+    "lora_kernels", "selfcheck", "--backend", "triton", "--shapes", "few", "--dtype", "bf16,fp16",
+    "--no-operators", "--no-store", "--seconds", "95",
+]  # fmt: skip
+TUNE = ["bench.tune_triton", "--dry-run", "--seconds", "100"]
 WIDE = {"COLUMNS": "120"}  # rich takes a file for 80 columns wide and cuts the tables
 
 # ---- what is examined ----------------------------------------------------------------------------
@@ -87,6 +101,11 @@ def binary_hash() -> str | None:
     return hashlib.sha256(BINARY.read_bytes()).hexdigest() if BINARY.exists() else None
 
 
+def triton_hash() -> str:
+    """Of the Triton kernels and the installed Triton, "" without one; imports neither."""
+    return runpy.run_path(str(ROOT / "lora_kernels/triton_kernels/digest.py"))["sources"]()
+
+
 def is_current(binary: Path = BINARY, root: Path = ROOT) -> bool:
     """Whether the binary has CUDA kernels and is no older than all that it is built from."""
     if not binary.exists() or b"nv_fatbin" not in binary.read_bytes():
@@ -121,8 +140,12 @@ print(json.dumps(found))
 class Suite:
     """One run: what the probe found, and the stages that depend on it."""
 
-    def __init__(self, out: Path, logs: Path, use_carried: bool, limits: dict[str, float]):
+    def __init__(
+        self, out: Path, logs: Path, use_carried: bool, limits: dict[str, float],
+        profile: str = "cuda",
+    ):  # fmt: skip
         self.out, self.logs, self.use_carried, self.limits = out, logs, use_carried, limits
+        self.profile = profile
         self.facts: dict = {}
         self.monitor = Monitor()  # until the probe says which GPU torch uses
 
@@ -133,12 +156,17 @@ class Suite:
         return self.monitor.sampling()
 
     def stages(self) -> list[Stage]:
-        return [
+        first = [
             Stage("probe", self.limits["probe"], self._probe, self._probed),
             Stage(
                 "build", self.limits["build"], self._build, self._built,
                 {"LORA_KERNELS_BUILD": "cuda", "MAX_JOBS": str(os.cpu_count() or 1)},
             ),
+        ]  # fmt: skip
+        return first + (self._of_cuda() if self.profile == "cuda" else self._of_triton())
+
+    def _of_cuda(self) -> list[Stage]:
+        return [
             Stage("tests", self.limits["tests"], self._tests, self._tested, needs=("build",)),
             *map(self._sanitizer, SANITIZERS),
             self._timing("kernels", ["bench.bench_kernels"], evidence.kernels),
@@ -155,6 +183,41 @@ class Suite:
             ),
             self._timing("selfcheck", SELFCHECK, evidence.selfcheck),
         ]  # fmt: skip
+
+    def _of_triton(self) -> list[Stage]:
+        """They need no binary: a build that fails or cannot be leaves them as they are."""
+        selfcheck = self.out / "selfcheck-triton.json"
+        return [
+            Stage(
+                "triton", self.limits["triton"], self._triton_tests,
+                lambda finished: evidence.tests(finished, self.logs / "triton.xml"),
+            ),
+            Stage(
+                "selfcheck-triton", self.limits["selfcheck-triton"],
+                lambda: self._module(
+                    *SELFCHECK_TRITON, "--device", "cuda", "--json", str(selfcheck)
+                ),
+                lambda finished: evidence.selfcheck(finished, selfcheck), WIDE, sampled=True,
+            ),
+            Stage(
+                "tune-triton", self.limits["tune-triton"], lambda: self._module(*TUNE),
+                environment=WIDE, sampled=True,
+            ),
+        ]  # fmt: skip
+
+    def _triton_tests(self) -> list[str]:
+        self._need_triton("pytest", "hypothesis", "numpy")
+        return self._pytest("triton", "triton")
+
+    def _module(self, *arguments: str) -> list[str]:
+        """Of a stage that times Triton's kernels."""
+        self._need_triton("rich", "matplotlib")
+        return [sys.executable, "-m", *arguments]
+
+    def _need_triton(self, *modules: str) -> None:
+        self._need(*modules)
+        if "triton" not in self.facts:
+            raise NotRun(f"{sys.executable} has no module triton")
 
     def _need(self, *modules: str) -> None:
         """Raises NotRun without a GPU, or without the modules."""
@@ -206,9 +269,12 @@ class Suite:
 
     def _tests(self) -> list[str]:
         self._need_binary("pytest", "hypothesis", "numpy")
+        return self._pytest("tests", "not triton")
+
+    def _pytest(self, name: str, which: str) -> list[str]:
         return [
-            sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider",
-            f"--junitxml={self.logs / 'tests.xml'}",
+            sys.executable, "-m", "pytest", "-m", "gpu", "-k", which, "-q", "-p",
+            "no:cacheprovider", f"--junitxml={self.logs / name}.xml",
         ]  # fmt: skip
 
     def _tested(self, finished: Finished) -> dict:
@@ -274,7 +340,7 @@ def _anonymous(info: tarfile.TarInfo) -> tarfile.TarInfo:
 
 def run(
     out: Path, names: list[str] | None = None, use_carried: bool = False,
-    limits: dict[str, float] | None = None,
+    limits: dict[str, float] | None = None, profile: str = "cuda",
 ) -> list[dict]:  # fmt: skip
     """Runs the named stages (the probe always) and writes OUT; prints the table. The records."""
     out.mkdir(parents=True, exist_ok=True)
@@ -285,10 +351,12 @@ def run(
         "sources_sha256": sources_hash(),
         "finished": False,
     }
+    if profile == "triton":
+        head |= {"profile": profile, "triton_sha256": triton_hash()}
     with tempfile.TemporaryDirectory() as scratch:
         logs = Path(scratch) / "logs"
         logs.mkdir()
-        suite = Suite(out, logs, use_carried, LIMITS | (limits or {}))
+        suite = Suite(out, logs, use_carried, PROFILES[profile] | (limits or {}), profile)
 
         def report(records: list[dict]) -> None:
             last = records[-1]
@@ -304,44 +372,58 @@ def run(
     return records
 
 
-def _limit(text: str) -> tuple[str, float]:
+def _limit(known: dict[str, float], text: str) -> tuple[str, float]:
     name, _, seconds = text.partition("=")
-    if name not in LIMITS or not seconds.isdecimal() or int(seconds) == 0:
+    if name not in known or not seconds.isdecimal() or int(seconds) == 0:
         raise argparse.ArgumentTypeError(f"got {text!r}; expected STAGE=SECONDS, such as build=300")
     return name, int(seconds)
 
 
-def _stages(text: str) -> list[str]:
+def _stages(known: dict[str, float], text: str) -> list[str]:
     names = text.split(",")
-    unknown = [name for name in names if name not in LIMITS]
+    unknown = [name for name in names if name not in known]
     if unknown:
         raise argparse.ArgumentTypeError(
-            f"unknown stage {', '.join(unknown)}; expected some of {', '.join(LIMITS)}"
+            f"unknown stage {', '.join(unknown)}; expected some of {', '.join(known)}"
         )
     return names
 
 
+def _profile() -> str:
+    """What the command line asks for: it says which stages there are."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--triton", action="store_true")
+    return "triton" if parser.parse_known_args()[0].triton else "cuda"
+
+
 def main() -> int:
+    profile = _profile()
+    known = PROFILES[profile]
     parser = argparse.ArgumentParser(
         prog="bench/gpu_suite.sh",
         description=__doc__.partition("\n\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("out", nargs="?", type=Path, metavar="OUT")
-    parser.add_argument("--stages", type=_stages, metavar="NAME[,NAME]", help="only these")
+    parser.add_argument(
+        "--stages", type=functools.partial(_stages, known), metavar="NAME[,NAME]",
+        help="only these",
+    )  # fmt: skip
+    parser.add_argument("--triton", action="store_true", help="the Triton kernels instead")
     parser.add_argument(
         "--use-carried", action="store_true",
         help="take lora_kernels/_C.abi3.so as it is, even if the sources are newer",
     )  # fmt: skip
     parser.add_argument(
-        "--limit", type=_limit, action="append", default=[], metavar="STAGE=SECONDS",
-        help="another time limit for a stage",
+        "--limit", type=functools.partial(_limit, known), action="append", default=[],
+        metavar="STAGE=SECONDS", help="another time limit for a stage",
     )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="show the stages and limits, and stop")
     args = parser.parse_args()
     if args.list:
-        for name, seconds in LIMITS.items():
-            print(f"{name:<12}{seconds:>4} s")
+        width = stages.width(known)
+        for name, seconds in known.items():
+            print(f"{name:<{width}}{seconds:>4} s")
         return 0
     if args.out is None:
         parser.error("expected OUT, a new or empty directory")
@@ -350,7 +432,7 @@ def main() -> int:
         parser.error(f"argument OUT: {args.out} is not a new or empty directory")
     # A plain SIGTERM would leave the running stage behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    records = run(out, args.stages, args.use_carried, dict(args.limit))
+    records = run(out, args.stages, args.use_carried, dict(args.limit), profile)
     return 0 if stages.succeeded(records) else 1
 
 

@@ -1,5 +1,8 @@
 """`python -m bench.publish OUT`: makes the suite's OUT a result under bench/results/<device>/.
 
+An OUT of `gpu_suite.sh --triton` becomes suite-triton.json and selfcheck-triton.json there, beside
+what that device has of the CUDA kernels, and needs neither their tests nor the sanitizers.
+
 Refuses an OUT whose stages failed, were killed, or did not prove the kernels right, and one from a
 tree that differed from its commit, or whose kernel sources are not those of this tree: a committed
 number must belong to committed code.
@@ -13,9 +16,11 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from lora_kernels.triton_kernels import digest
 
 from . import gpu_suite, report, shapes
 from .stages import FAILED, NOT_RUN, PASSED, TIMED_OUT
@@ -28,6 +33,9 @@ ENTRY = (
     *(f"{name}.json" for name in SELFCHECKS.values()),
     *(f"{name}.{kind}" for name in PLOTTED for kind in ("json", "png")),
 )
+# of a suite with --triton; its record lies beside that of the other
+ENTRY_TRITON = ("suite-triton.json", f"{SELFCHECKS['triton']}.json")
+NEEDED = {"cuda": ("tests", *gpu_suite.SANITIZERS), "triton": ("triton",)}  # stages, by profile
 COLORS = {"kernel": "#1b7f5c", "torch": "#b8b8b8"}
 
 
@@ -41,11 +49,24 @@ class Here(NamedTuple):
 
     sources: str  # sources_hash
     binary: str | None  # binary_hash, None if it is older than the sources
+    triton: Callable[[str], str]  # the hash of the Triton kernels with a version of Triton
 
     @classmethod
     def now(cls) -> Here:
         current = gpu_suite.is_current()
-        return cls(gpu_suite.sources_hash(), gpu_suite.binary_hash() if current else None)
+        binary = gpu_suite.binary_hash() if current else None
+        return cls(gpu_suite.sources_hash(), binary, digest.of_version)
+
+
+def profile_of(suite: dict) -> str:
+    """Which kernels a suite ran: cuda or triton."""
+    return suite.get("profile", "cuda")
+
+
+def suite_of(folder: Path, backend: str) -> Path:
+    """The record in an entry that speaks for a backend."""
+    own = folder / ENTRY_TRITON[0]
+    return own if backend == "triton" and own.exists() else folder / "suite.json"
 
 
 def objections(suite: dict, allow_not_run: Sequence[str] = ()) -> list[str]:
@@ -57,7 +78,7 @@ def objections(suite: dict, allow_not_run: Sequence[str] = ()) -> list[str]:
     found += [f"stage {n} {s}" for n, s in status.items() if s in (FAILED, TIMED_OUT)]
     found += [
         f"stage {name} was not run"
-        for name in ("tests", *gpu_suite.SANITIZERS)
+        for name in NEEDED[profile_of(suite)]
         if status.get(name, NOT_RUN) == NOT_RUN and name not in allow_not_run
     ]
     return found
@@ -70,6 +91,10 @@ def doubts(suite: dict, here: Here) -> list[str]:
         found.append("nobody knows whether its tree was that of its commit")
     elif suite["dirty"]:
         found.append(f"its tree was not that of commit {suite['commit']}")
+    if profile_of(suite) == "triton":
+        if suite["triton_sha256"] != here.triton(suite["device"].get("triton", "")):
+            found.append("its Triton kernels are not those of this tree")
+        return found
     if suite["sources_sha256"] != here.sources:
         found.append("its csrc is not that of this tree")
     built = any(s["name"] == "build" and s["status"] == PASSED for s in suite["stages"])
@@ -93,12 +118,19 @@ def publish(
     if found:
         raise SystemExit("bench.publish: refused:\n  " + "\n  ".join(found))
     folder = results / slug(suite["device"]["device_name"])
-    if folder.exists() and any(folder.iterdir()) and not replace:
+    kept: set[str] = set()  # files of a suite of the other profile
+    entry, record = ENTRY, "suite.json"
+    if profile_of(suite) == "triton":
+        entry, record = ENTRY_TRITON, ENTRY_TRITON[0]
+        kept = {*ENTRY, *(p.name for p in folder.glob("*"))} - {*entry}
+    elif (folder / ENTRY_TRITON[0]).exists():
+        kept = {*ENTRY_TRITON}
+    if any(path.name not in kept for path in folder.glob("*")) and not replace:
         raise SystemExit(f"bench.publish: {folder} exists; pass --replace to overwrite it")
-    for stale in ENTRY:
+    for stale in {*entry} - kept:
         (folder / stale).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "suite.json").write_text(report._dump(suite) + "\n")
+    (folder / record).write_text(report._dump(suite) + "\n")
     passed = {stage["name"] for stage in suite["stages"] if stage["status"] == PASSED}
     plots = (report.plot, plot_kernels, plot_gemm, plot_backward, plot_group)
     for name, plot in zip(PLOTTED, plots, strict=True):
@@ -107,7 +139,7 @@ def publish(
             result = json.loads((out / f"{name}.json").read_text())
             plot(folder / f"{name}.png", result["groups"], result["environment"])
     for name in SELFCHECKS.values():
-        if name in passed:
+        if name in passed and f"{name}.json" not in kept:
             shutil.copyfile(out / f"{name}.json", folder / f"{name}.json")
     return folder
 

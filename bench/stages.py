@@ -191,13 +191,20 @@ def succeeded(records: Iterable[dict]) -> bool:
     return not any(record["status"] in (FAILED, TIMED_OUT) for record in records)
 
 
+def width(names: Iterable[str]) -> int:
+    """Of a column of stages' names."""
+    return max(12, *(len(name) + 2 for name in names))
+
+
 def table(records: Iterable[dict]) -> str:
     """One line per stage: name, status, seconds, and what it found or why it did not."""
-    lines = [f"{'stage':<12}{'status':<11}{'s':>6}  "]
+    records = list(records)
+    column = width(record["name"] for record in records)
+    lines = [f"{'stage':<{column}}{'status':<11}{'s':>6}  "]
     for record in records:
         note = record["reason"] or record["summary"].get("headline", "")
         if len(note) > 150:
             note = note[:147] + "..."
-        line = f"{record['name']:<12}{record['status']:<11}{record['seconds']:>6.1f}  {note}"
+        line = f"{record['name']:<{column}}{record['status']:<11}{record['seconds']:>6.1f}  {note}"
         lines.append(line.rstrip())
     return "\n".join(lines)

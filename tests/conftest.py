@@ -17,7 +17,8 @@ from triton_interpreter import INTERPRETED  # before anything imports Triton
 import lora_kernels as lk
 from lora_kernels.schemas import on_hopper
 
-USABLE = [name for name, missing in lk.backends().items() if missing is None and name != "cuda"]
+ON_GPU = {"cuda"} if INTERPRETED else {"cuda", "triton"}  # what serves no CPU tensor
+USABLE = [n for n, missing in lk.backends().items() if missing is None and n not in ON_GPU]
 # Paths that round the frozen product before the rank-r term is added: their bound says so.
 EAGER_LIKE = {"composed"}
 INTERPRETED_FAST = 8  # of the cases of backend triton in its interpreter, one in so many is fast

@@ -152,3 +152,14 @@ def sharded(problem: Problem, row0: int, col0: int) -> Problem:
     """The same problem as the part of a larger matrix that starts at (row0, col0)."""
     seed = torch.tensor([*problem.seed[:2].tolist(), row0, col0])
     return replace(problem, seed=seed)
+
+
+def on_device(problem: Problem) -> Problem:
+    """The same on the current CUDA device."""
+    moved = {n: v.cuda() for n, v in vars(problem).items() if isinstance(v, Tensor)}
+    return replace(problem, **moved)
+
+
+def run_on_device(problem: Problem, backend: str | None) -> dict[str, Tensor]:
+    """`run` there, with results on the CPU, where the oracle is."""
+    return {name: t.cpu() for name, t in on_device(problem).run(backend).items()}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 
 import pytest
 import torch
-from problems import SHAPES, Problem, make, make_exact
+from problems import SHAPES, make, make_exact, on_device
+from problems import run_on_device as run
 from tolerance import assert_c1, assert_c2, assert_c4
 
 import lora_kernels as lk
@@ -15,15 +15,6 @@ from lora_kernels import backend as backends
 from lora_kernels.schemas import KERNELS, on_hopper
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def on_device(problem: Problem) -> Problem:
-    moved = {n: v.cuda() for n, v in vars(problem).items() if isinstance(v, torch.Tensor)}
-    return replace(problem, **moved)
-
-
-def run(problem: Problem, backend: str | None) -> dict[str, torch.Tensor]:
-    return {name: t.cpu() for name, t in on_device(problem).run(backend).items()}
 
 
 def test_the_summary_names_who_serves_what():

@@ -244,6 +244,52 @@ def test_what_refuses_triton_leaves_the_rows_of_cuda(both, file, edit, why):
     assert any(why in text for text in refused), refused
 
 
+@pytest.fixture
+def apart(both) -> Path:
+    """The entry, where Triton's kernels were measured by a run of their own."""
+    suite = json.loads((both / "suite.json").read_text())
+    suite |= {
+        "profile": "triton", "triton_sha256": OF_TRITON.sources, "commit": "def",
+        "stages": [{"name": name, "status": "passed"} for name in gpu_suite.TRITON_LIMITS],
+    }  # fmt: skip
+    (both / "suite-triton.json").write_text(json.dumps(suite))
+    change(both / "suite.json", lambda s: s["stages"].pop())  # selfcheck-triton
+    return both
+
+
+def test_a_run_of_triton_alone_gives_its_rows_without_sanitizers(apart):
+    table, refused = generator.generate(apart.parent, SOURCES)
+    assert not refused
+    commits = {row["backend"]: row["evidence"]["commit"] for row in table["rows"]}
+    assert commits == {"cuda": "abc", "triton": "def"}
+    change(apart / "suite.json", stage("racecheck", "failed"))
+    table, refused = generator.generate(apart.parent, SOURCES)
+    assert {row["backend"] for row in table["rows"]} == {"triton"} and "racecheck" in refused[0]
+    for name in ("suite", "selfcheck"):
+        (apart / f"{name}.json").unlink()
+    table, refused = generator.generate(apart.parent, SOURCES)
+    assert not refused and {row["backend"] for row in table["rows"]} == {"triton"}
+
+
+@pytest.mark.parametrize(
+    ("edit", "why"),
+    [
+        (stage("triton", "not run"), "stage triton was not run"),
+        (stage("triton", "failed"), "stage triton failed"),
+        (stage("selfcheck-triton", "not run"), "stage selfcheck-triton not run"),
+        (stage("tune-triton", "failed"), "stage tune-triton failed"),
+        (lambda s: s.update(dirty=None), "not that of a commit"),
+        (lambda s: s.update(profile="cuda"), "stage tests was not run"),
+        (lambda s: s["device"].update(triton="3.8.0"), "not those of this tree"),
+    ],
+)
+def test_a_run_of_triton_that_proves_nothing_leaves_the_rows_of_cuda(apart, edit, why):
+    change(apart / "suite-triton.json", edit)
+    table, refused = generator.generate(apart.parent, SOURCES)
+    assert {row["backend"] for row in table["rows"]} == {"cuda"}
+    assert any(why in text for text in refused), refused
+
+
 def test_what_refuses_cuda_leaves_the_rows_of_triton(both):
     table, refused = generator.generate(both.parent, "6" * 64)
     assert {row["backend"] for row in table["rows"]} == {"triton"}

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from lora_kernels import composed, schemas
+from lora_kernels.triton_kernels import digest
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -111,10 +112,48 @@ def test_status_of_every_kind_of_end(tmp_path):
     assert len(lines) == 6 and "exit code 3" in lines[1]
 
 
-def test_limits_leave_a_margin_below_ten_minutes():
-    assert sum(gpu_suite.LIMITS.values()) < 9.5 * 60
-    suite = gpu_suite.Suite(Path(), Path(), False, gpu_suite.LIMITS)
-    assert [stage.name for stage in suite.stages()] == list(gpu_suite.LIMITS)
+@pytest.mark.parametrize("profile", gpu_suite.PROFILES)
+def test_limits_leave_a_margin_below_ten_minutes(profile):
+    limits = gpu_suite.PROFILES[profile]
+    assert sum(limits.values()) < 9.5 * 60
+    suite = gpu_suite.Suite(Path(), Path(), False, limits, profile)
+    assert [stage.name for stage in suite.stages()] == list(limits)
+
+
+@pytest.mark.parametrize("command", ["SELFCHECK_TRITON", "TUNE"])
+def test_what_stops_by_itself_does_so_within_its_limit(command):
+    arguments = getattr(gpu_suite, command)
+    seconds = float(arguments[arguments.index("--seconds") + 1])
+    stage = {"SELFCHECK_TRITON": "selfcheck-triton", "TUNE": "tune-triton"}[command]
+    assert seconds < 0.8 * gpu_suite.TRITON_LIMITS[stage]
+
+
+def commands(profile: str, facts: dict) -> dict[str, str]:
+    """What each stage would run, or why it would not."""
+    found = gpu_suite.Suite(Path("out"), Path("logs"), True, gpu_suite.PROFILES[profile], profile)
+    found.facts = facts
+    said = {}
+    for stage in found.stages():
+        try:
+            said[stage.name] = " ".join(stage.command()[1:])
+        except NotRun as why:
+            said[stage.name] = f"not run: {why}"
+    return said
+
+
+def test_tests_of_triton_run_with_triton_alone():
+    modules = ["rich", "matplotlib", "pytest", "hypothesis", "numpy"]
+    facts = {"device_name": "NVIDIA Test", "modules": modules, "triton": "3.7.1"}
+    of_cuda, of_triton = (commands(profile, facts) for profile in ("cuda", "triton"))
+    assert "-m pytest -m gpu -k not triton " in of_cuda["tests"]
+    assert "-m pytest -m gpu -k triton " in of_triton["triton"]
+    assert "--backend triton" in of_triton["selfcheck-triton"]
+    assert "--json out/selfcheck-triton.json" in of_triton["selfcheck-triton"]
+    assert of_triton["tune-triton"].startswith("-m bench.tune_triton --dry-run")
+    of_triton = commands("triton", {k: v for k, v in facts.items() if k != "triton"})
+    names = set(gpu_suite.TRITON_LIMITS) - {"probe", "build"}
+    assert all("has no module triton" in of_triton[name] for name in names)
+    assert "no module pytest" in commands("triton", facts | {"modules": []})["triton"]
 
 
 # ---- what the tools leave ------------------------------------------------------------------------
@@ -321,6 +360,7 @@ def test_without_a_gpu_nothing_passes_and_nothing_fails(tmp_path):
     assert [stage["name"] for stage in record["stages"]] == list(gpu_suite.LIMITS)
     assert {stage["status"] for stage in record["stages"]} == {"not run"}
     assert record["finished"] and len(record["sources_sha256"]) == 64 and record["commit"]
+    assert not {"profile", "triton_sha256"} & set(record)
     assert len(list((tmp_path / "out").iterdir())) <= 8
     assert "no CUDA device" in done.stdout
     again = suite(str(tmp_path / "out"))
@@ -329,8 +369,22 @@ def test_without_a_gpu_nothing_passes_and_nothing_fails(tmp_path):
         publish.publish(tmp_path / "out", tmp_path / "results", allow_dirty=True)
 
 
+def test_the_profile_of_triton_without_a_gpu(tmp_path):
+    done = suite(str(tmp_path / "out"), "--triton")
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((tmp_path / "out/suite.json").read_text())
+    assert [stage["name"] for stage in record["stages"]] == list(gpu_suite.TRITON_LIMITS)
+    assert {stage["status"] for stage in record["stages"]} == {"not run"}
+    assert record["profile"] == "triton" and record["triton_sha256"] == digest.sources()
+    assert len(list((tmp_path / "out").iterdir())) <= 8
+    with pytest.raises(SystemExit, match="triton was not run"):
+        publish.publish(tmp_path / "out", tmp_path / "results", allow_dirty=True)
+
+
 def test_bad_arguments_and_the_list():
-    assert "racecheck" in suite("--list").stdout
+    assert "racecheck" in suite("--list").stdout and "triton" not in suite("--list").stdout
+    assert "selfcheck-triton  " in suite("--list", "--triton").stdout
+    assert "unknown stage racecheck" in suite("--triton", "--stages", "racecheck", "out").stderr
     assert "unknown stage x" in suite("--stages", "x", "out").stderr
     assert suite().returncode == 2
 
@@ -467,3 +521,67 @@ def test_publish_refuses_what_is_no_evidence(out, tmp_path, change, why, dirt):
 def test_a_missing_tool_can_be_allowed(out, tmp_path):
     edit(out, set_status("racecheck", "not run"))
     publish.publish(out, tmp_path / "results", allow_not_run=["racecheck"])
+
+
+# ---- publishing what was found of Triton ---------------------------------------------------------
+
+
+@pytest.fixture
+def out_triton(tmp_path):
+    """An OUT of --triton, on the device of `out`, in which every stage passed."""
+    folder = tmp_path / "out-triton"
+    folder.mkdir()
+    record = {
+        "schema": gpu_suite.SCHEMA, "finished": True, "commit": "abc", "dirty": False,
+        "sources_sha256": "0", "binary_sha256": None, "profile": "triton",
+        "triton_sha256": digest.of_version("3.7.1"),
+        "device": {"device_name": "NVIDIA Test (1)", "triton": "3.7.1"},
+        "stages": [{"name": name, "status": "passed"} for name in gpu_suite.TRITON_LIMITS],
+    }  # fmt: skip
+    (folder / "suite.json").write_text(json.dumps(record))
+    (folder / "selfcheck-triton.json").write_text(json.dumps({"of": "the suite of triton"}))
+    return folder
+
+
+def test_triton_is_published_beside_cuda(out, out_triton, tmp_path):
+    """In either order; each replaces its own files alone."""
+    own, of_cuda = set(publish.ENTRY_TRITON), set(publish.ENTRY) - {"selfcheck-triton.json"}
+    for first, second in ((out_triton, out), (out, out_triton)):
+        results = tmp_path / f"results-{first.name}"
+        edit(out, set_status(publish.SELFCHECKS["triton"], "not run"))
+        folder = publish.publish(first, results)
+        assert publish.publish(second, results) == folder
+        assert {path.name for path in folder.iterdir()} == own | of_cuda
+        suites = [
+            json.loads((folder / f"{name}.json").read_text()) for name in ("suite-triton", "suite")
+        ]
+        assert [publish.profile_of(suite) for suite in suites] == ["triton", "cuda"]
+        assert publish.suite_of(folder, "triton").name == "suite-triton.json"
+        assert publish.suite_of(folder, "cuda").name == "suite.json"
+        for again in (out, out_triton):
+            with pytest.raises(SystemExit, match="--replace"):
+                publish.publish(again, results)
+        edit(out, set_status(publish.SELFCHECKS["triton"], "passed"))
+        publish.publish(out, results, replace=True)
+        found = json.loads((folder / "selfcheck-triton.json").read_text())
+        assert found == {"of": "the suite of triton"}, "not what another run measured"
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (set_status("triton", "failed"), "triton failed"),
+        (set_status("triton", "not run"), "triton was not run"),
+        (set_status("tune-triton", "timed out"), "tune-triton timed out"),
+        (lambda record: record.update(finished=False), "cut off"),
+        (lambda record: record.update(dirty=True), "not that of commit abc"),
+        (lambda record: record.update(triton_sha256="0"), "Triton kernels are not those of this"),
+        (lambda record: record["device"].update(triton="3.8.0"), "are not those of this tree"),
+        (lambda record: record.update(profile="cuda"), "tests was not run"),
+    ],
+)
+def test_publish_refuses_what_is_no_evidence_of_triton(out_triton, tmp_path, change, why):
+    edit(out_triton, change)
+    with pytest.raises(SystemExit, match=why):
+        publish.publish(out_triton, tmp_path / "results")
+    assert not (tmp_path / "results").exists()

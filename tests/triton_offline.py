@@ -22,10 +22,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from lora_kernels.triton_kernels import configs, device
-from lora_kernels.triton_kernels.down_proj import down_proj
-from lora_kernels.triton_kernels.fused_gemm import fused_gemm
-from lora_kernels.triton_kernels.weight_grad import (
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from bench.triton_driver import Named  # noqa: E402
+from lora_kernels.triton_kernels import configs, device  # noqa: E402
+from lora_kernels.triton_kernels.down_proj import down_proj  # noqa: E402
+from lora_kernels.triton_kernels.fused_gemm import fused_gemm  # noqa: E402
+from lora_kernels.triton_kernels.weight_grad import (  # noqa: E402
     down_and_weight_grad,
     grad_and_sums,
     one_read,
@@ -46,15 +50,6 @@ M, N, K = 8192, 4096, 2048
 FEW = 48  # rows that take other tiles
 SEED, WINDOW = torch.tensor([5, 6]), torch.tensor([5, 6, 16, 3])
 THRESHOLD = 1638
-
-
-class Named:
-    """A driver that knows its target and nothing else."""
-
-    def __init__(self, target: GPUTarget):
-        self.get_current_target = lambda: target
-        self.get_current_device = lambda: 0
-        self.get_current_stream = lambda device: 0
 
 
 class Recorder:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..dropout import inverse_keep
 from . import configs, dropout
+from .configs import cdiv
 from .device import launching_on, precision, rows_of
 from .ranks import known, rank_block, ranks_of
 from .reduce import reduce_parts
@@ -87,7 +88,7 @@ def _launch(x, down, h, seed, mask, threshold, scale) -> None:
     shift = dropout.most_shift(mask)
     config = configs.of("down_proj", r, mask, x)
     rank = rank_block(r, config)
-    programs = triton.cdiv(m + shift, config.rows) * triton.cdiv(r, rank)
+    programs = cdiv(m + shift, config.rows) * cdiv(r, rank)
     span, splits = config.split(k + shift, programs, config.depth)
     scale = float(scale * (inverse_keep(threshold) if mask else 1.0))
     parts = h if splits == 1 else x.new_empty(splits, m, r, dtype=torch.float32)

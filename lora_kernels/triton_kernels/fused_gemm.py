@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..dropout import inverse_keep
 from . import configs, device, dropout
+from .configs import cdiv
 from .device import launching_on, precision, rows_of
 from .ranks import LEAST, rank_block
 
@@ -175,7 +176,7 @@ def _launch(x, weight, h, up, bias, y, seed, mask, threshold, scale) -> None:
         config = configs.of("fused_gemm", m, dropout.OFF_BLOCKS.value, x, weight)
     # A mask, or loads of single elements, beside more ranks at a time would spill.
     rank = LEAST if mask or r % LEAST else rank_block(r, config)
-    programs = triton.cdiv(m + shift, config.rows) * triton.cdiv(n + shift, config.cols)
+    programs = cdiv(m + shift, config.rows) * cdiv(n + shift, config.cols)
     left, right, k_major = x, weight, weight.stride(1) == 1
     if described:
         block = [config.cols, config.depth] if k_major else [config.depth, config.cols]

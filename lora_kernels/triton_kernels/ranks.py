@@ -38,4 +38,4 @@ def known(mask, ranks, r, EXACT: tl.constexpr):
 def rank_block(r: int, config: Config) -> int:
     """Of how many ranks a program, or a step of fused_gemm, takes: a power of two."""
     most = config.rank if r % LEAST == 0 else min(config.rank, ODD)
-    return min(max(triton.next_power_of_2(r), LEAST), most)
+    return min(max(1 << max(r - 1, 0).bit_length(), LEAST), most)

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import dropout
+from .configs import cdiv
 
 ELEMENTS = 1024  # a program
 WARPS = 4
@@ -38,7 +39,7 @@ def reduce_parts(
     elements = out.numel()
     if elements == 0:
         return out
-    reduce_kernel[(triton.cdiv(elements, ELEMENTS),)](
+    reduce_kernel[(cdiv(elements, ELEMENTS),)](
         parts, out, parts if seed is None else seed, parts.shape[0], elements, float(scale),
         MASK=mask, ELEMENTS=ELEMENTS, num_warps=WARPS,
     )  # fmt: skip

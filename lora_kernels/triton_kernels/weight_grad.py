@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..dropout import inverse_keep
 from . import configs, dropout
+from .configs import cdiv
 from .device import launching_on, precision, rows_of
 from .ranks import known, rank_block, ranks_of
 from .reduce import reduce_parts
@@ -152,7 +153,7 @@ def _launch(h, x, grad, sums, seed, mask, threshold, scale, transpose) -> None:
     shift = dropout.most_shift(mask)
     config = configs.of("weight_grad", r, mask, x)
     rank = rank_block(r, config)
-    programs = triton.cdiv(k + shift, config.cols) * max(triton.cdiv(r, rank), 1)
+    programs = cdiv(k + shift, config.cols) * max(cdiv(r, rank), 1)
     span, chunks = config.split(m + shift, programs, config.rows)
     scale = float(scale * (inverse_keep(threshold) if mask else 1.0))
     parts, part_sums = grad, sums
@@ -183,7 +184,7 @@ def one_read(dy: Tensor, r: int) -> bool:
     if not configs.serves("down_and_weight_grad", 0, dy):
         return False
     config = configs.of("down_and_weight_grad", r, 0, dy)
-    parts = triton.cdiv(dy.shape[0], config.rows) * dy.shape[1] * r * 4
+    parts = cdiv(dy.shape[0], config.rows) * dy.shape[1] * r * 4
     cheap = 2 * 8 * r <= config.rows * dy.element_size()
     return r <= config.rank and cheap and parts <= MOST_BYTES
 
@@ -204,7 +205,7 @@ def down_and_weight_grad(
     dy = rows_of(dy)
     (m, n), r = dy.shape, h.shape[1]
     config = configs.of("down_and_weight_grad", r, 0, dy)
-    rank, blocks = rank_block(r, config), triton.cdiv(m, config.rows)
+    rank, blocks = rank_block(r, config), cdiv(m, config.rows)
     span, splits = config.split(n, blocks, config.cols)
     dh = dy.new_empty(m, r)
     grad = dy.new_empty((n, r) if need_grad else 0, dtype=torch.float32 if wide else dy.dtype)
