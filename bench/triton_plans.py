@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -23,9 +24,8 @@ from lora_kernels.triton_kernels.configs import Config
 from lora_kernels.triton_kernels.down_proj import down_proj
 from lora_kernels.triton_kernels.fused_gemm import fused_gemm
 from lora_kernels.triton_kernels.weight_grad import (
-    DOWN_RANK,
-    MOST_BLOCKS,
     down_and_weight_grad,
+    parts_are_cheap,
     weight_grad,
 )
 
@@ -131,8 +131,9 @@ def shapes(kernel: str, low: int, up_to: int | None, present: Config, tiny: bool
     else:
         ranks = held(ranks, WIDE_RANKS)
     if kernel == "down_and_weight_grad":  # what `one_read` lets through
-        ranks = tuple(r for r in ranks if r <= DOWN_RANK)
-        of_rows = tuple(m for m in of_rows if m <= MOST_BLOCKS * present.rows)
+        found = itertools.product(ranks, of_rows, widths)
+        served = ((r, m, nk) for r, m, nk in found if parts_are_cheap(present, m, nk[0], r, 2))
+        return [Shape(m, n, k, r) for r, m, (n, k) in served]
     return [Shape(m, n, k, r) for r in ranks for m in of_rows for n, k in widths]
 
 

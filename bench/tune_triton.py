@@ -96,7 +96,8 @@ def dump(table: dict[str, Any]) -> str:
         return ends[0] + pad + f",{pad}".join(lines) + pad[:-1] + ends[1]
 
     def rows(found: list[dict[str, Any]]) -> str:
-        return "[\n" + ",\n".join(f"    {json.dumps(row)}" for row in found) + "\n   ]"
+        lines = ",\n".join(f"    {json.dumps(row)}" for row in found)
+        return f"[\n{lines}\n   ]" if found else "[]"
 
     parts = {"schema": json.dumps(table["schema"])}
     parts["origin"] = block({name: json.dumps(text) for name, text in table["origin"].items()}, 2)

@@ -174,18 +174,21 @@ def _launch(h, x, grad, sums, seed, mask, threshold, scale, transpose) -> None:
 
 
 def one_read(dy: Tensor, r: int) -> bool:
-    """Whether `down_and_weight_grad` serves dy: by its shape and layout, never by what is needed.
-
-    Its parts of dB, written and read once in fp32, are to cost half of a second read of dy at most.
-    """
+    """Whether `down_and_weight_grad` serves dy: by shape and layout, never by what is needed."""
     if dy.numel() == 0 or r == 0:
         return False
     dy = rows_of(dy)
     if not configs.serves("down_and_weight_grad", 0, dy):
         return False
     config = configs.of("down_and_weight_grad", r, 0, dy)
-    parts = cdiv(dy.shape[0], config.rows) * dy.shape[1] * r * 4
-    cheap = 2 * 8 * r <= config.rows * dy.element_size()
+    m, n = dy.shape
+    return parts_are_cheap(config, m, n, r, dy.element_size())
+
+
+def parts_are_cheap(config: configs.Config, m: int, n: int, r: int, element_size: int) -> bool:
+    """Whether parts of dB, fp32, written and read, cost at most half of a second read of dy."""
+    parts = cdiv(m, config.rows) * n * r * 4
+    cheap = 2 * (2 * 4 * r) <= config.rows * element_size
     return r <= config.rank and cheap and parts <= MOST_BYTES
 
 
