@@ -175,14 +175,23 @@ def test_split_covers_the_sum(length, others):
     assert count <= configs.MOST_SPLITS
 
 
+def test_few_tiles_are_smaller_ones():
+    """What rows alone would give the large tile, of which too few would run."""
+    large = configs.lookup("fused_gemm", "sm90", "16", 8192, 4096)
+    few = configs.lookup("fused_gemm", "sm90", "16", 1024, 1024)
+    assert few.rows * few.cols < large.rows * large.cols
+
+
 # ---- promises ------------------------------------------------------------------------------------
 
 
-def test_same_bits_every_time():
+@pytest.mark.parametrize("r", [9, 72], ids=["one_read", "two_reads"])
+def test_same_bits_every_time(r):
+    """Of each gradient too, whichever others are wanted; one that is not is empty."""
     from lora_kernels.triton_kernels import flow
 
     x, dy, seed = normal(200, 330), normal(200, 140), torch.tensor([5, 6])
-    weight, a, b = normal(140, 330), normal(9, 330), normal(140, 9)
+    weight, a, b = normal(140, 330), normal(r, 330), normal(140, r)
 
     def run(*needs):
         y, h = flow.forward(x, weight, a, b, None, seed, THRESHOLD, 1.5, 1.0)
@@ -193,8 +202,21 @@ def test_same_bits_every_time():
     for got, want in zip(run(True, True, True, True), first, strict=True):
         assert torch.equal(got, want)
     for needed in range(4):
-        needs = [i == needed for i in range(4)]
-        assert torch.equal(run(*needs)[1 + needed], first[1 + needed]), "depends on what is needed"
+        _, *grads = run(*(i == needed for i in range(4)))
+        assert torch.equal(grads.pop(needed), first[1 + needed]), "depends on what is needed"
+        assert all(grad.shape == (0,) for grad in grads)
+
+
+def test_h_of_any_layout():
+    """Hooks of saved tensors may give it back in another."""
+    from lora_kernels.triton_kernels import flow
+
+    x, dy, weight = normal(40, 24), normal(40, 32), normal(32, 24)
+    a, b, h = normal(5, 24), normal(32, 5), normal(40, 5)
+    scalars = (None, 0, 1.0, 1.0, False, False, True, True, True, True)
+    want = flow.backward(dy, x, weight, a, b, h, *scalars)
+    got = flow.backward(dy, x, weight, a, b, h.t().contiguous().t(), *scalars)
+    assert all(map(torch.equal, got, want))
 
 
 def test_a_row_depends_on_no_other():
@@ -218,12 +240,14 @@ def test_offsets_past_32_bits():
     apart.copy_(normal(3, 40, dtype=torch.float16))
     x, a, h = apart.clone(), normal(5, 40, dtype=torch.float16), normal(3, 5, dtype=torch.float16)
     weight, up = normal(20, 40, dtype=torch.float16), normal(20, 5, dtype=torch.float16)
+    apart_columns = torch.empty(40, (1 << 25) + 8, dtype=torch.float16).t()[:3]
+    apart_columns.copy_(x)  # 64 of them are 2**31 elements
     for of in (
         lambda x: down_proj(x, a, None, 0, 1.0),
         lambda x: weight_grad(h, x, None, 0, 1.0, False, False),
         lambda x: fused_gemm(x, weight, h, up, None, None, 0, 1.0),
     ):
-        assert torch.equal(of(apart), of(x))
+        assert torch.equal(of(apart), of(x)) and torch.equal(of(apart_columns), of(x))
 
 
 @pytest.mark.parametrize("matmul, expected", [("tf32", "tf32"), ("ieee", "ieee"), ("none", "ieee")])
