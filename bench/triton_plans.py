@@ -132,7 +132,8 @@ def shapes(kernel: str, low: int, up_to: int | None, present: Config, tiny: bool
         ranks = held(ranks, WIDE_RANKS)
     if kernel == "down_and_weight_grad":  # what `one_read` lets through
         found = itertools.product(ranks, of_rows, widths)
-        served = ((r, m, nk) for r, m, nk in found if parts_are_cheap(present, m, nk[0], r, 2))
+        fp32 = 4  # its parts are cheap for more ranks than those of 16 bits
+        served = ((r, m, nk) for r, m, nk in found if parts_are_cheap(present, m, nk[0], r, fp32))
         return [Shape(m, n, k, r) for r, m, (n, k) in served]
     return [Shape(m, n, k, r) for r in ranks for m in of_rows for n, k in widths]
 

@@ -67,7 +67,7 @@ def rows_of(table: dict[str, Any], family: str, kernels: list[str]) -> list[Row]
     for kernel in kernels:
         for width in WIDTHS:
             edges = [row["up_to"] for row in table[kernel][family][width]]
-            lows = [0, *edges[:-1]]
+            lows = [0, *edges][: len(edges)]
             found += [
                 Row(kernel, width, i, low, up_to)
                 for i, (low, up_to) in enumerate(zip(lows, edges, strict=True))

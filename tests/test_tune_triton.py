@@ -91,7 +91,8 @@ def test_elements_that_are_loaded_one_by_one_are_not_tma_s():
 def test_every_row_that_is_measured_holds_a_shape(family):
     table = configs.load()
     rows = tune_triton.rows_of(table, family, list(configs.KERNELS))
-    assert {row.kernel for row in rows} == set(configs.KERNELS)
+    used = {kernel for kernel in configs.KERNELS if configs.is_used(kernel, family, "16")}
+    assert {row.kernel for row in rows} == used
     for row in rows:
         present = plan_of(table[row.kernel][family][row.width][row.number])
         shapes = triton_plans.shapes(row.kernel, row.low, row.up_to, present, False)
@@ -113,7 +114,7 @@ def test_a_tuned_table_has_other_plans_in_its_rows_alone():
     changed = [pair for pair in zip(*lines, strict=True) if pair[0] != pair[1]]
     assert len(changed) == 2 and '"sm90": "a test"' in changed[0][1]
     assert changed[1][1] == changed[1][0].replace('"stages": 3', '"stages": 9').replace(
-        '"group": 8', '"group": 3'
+        f'"group": {plan.group}', '"group": 3'
     )
 
 
@@ -161,7 +162,7 @@ def test_plans_that_cannot_win_are_not_tried(monkeypatch):
     assert [c.kind for c in triton_plans.plans("fused_gemm", axis, gemm, gemm, CPU)] == [
         "persistent"
     ]
-    one = plan_of(configs.load()["down_and_weight_grad"]["sm80"]["16"][0])
+    one = plan_of(configs.load()["down_and_weight_grad"]["sm90"]["16"][0])
     (axis, *_) = triton_plans.AXES["down_and_weight_grad", "16"]
     tried = triton_plans.plans("down_and_weight_grad", axis, one, one, CPU)
     assert tried and all(config.rows >= one.rows for config in tried)
