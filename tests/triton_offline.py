@@ -148,7 +148,8 @@ def describe(name: str, constants: dict, kernel) -> dict:
         return about | {
             "registers": max(map(int, registers)),
             "stack": max(map(int, scratch)),
-            "tensor_core": len(re.findall(r"v_mfma_", text)),
+            # v_mfma_f32_..._f32 is exact: it is no less than fp32 asks for
+            "tensor_core": len(re.findall(r"v_mfma_f32_\w*(?:bf16|_f16|xf32)", text)),
         }
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
