@@ -7,7 +7,8 @@ import json
 import sys
 
 import pytest
-from test_gpu_suite import finished, group_table
+from suite_facts import group_table
+from test_gpu_suite import finished
 
 from bench import bench_group, evidence, publish
 from bench.stages import Failed, NotRun
