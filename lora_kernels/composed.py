@@ -33,7 +33,7 @@ def _outside_autocast(run: Callable) -> Callable:
 
 def down_proj(x: Tensor, down: Tensor, seed: Tensor | None, threshold: int, scale: float) -> Tensor:
     """h [M, r] = scale · dropout(x) · downᵀ, scaled before its one rounding."""
-    x = _rows(x)
+    x = rows_of(x)
     if seed is not None:
         mask = torch.ops.lora_kernels.dropout_mask(seed, x.shape[0], x.shape[1], threshold)
         x = torch.where(mask, x, 0)
@@ -55,7 +55,7 @@ def fused_gemm(
     """y [..., N] = x · weightᵀ + mask/q ∘ (scale · h · upᵀ) + bias."""
     # Allocated at its final shape: callers modify y in place, which autograd forbids of a view.
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    rows, x = y.view(h.shape[0], weight.shape[0]), _rows(x)
+    rows, x = y.view(h.shape[0], weight.shape[0]), rows_of(x)
     if bias is None:
         torch.mm(x, weight.t(), out=rows)
     else:
@@ -84,7 +84,7 @@ def weight_grad(
     transpose: bool,
 ) -> Tensor:
     """grad [r, K] = scale · hᵀ · dropout(x), or its transpose."""
-    x = _rows(x)
+    x = rows_of(x)
     if seed is not None:
         mask = torch.ops.lora_kernels.dropout_mask(seed, x.shape[0], x.shape[1], threshold)
         x = torch.where(mask, x, 0)
@@ -148,7 +148,7 @@ def data_flow(
         if need_b:
             db = weight_grad(h, dy, None, 0, up_scale, wide_b, True)
         if need_bias:
-            dbias = _rows(dy).sum(0)
+            dbias = rows_of(dy).sum(0)
         return dx, da, db, dbias
 
     return forward, backward
@@ -261,7 +261,7 @@ def _backward_after(dx: Tensor | None) -> Callable:
 
 
 def _add_fused_gemm(dx, dy, weight, dh, up, bias, seed, threshold, scale) -> Tensor:
-    rows = dx.view(dh.shape[0], weight.shape[0]).addmm_(_rows(dy), weight.t())
+    rows = dx.view(dh.shape[0], weight.shape[0]).addmm_(rows_of(dy), weight.t())
     _add_up_projection(rows, dh, up, seed, threshold, scale)
     return dx
 
@@ -269,5 +269,6 @@ def _add_fused_gemm(dx, dy, weight, dh, up, bias, seed, threshold, scale) -> Ten
 group_forward, group_backward = group_flow(forward, _backward_after)
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
+    """x [..., K] as [M, K], a view wherever its strides allow one."""
     return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])

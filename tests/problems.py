@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -163,3 +164,19 @@ def on_device(problem: Problem) -> Problem:
 def run_on_device(problem: Problem, backend: str | None) -> dict[str, Tensor]:
     """`run` there, with results on the CPU, where the oracle is."""
     return {name: t.cpu() for name, t in on_device(problem).run(backend).items()}
+
+
+def check_rows_past_2_31_elements(backend: str, k: int) -> None:
+    """Offsets of x and y past 2^31: the last rows are right."""
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("needs 24 GB of free memory")
+    m, n = (1 << 20) + 300, 2048
+    g = torch.Generator("cuda").manual_seed(1)
+    x = torch.randn(m, k, generator=g, device="cuda", dtype=torch.bfloat16)
+    w, a, b = (
+        torch.randn(*s, generator=g, device="cuda", dtype=torch.bfloat16) / s[1] ** 0.5
+        for s in ((n, k), (16, k), (n, 16))
+    )
+    y = lk.fused_lora_linear(x, w, a, b, backend=backend)
+    last = lk.fused_lora_linear(x[-64:].contiguous(), w, a, b, backend="composed")
+    assert (y[-64:].double() - last.double()).norm() <= 1e-2 * last.double().norm()

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .. import composed
 from . import digest
 
 CAPABILITY = (8, 0)  # of the oldest NVIDIA GPU that Triton serves
@@ -156,12 +157,12 @@ def launching_on(x: Tensor) -> contextlib.AbstractContextManager:
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """x [..., K] as [M, K], a view wherever its strides allow one.
+    """`composed.rows_of`, for the kernels.
 
     Raises:
         RuntimeError: rows or columns are too many for the kernels to count.
     """
-    x = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    x = composed.rows_of(x)
     if max(x.shape) > MOST:
         raise RuntimeError(
             f"fused_lora_linear: backend 'triton' counts rows and columns up to {MOST}, but x is "
