@@ -1,6 +1,7 @@
 """LoRA linear layers at the price of the frozen linear. See `fused_lora_linear`."""
 
 from . import flops, reference
+from .adopt import apply, patch_peft, report, unapply, unpatch_peft
 from .backend import Backend, backends, use_backend
 from .dropout import dropout_mask, keep_probability
 from .explanation import Explanation, explain
@@ -13,6 +14,7 @@ __all__ = [
     "Backend",
     "Explanation",
     "LoRALinear",
+    "apply",
     "backends",
     "dropout_mask",
     "explain",
@@ -20,6 +22,10 @@ __all__ = [
     "fused_lora_linear",
     "fused_lora_linear_group",
     "keep_probability",
+    "patch_peft",
     "reference",
+    "report",
+    "unapply",
+    "unpatch_peft",
     "use_backend",
 ]

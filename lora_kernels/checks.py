@@ -15,47 +15,56 @@ OP = "fused_lora_linear"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_SCALING = 2.0**112  # times 1/q, at most 2**14, it is still finite in fp32
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
+CAST = DTYPES[:3]  # by autocast, which leaves fp64 alone
 _PLAIN = (Tensor, Parameter)
 _REALS: Any = (Real, torch.SymFloat)
 _NUMBERS: Any = (Real, torch.SymFloat, torch.SymInt)
 
 
-def valid(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed) -> bool:
-    """True for the usual good call; whatever it is unsure of goes to `validate`."""
+def compute_dtype(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed) -> torch.dtype | None:
+    """The dtype of the usual good call; None where it is unsure, which is for `validate`."""
     if type(x) is not Tensor or type(weight) not in _PLAIN:
-        return False
+        return None
     if type(lora_a) not in _PLAIN or type(lora_b) not in _PLAIN:
-        return False
+        return None
     if bias is not None and type(bias) not in _PLAIN:
-        return False
+        return None
     try:
         width = x.shape[-1]
         n, k = weight.shape
         r, k_a = lora_a.shape
         n_b, r_b = lora_b.shape
     except (IndexError, ValueError):  # not as many dimensions as expected
-        return False
+        return None
     dtype, device, adapter = x.dtype, x.device, lora_a.dtype
-    return (
+    if not (
         width == k == k_a
         and n == n_b
         and r == r_b
         and dtype in DTYPES
-        and weight.dtype is dtype
         and lora_b.dtype is adapter
-        and (adapter is dtype or (adapter is torch.float32 and dtype in SIXTEEN_BIT))
         and weight.device == device
         and lora_a.device == device
         and lora_b.device == device
-        and (bias is None or (bias.shape == (n,) and bias.dtype is dtype and bias.device == device))
+        and (bias is None or (bias.shape == (n,) and bias.device == device))
         and not weight.requires_grad
         and type(scaling) is float
         and -MAX_SCALING <= scaling <= MAX_SCALING
         and type(dropout_p) is float
         and 0.0 <= dropout_p <= 1.0
         and seed is None
-        and not autocast.enabled(device.type)
-    )
+    ):
+        return None
+    if not autocast.enabled(device.type):
+        if weight.dtype is not dtype or (bias is not None and bias.dtype is not dtype):
+            return None
+    elif dtype in CAST and weight.dtype in CAST and (bias is None or bias.dtype in CAST):
+        dtype = torch.get_autocast_dtype(device.type)
+    else:
+        return None
+    if adapter is dtype or (adapter is torch.float32 and dtype in SIXTEEN_BIT):
+        return dtype
+    return None
 
 
 def validate(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed) -> None:
@@ -160,7 +169,7 @@ def _check_dtypes(x, weight, lora_a, lora_b, bias) -> None:
     cast = autocast.enabled(device) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if cast else x.dtype
     for name, t in (("weight", weight), ("bias", bias)):
-        if t is None or t.dtype == dtype or (cast and t.dtype in DTYPES[:3]):
+        if t is None or t.dtype == dtype or (cast and t.dtype in CAST):
             continue
         raise ValueError(
             f"{OP}: {name} must have x's dtype {dtype}, but got {t.dtype}; convert one of them, or "

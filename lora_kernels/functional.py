@@ -67,12 +67,15 @@ def fused_lora_linear(
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021), section 4.1;
     dropout placed as in PEFT and loralib.
     """
-    if not checks.valid(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed):
+    dtype = checks.compute_dtype(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
+    if dtype is None:
         checks.validate(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
         scaling, dropout_p = float(scaling), float(dropout_p)
-        # The weight is cast inside, so that backward saves the parameter and not a 16-bit copy.
         x, bias = autocast.cast(x), None if bias is None else autocast.cast(bias)
         seed = None if seed is None else seed.contiguous()
+    elif x.dtype is not dtype or (bias is not None and bias.dtype is not dtype):  # by autocast
+        # The weight is cast inside, so that backward saves the parameter and not a 16-bit copy.
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     name = backend or backends.selected() or ""
     if not dropout.drops(dropout_p):
         seed = None

@@ -135,15 +135,16 @@ def _as_list(name: str, value) -> list[Any]:
 
 
 def _validate(x, weights, lora_as, lora_bs, biases, scalings, dropout_p, seeds) -> bool:
-    """Raises for a bad projection. Whether `checks.valid` was unsure of one: then normalise."""
-    unusual = False
+    """Raises for a bad projection. Whether one is unusual, or autocast is on: then normalise."""
+    unusual = autocast.enabled(x.device.type) if isinstance(x, Tensor) else True
     each = zip(weights, lora_as, lora_bs, biases, scalings, seeds, strict=True)
     for i, (weight, lora_a, lora_b, bias, scaling, seed) in enumerate(each):
-        if checks.valid(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed):
+        args = (x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
+        if checks.compute_dtype(*args) is not None:
             continue
         unusual = True
         try:
-            checks.validate(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
+            checks.validate(*args)
         except (TypeError, ValueError, RuntimeError) as error:
             message = str(error).removeprefix(f"{checks.OP}: ")
             raise type(error)(f"{OP}: projection {i}: {message}") from None

@@ -1,0 +1,674 @@
+"""PEFT layers through the fused op: what is fused equals PEFT's forward, all else is PEFT's."""
+
+from __future__ import annotations
+
+import copy
+import io
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("peft")
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.tuners import lora
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from transformers.pytorch_utils import Conv1D
+
+import lora_kernels as lk
+from lora_kernels import dropout, peft_linear
+
+K, N = 20, 12
+PEFTS_OWN = lora.Linear.forward
+
+
+@pytest.fixture(autouse=True)
+def clean():
+    yield
+    if peft_linear.patched():
+        lora.Linear.forward = peft_linear.fused_forward
+        lk.unpatch_peft()
+    assert lora.Linear.forward is PEFTS_OWN
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """A list that grows by one with each call that the fused op serves."""
+    calls = []
+    run = peft_linear.fused_lora_linear
+
+    def count(*args, **kwargs):
+        calls.append(kwargs)
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(peft_linear, "fused_lora_linear", count)
+    return calls
+
+
+def make(base=None, dtype=torch.float32, **config) -> lora.Linear:
+    """A layer whose adapter is not zero, applied."""
+    torch.manual_seed(0)
+    base = nn.Linear(K, N) if base is None else base
+    config = LoraConfig(target_modules=["0"], init_lora_weights=False, **{"r": 5, **config})
+    model = inject_adapter_in_model(config, nn.Sequential(base.to(dtype)))
+    assert type(model[0]) is lora.Linear
+    return lk.apply(model)[0]
+
+
+def run(layer, x, forward=None, dy=None):
+    """y, and the gradients of x and of every parameter that gets one, by name."""
+    x = x.detach().clone().requires_grad_(x.requires_grad)
+    layer.zero_grad()
+    y = layer(x) if forward is None else forward(layer, x)
+    torch.manual_seed(7)
+    y.backward(torch.randn_like(y) if dy is None else dy)
+    found = {"y": y.detach(), "x": x.grad}
+    found |= {name: p.grad for name, p in layer.named_parameters()}
+    return {name: t.clone() for name, t in found.items() if t is not None}
+
+
+def assert_same(got, want, rtol=1e-5, atol=1e-5):
+    assert got.keys() == want.keys()
+    for name in want:
+        assert got[name].dtype == want[name].dtype, name
+        torch.testing.assert_close(got[name], want[name], rtol=rtol, atol=atol, msg=name)
+
+
+def assert_fused(layer, x, calls, **tolerance):
+    want = run(layer, x, PEFTS_OWN)
+    assert not calls
+    got = run(layer, x)
+    assert len(calls) == 1
+    assert_same(got, want, **tolerance)
+
+
+def assert_falls_back(layer, x, calls):
+    want = run(layer, x, PEFTS_OWN)
+    assert_same(run(layer, x), want, rtol=0, atol=0)
+    assert not calls
+
+
+def x_of(*shape, dtype=torch.float32, grad=True):
+    torch.manual_seed(1)
+    return torch.randn(*shape, dtype=dtype).requires_grad_(grad)
+
+
+# ---- what is fused -------------------------------------------------------------------------------
+
+CONFIGS = {
+    "plain": {},
+    "rank_1": dict(r=1),
+    "alpha": dict(lora_alpha=16),
+    "rslora": dict(use_rslora=True, lora_alpha=3),
+    "negative": dict(lora_alpha=-4),
+    "lora_bias": dict(lora_bias=True, lora_alpha=3),
+    "dropout_in_eval": dict(lora_dropout=0.4),
+}
+BASES = {
+    "linear": lambda: nn.Linear(K, N),
+    "no_bias": lambda: nn.Linear(K, N, bias=False),
+    "conv1d": lambda: Conv1D(N, K),
+}
+
+
+@pytest.mark.parametrize("base", BASES.values(), ids=BASES)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_equals_peft(fused, config, base):
+    layer = make(base(), **config)
+    if "lora_dropout" in config:
+        layer.eval()
+    assert_fused(layer, x_of(3, 7, K), fused)
+
+
+@pytest.mark.parametrize("shape", [(K,), (1, K), (4, K), (2, 3, K), (2, 1, 3, K), (0, K)])
+def test_any_leading_dimensions(fused, shape):
+    assert_fused(make(), x_of(*shape), fused)
+
+
+def test_x_of_any_strides(fused):
+    x = torch.randn(K, 9).t().requires_grad_()
+    assert not x.is_contiguous()
+    assert_fused(make(), x, fused)
+
+
+TRAINED = ["x", "lora_A", "lora_B", "base_layer.bias", "lora_B.default.bias"]
+
+
+@pytest.mark.parametrize("subset", range(1, 32))
+def test_any_subset_of_gradients(fused, subset):
+    layer = make(lora_bias=True)
+    wanted = [name for i, name in enumerate(TRAINED) if subset >> i & 1]
+    for name, p in layer.named_parameters():
+        p.requires_grad_(any(name in (w, f"{w}.default.weight") for w in wanted))
+    assert_fused(layer, x_of(6, K, grad="x" in wanted), fused)
+
+
+def test_base_bias_may_be_trained_and_the_base_weight_may_not(fused):
+    layer = make()
+    layer.base_layer.bias.requires_grad_()
+    got = run(layer, x_of(6, K))
+    assert "base_layer.bias" in got and "base_layer.weight" not in got and len(fused) == 1
+    layer.base_layer.weight.requires_grad_()
+    fused.clear()
+    assert_falls_back(layer, x_of(6, K), fused)
+
+
+@pytest.mark.parametrize("scaling", [0.0, -1.5, 2, torch.tensor(0.75), torch.tensor(-3.0)])
+def test_scaling_of_the_moment(fused, scaling):
+    layer = make(lora_bias=True)
+    layer.scaling["default"] = scaling
+    assert_fused(layer, x_of(6, K), fused)
+    assert type(fused[0]["scaling"]) in (float, int)
+
+
+def test_scaling_that_is_a_tensor_gets_its_gradient(fused):
+    layer, x = make(), x_of(6, K)
+    grads = []
+    for forward in (PEFTS_OWN, lora.Linear.__call__):
+        layer.scaling["default"] = torch.tensor(0.75, requires_grad=True)
+        forward(layer, x).square().sum().backward()
+        grads.append(layer.scaling["default"].grad)
+    assert len(fused) == 1
+    torch.testing.assert_close(*grads)
+
+
+def test_scaling_changed_by_peft(fused):
+    layer = make(lora_alpha=10)
+    for change in (
+        lambda: layer.set_scale("default", 3.0),
+        lambda: layer.scale_layer(0.5),
+        lambda: layer.unscale_layer(),
+    ):
+        change()
+        fused.clear()
+        assert_fused(layer, x_of(4, K), fused)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("adapter", ["fp32", "same"])
+def test_16_bit_base(fused, dtype, adapter):
+    """No further from the fp64 result than PEFT; gradients in the dtype of their parameter."""
+    layer = make(nn.Linear(160, 96), dtype, r=8, lora_bias=True, lora_alpha=16)
+    if adapter == "fp32":
+        layer.lora_A.float(), layer.lora_B.float()
+    x = x_of(64, 160, dtype=dtype)
+    torch.manual_seed(3)
+    dy = torch.randn(64, 96, dtype=dtype)
+    want = run(layer, x, PEFTS_OWN, dy)
+    got = run(layer, x, dy=dy)
+    assert len(fused) == 1
+    exact = run(copy.deepcopy(layer).double(), x.double(), PEFTS_OWN, dy.double())
+    assert got.keys() == want.keys() == exact.keys()
+    for name in want:
+        assert got[name].dtype == want[name].dtype, name
+        ours, pefts = ((t[name].double() - exact[name]).norm() for t in (got, want))
+        # fp32 adapters are rounded to 16 bits once, where PEFT rounds x's products alone.
+        bound = 2 * torch.finfo(dtype).eps * exact[name].norm() if adapter == "fp32" else pefts
+        assert ours <= max(bound, 1.05 * pefts), name
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+def test_autocast(fused, base, x_dtype, p):
+    layer = make(dtype=base, lora_dropout=p).eval()
+    layer.lora_A.float(), layer.lora_B.float()
+    x = x_of(8, K, dtype=x_dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_fused(layer, x, fused, rtol=0.04, atol=0.06)
+    assert run_under_autocast(layer, x)["y"].dtype == torch.bfloat16
+
+
+def run_under_autocast(layer, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return run(layer, x)
+
+
+def test_output_may_be_modified_in_place(fused):
+    layer, x = make(), x_of(4, 3, K)
+    y = layer(x)
+    y += 1
+    y[0] *= 2
+    y.sum().backward()
+    assert len(fused) == 1 and x.grad is not None
+
+
+# ---- dropout -------------------------------------------------------------------------------------
+
+
+def test_dropout_is_the_documented_mask(fused):
+    """In y and in every gradient, dX included, which PEFT's own tests cannot see."""
+    p, x = 0.4, x_of(9, K)
+    layer = make(lora_dropout=p, lora_alpha=10)
+    torch.manual_seed(11)
+    got = run(layer, x)
+    torch.manual_seed(11)
+    seed = dropout.draw_seed(x.device)
+    mask = lk.dropout_mask(seed, x.shape, p)
+    assert 0 < mask.sum() < mask.numel()
+
+    class Masked(nn.Dropout):
+        def forward(self, x):
+            return torch.where(mask, x / lk.keep_probability(p), 0)
+
+    layer.lora_dropout["default"] = Masked(p)
+    assert_same(got, run(layer, x))
+    assert len(fused) == 1
+
+
+def test_dropout_statistics(fused):
+    layer = make(lora_dropout=0.25, r=K)
+    with torch.no_grad():
+        layer.lora_A["default"].weight.copy_(torch.eye(K))
+        layer.lora_B["default"].weight.copy_(torch.eye(N, K))
+        layer.base_layer.weight.zero_(), layer.base_layer.bias.zero_()
+        layer.scaling["default"] = 1.0
+        y = layer(torch.ones(4000, K))
+    kept = y != 0
+    assert len(fused) == 1
+    assert abs(kept.float().mean().item() - 0.75) < 0.01
+    torch.testing.assert_close(y[kept], torch.full_like(y[kept], 1 / 0.75), rtol=1e-4, atol=0)
+
+
+def test_dropout_follows_the_adapters_own_training_flag(fused):
+    layer, x = make(lora_dropout=0.5), x_of(16, K)
+    layer.lora_dropout.eval()
+    assert layer.training
+    torch.testing.assert_close(layer(x), layer(x), rtol=0, atol=0)
+    assert fused[0]["dropout_p"] == 0.0
+    layer.lora_dropout.train()
+    assert not torch.equal(layer(x), layer(x))
+    layer.lora_dropout["default"].p = 0.125
+    layer(x)
+    assert fused[-1]["dropout_p"] == 0.125
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_draws_the_same_mask(fused, use_reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    layer, x = make(lora_dropout=0.5), x_of(16, K)
+    torch.manual_seed(5)
+    want = run(layer, x)
+    torch.manual_seed(5)
+    got = run(layer, x, lambda m, x: checkpoint(m, x, use_reentrant=use_reentrant))
+    assert len(fused) == 3
+    assert_same(got, want, rtol=0, atol=0)
+
+
+# ---- what falls back -----------------------------------------------------------------------------
+
+
+def two_adapters(layer, x):
+    layer.update_layer("other", 3, 6, config=LoraConfig(r=3, init_lora_weights=False))
+    layer.set_adapter(["default", "other"])
+
+
+def disabled(layer, x):
+    layer.enable_adapters(False)
+    x.requires_grad_()
+
+
+def merged(layer, x):
+    layer.merge()
+    x.requires_grad_()
+
+
+def no_adapter(layer, x):
+    layer.delete_adapter("default")
+    x.requires_grad_()
+
+
+def hooked(which):
+    def change(layer, x):
+        module = {
+            "base": layer.base_layer,
+            "lora_A": layer.lora_A["default"],
+            "lora_B": layer.lora_B["default"],
+            "dropout": layer.lora_dropout["default"],
+        }[which]
+        module.register_forward_hook(lambda module, args, y: y * 1.5)
+
+    return change
+
+
+def replaced(layer, x):
+    module = layer.lora_A["default"]
+    module.forward = lambda x: nn.functional.linear(x, module.weight) * 2
+
+
+def subclass_of_linear(layer, x):
+    class Own(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) - 1
+
+    layer.base_layer.__class__ = Own
+
+
+def tensor_subclass(layer, x):
+    class Wrapped(torch.Tensor):
+        pass
+
+    weight = layer.base_layer.weight.data.as_subclass(Wrapped)
+    layer.base_layer.weight = nn.Parameter(weight, requires_grad=False)
+
+
+CHANGES = {
+    "two_adapters": two_adapters,
+    "disabled": disabled,
+    "merged": merged,
+    "no_adapter": no_adapter,
+    **{f"hook_on_{which}": hooked(which) for which in ("base", "lora_A", "lora_B", "dropout")},
+    "backward_hook": lambda layer, x: layer.lora_A["default"].register_full_backward_hook(
+        lambda module, before, after: (before[0] * 2,)
+    ),
+    "forward_replaced": replaced,
+    "subclass_of_linear": subclass_of_linear,
+    "tensor_subclass": tensor_subclass,
+    "parametrized": lambda layer, x: nn.utils.parametrizations.weight_norm(layer.base_layer),
+    "trained_weight": lambda layer, x: layer.base_layer.weight.requires_grad_(),
+    "other_dropout": lambda layer, x: layer.lora_dropout.update({"default": nn.AlphaDropout(0.0)}),
+    "infinite_scaling": lambda layer, x: layer.scaling.update(default=2.0**120),
+    "fp64": lambda layer, x: (layer.double(), setattr(x, "data", x.data.double())),
+    "half_adapter": lambda layer, x: (
+        layer.base_layer.bfloat16(), layer.lora_A.half(), layer.lora_B.half(),
+        setattr(x, "data", x.data.bfloat16()),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_falls_back(fused, change):
+    """Also: a layer that changes after it was applied is looked at anew."""
+    layer, x = make(), x_of(6, K)
+    run(layer, x)
+    assert len(fused) == 1
+    fused.clear()
+    change(layer, x)
+    assert_falls_back(layer, x, fused)
+    assert lk.report(layer).layers[0].why_not
+
+
+def test_falls_back_for_a_variant(fused):
+    assert_falls_back(make(use_dora=True), x_of(6, K), fused)
+
+
+def test_global_hook(fused):
+    layer, seen = make(), []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, args, y: seen.append(m))
+    try:
+        layer(x_of(4, K))
+    finally:
+        handle.remove()
+    assert layer.lora_A["default"] in seen and not fused
+
+
+def test_adapter_names(fused):
+    layer, x = make(), x_of(4, K)
+    layer.update_layer("other", 3, 6, config=LoraConfig(r=3, init_lora_weights=False))
+    layer.eval()
+    names = ["default", "other", "__base__", "default"]
+    with torch.no_grad():
+        got = layer(x, adapter_names=names)
+        torch.testing.assert_close(got, PEFTS_OWN(layer, x, adapter_names=names), rtol=0, atol=0)
+    assert not fused
+
+
+def test_function_transforms(fused):
+    layer, x = make().requires_grad_(False), x_of(4, K, grad=False)
+    want = torch.func.vmap(lambda row: PEFTS_OWN(layer, row))(x)
+    torch.testing.assert_close(torch.func.vmap(layer)(x), want)
+    y, tangent = torch.func.jvp(layer, (x,), (torch.ones_like(x),))
+    weight = layer.base_layer.weight + layer.get_delta_weight("default")
+    torch.testing.assert_close(tangent, torch.ones_like(x) @ weight.t())
+    grads = torch.func.grad(lambda x: layer(x).sum())(x)
+    torch.testing.assert_close(grads, torch.ones_like(y) @ weight)
+    assert not fused
+
+
+def test_errors_are_pefts(fused):
+    layer = make()
+    with pytest.raises(RuntimeError, match="dtype"):
+        layer(x_of(4, K, dtype=torch.bfloat16))
+    assert not fused
+
+
+# ---- PEFT's own operations -----------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(K, N), nn.Linear(N, K)
+
+    def forward(self, x):
+        return self.down(self.up(x).relu())
+
+
+def model_of(**config) -> PeftModel:
+    torch.manual_seed(2)
+    config = {"r": 4, "init_lora_weights": False, **config}
+    return get_peft_model(Net(), LoraConfig(target_modules=["up", "down"], **config))
+
+
+def add_second(model):
+    torch.manual_seed(4)
+    model.add_adapter("b", LoraConfig(r=4, target_modules=["up"], init_lora_weights=False))
+
+
+def weighted(model):
+    add_second(model)
+    model.add_weighted_adapter(["default", "b"], [0.7, -0.4], "mix", combination_type="svd")
+    model.set_adapter("mix")
+
+
+def disabled_and_back(model):
+    with model.disable_adapter():
+        model(torch.zeros(1, K))
+
+
+def deleted(model):
+    add_second(model)
+    model.set_adapter("b")
+    model.delete_adapter("default")
+
+
+OPERATIONS = {
+    "second_adapter": lambda model: (add_second(model), model.set_adapter("b")),
+    "weighted": weighted,
+    "disabled_and_back": disabled_and_back,
+    "deleted": deleted,
+    "merged_and_unmerged": lambda model: (model.merge_adapter(), model.unmerge_adapter()),
+    "deepcopy": lambda model: None,
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
+def test_operations_of_peft(fused, operation):
+    want, got = model_of(), lk.apply(model_of())
+    operation(want), operation(got)
+    got = copy.deepcopy(got)
+    assert_same(run(got, x_of(5, K)), run(want, x_of(5, K)))
+    assert fused
+    torch.testing.assert_close(
+        got.merge_and_unload()(x_of(5, K)), want.merge_and_unload()(x_of(5, K))
+    )
+
+
+def test_save_and_load(fused, tmp_path):
+    model, x = lk.apply(model_of()), x_of(5, K)
+    model.save_pretrained(tmp_path / "fused")
+    plain = model_of()
+    plain.save_pretrained(tmp_path / "plain")
+    files = sorted(p.name for p in (tmp_path / "plain").iterdir())
+    assert sorted(p.name for p in (tmp_path / "fused").iterdir()) == files
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "fused" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+    torch.manual_seed(2)
+    loaded = PeftModel.from_pretrained(Net(), tmp_path / "fused")
+    torch.testing.assert_close(loaded(x), model(x))
+    assert not any(isinstance(m, peft_linear.FusedLoraLinear) for m in loaded.modules())
+    assert list(model.state_dict()) == list(plain.state_dict())
+
+
+def test_pickle(fused):
+    model, x = lk.apply(model_of()), x_of(5, K)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
+    assert len(fused) == 4
+
+
+def test_hotswap(fused, tmp_path):
+    other = model_of(r=2, lora_alpha=6)
+    with torch.no_grad():
+        [p.mul_(2) for name, p in other.named_parameters() if "lora_" in name]
+    other.save_pretrained(tmp_path)
+    models = model_of(), lk.apply(model_of())
+    for model in models:
+        prepare_model_for_compiled_hotswap(model, target_rank=6)
+        hotswap_adapter(model, tmp_path, "default")
+    x = x_of(5, K)
+    torch.testing.assert_close(models[1](x), models[0](x))
+    torch.testing.assert_close(models[1](x), other(x))
+    assert len(fused) == 4
+
+
+# ---- adopting ------------------------------------------------------------------------------------
+
+
+def test_apply_twice_and_unapply():
+    model = model_of()
+    assert lk.apply(lk.apply(model)) is model
+    assert lk.report(model).fused == 2
+    assert lk.unapply(model) is model
+    assert {type(m) for m in model.modules() if isinstance(m, lora.LoraLayer)} == {lora.Linear}
+    assert lk.report(model).fused == 0
+
+
+def test_apply_covers_adapters_that_come_later(fused):
+    model = lk.apply(model_of())
+    add_second(model)
+    model.set_adapter("b")
+    model(x_of(4, K))
+    assert len(fused) == 1  # "b" is on one of the two
+
+
+def test_patch_covers_models_built_later(fused):
+    x = x_of(4, K)
+    lk.patch_peft()
+    patched = model_of()
+    got = patched(x)
+    assert len(fused) == 2 and lk.report(patched).fused == 2
+    lk.unpatch_peft()
+    torch.testing.assert_close(patched(x), got)
+    assert len(fused) == 2 and lora.Linear.forward is PEFTS_OWN
+
+
+def test_patch_as_a_context(fused):
+    model, x = model_of(), x_of(4, K)
+    with lk.patch_peft():
+        with lk.patch_peft():  # harmless: the outer one unpatches
+            model(x)
+        model(x)
+    assert len(fused) == 4 and lora.Linear.forward is PEFTS_OWN
+    with pytest.raises(ZeroDivisionError), lk.patch_peft():
+        1 / 0  # noqa: B018
+    assert lora.Linear.forward is PEFTS_OWN
+
+
+def test_patching_twice_is_once():
+    lk.patch_peft()
+    lk.patch_peft()
+    lk.unpatch_peft()
+    assert lora.Linear.forward is PEFTS_OWN
+
+
+def test_unpatching_what_was_never_patched():
+    with pytest.raises(RuntimeError, match=r"PEFT is not patched; call lora_kernels\.patch_peft"):
+        lk.unpatch_peft()
+
+
+def test_unpatching_over_somebody_elses_patch(monkeypatch):
+    lk.patch_peft()
+    monkeypatch.setattr(lora.Linear, "forward", Net.forward)
+    with pytest.raises(RuntimeError, match=r"test_peft\.Net\.forward, which replaced the fused"):
+        lk.unpatch_peft()
+    monkeypatch.undo()
+    lk.unpatch_peft()
+
+
+def test_apply_while_patched_falls_back_to_pefts_forward(fused):
+    model = lk.apply(model_of())
+    with lk.patch_peft():
+        model.disable_adapter_layers()
+        model(x_of(3, K))
+    assert not fused
+
+
+def test_no_lora_layer():
+    net = Net()
+    with pytest.warns(UserWarning, match=r"Net has no peft\.tuners\.lora\.Linear, so nothing"):
+        assert lk.apply(net) is net
+    assert str(lk.report(net)) == "no LoRA layer: the model has no PEFT adapter and no LoRALinear"
+
+
+@pytest.mark.parametrize("op", [lk.apply, lk.unapply, lk.report])
+def test_not_a_module(op):
+    with pytest.raises(TypeError, match=rf"{op.__name__}: model must be a torch.nn.Module, but"):
+        op("model")
+
+
+def test_report_as_a_table():
+    model = model_of()
+    model.base_model.model.ours = lk.LoRALinear(4, 4, 2)
+    model.base_model.model.down.lora_A["default"].register_forward_hook(lambda *_: None)
+    text = str(lk.report(model))
+    assert "1 of 3 LoRA layers fused" in text and "not applied: call lora_kernels.apply" in text
+    lk.apply(model)
+    found = lk.report(model)
+    assert [layer.name for layer in found.layers if not layer.why_not] == [
+        "base_model.model.up", "base_model.model.ours",
+    ]  # fmt: skip
+    assert "a hook or a forward of its own" in str(found)
+
+
+def test_report_on_other_layers():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(5, K), nn.Linear(K, N))
+    config = LoraConfig(target_modules=["0", "1"])
+    model = lk.apply(get_peft_model(net, config))
+    kinds = {layer.kind: layer.why_not for layer in lk.report(model).layers}
+    assert kinds["lora.Embedding"] == "lora.Embedding has a forward of its own"
+    assert kinds["lora.FusedLoraLinear"] == ""
+    model.base_model.model[1].forward = lambda x: x
+    assert lk.report(model).layers[1].why_not == "the layer's forward was replaced"
+
+
+@pytest.mark.parametrize("op", [lk.apply, lk.unapply])
+def test_peft_is_missing(monkeypatch, op):
+    monkeypatch.delitem(sys.modules, "lora_kernels.peft_linear")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match="peft is not installed; pip install peft, or use LoRA"):
+        op(nn.Linear(2, 2))
+
+
+def test_peft_is_too_old(monkeypatch):
+    monkeypatch.setattr(peft_linear.peft, "__version__", "0.17.1")
+    with pytest.raises(ImportError, match=r"peft 0\.17\.1 is older than 0\.18.*pip install -U"):
+        lk.patch_peft()
+
+
+def test_peft_of_an_unknown_forward(monkeypatch):
+    monkeypatch.setattr(lora.Linear, "forward", Net.forward)
+    monkeypatch.setattr(peft_linear.peft, "__version__", "9.9")
+    with pytest.warns(UserWarning, match=r"forward of peft 9\.9 is not the one of 0\.18\.1 to"):
+        lk.apply(model_of())
+
+
+def test_the_forward_of_this_peft_is_known(recwarn):
+    lk.apply(model_of())
+    assert not recwarn.list
