@@ -24,6 +24,8 @@ import peft
 import torch
 from peft.tuners import lora
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as torch_module
 from transformers.pytorch_utils import Conv1D
 
@@ -32,6 +34,7 @@ from .functional import fused_lora_linear
 
 OLDEST = (0, 18)
 TESTED = ("0.18.1", "0.21.2")  # all between them have the same forward
+_STAND_INS = (FakeTensor, FunctionalTensor)  # of plain tensors, while torch.export traces
 _FORWARD_DIGEST = "f3f969ac2a1b"  # of that forward, without comments and white space
 
 
@@ -87,9 +90,9 @@ def operands(layer: lora.Linear, x: Tensor | None = None) -> Operands | str:
 
     (weight, bias), (lora_a, bias_a), (lora_b, bias_b) = _held(base), _held(down), _held(up)
     for t in (weight, lora_a, lora_b, bias, bias_b):
-        if type(t) is not nn.Parameter and type(t) is not Tensor and t is not None:
+        if t is not None and not _plain(t):
             return "a weight or bias is not a plain tensor (quantised, DTensor, ...)"
-    if weight.requires_grad:
+    if weight.requires_grad and torch.is_grad_enabled():
         return "the base weight requires grad, which the fused op treats as frozen"
     if bias_a is not None:
         return "lora_A has a bias"
@@ -131,6 +134,13 @@ def _replaced(module: nn.Module) -> bool:
     )
 
 
+def _plain(t: Tensor) -> bool:
+    kind = type(t)
+    if kind is nn.Parameter or kind is Tensor:
+        return True
+    return kind in _STAND_INS and torch.compiler.is_compiling()
+
+
 def _held(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     """(weight, bias), faster than nn.Module.__getattr__ where that would look."""
     parameters = module._parameters
@@ -147,7 +157,7 @@ def _compute_dtype(layer, weight, bias, x) -> tuple[torch.dtype, str]:
         return dtype, f"{dtype} is not a dtype of the fused op"
     if x is None:
         return dtype, ""
-    if type(x) is not Tensor and type(x) is not nn.Parameter:
+    if not _plain(x):
         return dtype, "x is not a plain tensor"
     if x.dim() == 0 or x.device != weight.device or weight.is_meta:
         return dtype, "x and the weight are not on one device"
