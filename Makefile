@@ -1,5 +1,6 @@
 # make test       what CI runs: build, lint, fast tests
 # make test-all   the slow tests too
+# make test-peft  PEFT's own tests, as they are and patched, and ours with the oldest PEFT too
 # make bench      the microbenchmark against the unfused baseline, on whatever this machine has
 #
 # make gpu        on a machine with a GPU: tests, sanitizers, timings, DRAM bytes, into OUT
@@ -28,7 +29,7 @@ export HF_HUB_OFFLINE := 1
 
 OUT ?= bench/out/gpu
 
-.PHONY: build test test-all lint bench bench-overhead bench-memory bench-kernels bench-gemm \
+.PHONY: build test test-all test-peft lint bench bench-overhead bench-memory bench-kernels bench-gemm \
   bench-backward bench-group bench-decode bench-training gpu publish dispatch tune-triton gates example \
   clean
 
@@ -49,6 +50,19 @@ test: build lint
 
 test-all: build lint
 	$(PY) -m pytest -n 2 --dist loadgroup
+
+OLDEST_PEFT := 0.18.1
+
+$(VENV)/.peft: requirements-peft.txt $(VENV)/.installed
+	$(PY) -m pip install -q --disable-pip-version-check -r requirements-peft.txt
+	touch $@
+
+build/peft/$(OLDEST_PEFT):
+	$(PY) -m pip install -q --disable-pip-version-check --no-deps --target $@ peft==$(OLDEST_PEFT)
+
+test-peft: build $(if $(PYTHON),,$(VENV)/.peft) build/peft/$(OLDEST_PEFT)
+	PYTHONPATH=build/peft/$(OLDEST_PEFT) $(PY) -m pytest -n 2 tests/test_peft.py
+	$(PY) tests/peft_judge.py $(ARGS)
 
 # Formatters are pinned in .venv; those of another interpreter may disagree with them.
 lint: $(ENV)

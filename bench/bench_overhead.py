@@ -16,6 +16,7 @@ machine that does nothing else.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -67,8 +68,10 @@ def layers(p: float, x: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
             x, *operands, scaling=1.0, dropout_p=p, backend=backend
         )
 
+    fused = peft_linear(linear(), p)
     found = {
         "peft Linear": peft_linear(linear(), p),
+        "peft Linear, applied": None if fused is None else lk.apply(fused),
         "nn.Linear, frozen": frozen,
         "LoRALinear": module,
         "fused_lora_linear": function(None),
@@ -133,6 +136,36 @@ def rows_of(timed: dict[str, timing.Summary]) -> list[dict]:
         }
         for name, summary in timed.items()
     ]
+
+
+def adopted(args: argparse.Namespace, p: float) -> list[dict]:
+    """Groups like main's, of PEFT's layer and the applied one as trainers set them up: a 16-bit
+    base with fp32 adapters, and autocast over an fp32 one. On the CPU; none without PEFT."""
+    groups: list[dict] = []
+    bf16 = torch.bfloat16
+    for setting, base, amp in (
+        ("bf16 base, fp32 adapters", bf16, False),
+        ("autocast, fp32 base", torch.float32, True),
+    ):
+        own, fused = (peft_linear(nn.Linear(SIZE, SIZE, dtype=base), p) for _ in range(2))
+        if own is None or fused is None:
+            return []
+        found = {"peft Linear": own, "peft Linear, applied": lk.apply(fused)}
+        for layer in found.values():
+            layer.lora_A.float(), layer.lora_B.float()  # type: ignore[operator, union-attr]
+        x = torch.randn(SIZE, SIZE, dtype=base, requires_grad=True)
+        dy = torch.randn(SIZE, SIZE, dtype=bf16)
+        for mode in ("forward", "fwd+bwd"):
+
+            def call(layer, x=x, dy=dy, amp=amp, backward=mode == "fwd+bwd"):
+                with torch.autocast("cpu", bf16, enabled=amp):
+                    y = layer(x)
+                return y.backward(dy) if backward else y
+
+            calls = {name: functools.partial(call, layer) for name, layer in found.items()}
+            about = dict(mode=mode, device="cpu", dropout=p, x_requires_grad=True, setting=setting)
+            groups.append(about | {"rows": measure(calls, args)})
+    return groups
 
 
 def full_table() -> dispatch.Evidence:
@@ -247,6 +280,15 @@ def main() -> int:
             )
             groups += table
 
+    settings_of_trainers = [group for p in args.dropout for group in adopted(args, p)]
+    for (setting, p), found in itertools.groupby(
+        settings_of_trainers, key=lambda group: (group["setting"], group["dropout"])
+    ):
+        table = list(found)
+        title = f"us per call, median (min) and x peft: {setting}, dropout {p:g}"
+        columns = {group["mode"]: (group["mode"], cell) for group in table}
+        console.print(report.table(title, joined(table), columns), "")
+
     cpu = torch.device("cpu")
     seed = measure({"draw_seed": lambda: dropout.draw_seed(cpu)}, args)[0]
     console.print(
@@ -262,7 +304,12 @@ def main() -> int:
     else:
         console.print("no Triton, or one that is too old: no row of its launchers")
     settings = {"rounds": args.rounds, "calls_per_sample": args.calls, "size": SIZE}
-    content = {"groups": groups, "draw_seed": seed, "automatic_choice": chosen}
+    content = {
+        "groups": groups,
+        "as_trainers_do": settings_of_trainers,
+        "draw_seed": seed,
+        "automatic_choice": chosen,
+    }
     content["triton_launches"] = launches
     report.finish(console, args.json, "overhead", machine, settings, content)
     return 0

@@ -300,8 +300,13 @@ def test_gradient_checkpointing_draws_the_same_mask(fused, use_reentrant):
 # ---- what falls back -----------------------------------------------------------------------------
 
 
+def add_other(layer):
+    config = LoraConfig(r=3, target_modules=["0"], init_lora_weights=False)
+    inject_adapter_in_model(config, nn.Sequential(layer), adapter_name="other")
+
+
 def two_adapters(layer, x):
-    layer.update_layer("other", 3, 6, config=LoraConfig(r=3, init_lora_weights=False))
+    add_other(layer)
     layer.set_adapter(["default", "other"])
 
 
@@ -406,7 +411,7 @@ def test_global_hook(fused):
 
 def test_adapter_names(fused):
     layer, x = make(), x_of(4, K)
-    layer.update_layer("other", 3, 6, config=LoraConfig(r=3, init_lora_weights=False))
+    add_other(layer)
     layer.eval()
     names = ["default", "other", "__base__", "default"]
     with torch.no_grad():
