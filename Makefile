@@ -31,6 +31,7 @@ OUT ?= bench/out/gpu
 
 .PHONY: build test test-all test-peft lint bench bench-overhead bench-memory bench-kernels bench-gemm \
   bench-backward bench-group bench-decode bench-training gpu publish dispatch tune-triton gates example \
+  example-peft \
   clean
 
 build: $(STAMP)
@@ -119,6 +120,9 @@ gates: build
 
 example: build
 	$(PY) examples/finetune_sentiment.py $(ARGS)
+
+example-peft: build
+	$(PY) examples/finetune_headlines.py $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info lora_kernels/*.so

@@ -1,4 +1,4 @@
-"""The fine-tuning example, small: the loss falls and every layer goes through the op."""
+"""The fine-tuning examples, small: the loss falls and every layer goes through the op."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
-def test_sentiment_example():
-    pytest.importorskip("transformers")
-    command = [sys.executable, str(ROOT / "examples/finetune_sentiment.py"), "--quick"]
+@pytest.mark.parametrize(
+    "example, needs",
+    [("finetune_sentiment", ["transformers"]), ("finetune_headlines", ["peft", "gguf"])],
+)
+def test_example(example, needs):
+    for package in needs:
+        pytest.importorskip(package)
+    command = [sys.executable, str(ROOT / f"examples/{example}.py"), "--quick"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "LoRA layers" in done.stdout
