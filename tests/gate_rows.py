@@ -89,14 +89,10 @@ EXPECTED: tuple[Row, ...] = (
             ),
         )
     ),
-    # <tile, dtype, MN-major, dropout>: a stage is four k16 steps and two loads, more for panels
-    Row("down_proj_sm90_kernel<.*, false, false>", "90a", {"HGMMA": 4, "UTMALDG": 2}),
-    Row(
-        "down_proj_sm90_kernel<.*, true, false>",
-        "90a",
-        {"HGMMA": 4, "tnspB": 4, "UTMALDG": (2, 5)},
-    ),
-    Row("down_proj_sm90_kernel<.*, false, true>", "90a", {"HGMMA": 4, "UTMALDG": 2, "LDSM": 4}),
+    # <tile, dtype, MN-major>: a stage is four k16 steps and two loads, more for panels; K-major has
+    # a loop of masked stages besides, with an ldmatrix a step
+    Row("down_proj_sm90_kernel<.*, false>", "90a", {"HGMMA": 8, "UTMALDG": 2, "LDSM": 4}),
+    Row("down_proj_sm90_kernel<.*, true>", "90a", {"HGMMA": 4, "tnspB": 4, "UTMALDG": (2, 5)}),
     Row("pack_kernel|zero_kernel"),
     # <tile, dtype, MN-major, masked>: four k16 steps, and a loop of one for the LoRA term; two
     # loads a stage of either, or one and one a panel; N / 16 stmatrix and N / 64 stores a tile.
@@ -135,10 +131,10 @@ EXPECTED: tuple[Row, ...] = (
         for n in (256, 192, 128)
     ),
     Row("reduce_kernel"),
-    # <tile, dtype, down projection, dropout>: of each stage of a chunk eight k16 steps of rows for
+    # <tile, dtype, down projection>: of each stage of a chunk eight k16 steps of rows for
     # the gradient, twice for 256 ranks, and eight for the sums of columns, of which x is
     # transposed; four of columns for the down projection. A load of x, one for each panel of down,
-    # those of a chunk of h. Dropout: ldmatrix and stmatrix of x, aligned and not.
+    # those of a chunk of h. Without down: ldmatrix and stmatrix of x to mask it, aligned and not.
     *(
         Row(
             f"weight_grad_sm90_kernel<WeightGradSm90Tile<{rank}, {subs}, .*>, .*, {form}>",
@@ -154,9 +150,8 @@ EXPECTED: tuple[Row, ...] = (
         for rank, subs in ((64, 4), (128, 2), (256, 1))
         for columns in (8 * subs * max(1, rank // 128),)
         for form, rows, down, more in (
-            ("true, false", 4 * subs, rank // 64, {}),
-            ("false, false", 0, 0, {}),
-            ("false, true", 0, 0, {"LDSM": 5 * subs, "STSM": 5 * subs}),
+            ("true", 4 * subs, rank // 64, {}),
+            ("false", 0, 0, {"LDSM": 5 * subs, "STSM": 5 * subs}),
         )
     ),
     # <tile, dtype>: of a stage four k16 steps, a product for each eight ranks and one for the sums
@@ -174,33 +169,27 @@ EXPECTED: tuple[Row, ...] = (
         )
         for rank in (16, 64, 128)
     ),
-    # <tile, dtype, dropout, ranks>: dx as in fused_gemm, dh and dB of dy, dA of x as in
+    # <tile, dtype, ranks>: dx as in fused_gemm, plain and masked, dh and dB of dy, dA of x as in
     # weight_grad, without sums of columns; a release for each flag of dh and for either counter. 16
     # ranks lie as rows: chunks come by two loads for one, and the products do not transpose them
     *(
         Row(
-            f"backward_sm90_kernel<FusedGemmSm90Tile<{n}, .*>, .*, {dropout}, {rank}>",
+            f"backward_sm90_kernel<FusedGemmSm90Tile<{n}, .*>, .*, {rank}>",
             "90a",
             {
-                "HGMMA": steps + 2 * (8 + 4) + 2 * 8,
+                "HGMMA": 5 + 4 + 2 * (8 + 4) + 2 * 8,
                 "tnspA": 2 * 8 + 2 * 8,
-                "tnspB": steps + (2 * (8 + 4) + 2 * 8 if rank == 64 else 0),
+                "tnspB": 5 + 4 + (2 * (8 + 4) + 2 * 8 if rank == 64 else 0),
                 "UTMALDG": 2 + n // 32 + 2 + 2 + 1 + 2 + (4 if rank == 16 else 0),
+                "HMMA": n // 2,
+                "LDSM": 4 + n // 4 + 10,
+                "STSM": n // 16 + 10,
                 "UTMASTG": n // 64,
                 "MEMBAR.GPU": 2 + 2 + 2,
-            }
-            | more,
+            },
         )
         for n in (256, 128)
         for rank in (16, 64)
-        for dropout, steps, more in (
-            ("false", 5, {"STSM": n // 16}),
-            (
-                "true",
-                4,
-                {"HMMA": n // 2, "LDSM": 4 + n // 4 + 10, "STSM": n // 16 + 10},
-            ),
-        )
     ),
     # <dtype, N, a transposed, b transposed>: N / 16 stmatrix and N / 64 stores a tile
     Row(

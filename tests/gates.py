@@ -312,6 +312,18 @@ def wrong_counts(code: sass.Code, row: Row) -> list[str]:
     return found
 
 
+def slowest(compiled: Sequence[Compiled], share: float) -> list[Path]:
+    """The fewest sources that take this share of the time, the slowest first."""
+    times: dict[Path, float] = {}
+    for unit in compiled:
+        times[unit.source] = times.get(unit.source, 0.0) + unit.seconds / unit.pace
+    sources = sorted(times, key=lambda source: times[source], reverse=True)
+    ends = itertools.accumulate(times[source] for source in sources)
+    before = (end - times[source] for source, end in zip(sources, ends, strict=True))
+    wanted = share * sum(times.values())
+    return [source for source, least in zip(sources, before, strict=True) if least < wanted]
+
+
 def build_seconds(*compiled: Sequence[Compiled]) -> float:
     """Estimated seconds of a whole build on CORES idle cores, from the CPU time that nvcc took.
 

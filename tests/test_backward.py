@@ -183,8 +183,15 @@ def test_only_what_is_wanted_is_computed(emulated, wanted):
     assert found["kernels"] == SUBSETS[wanted]
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("rank", [16, 64])
+def some(fast, others):
+    """Cases that have every value of each parameter, and those that are left, which are slow."""
+    return [*fast, *(pytest.param(*case, marks=pytest.mark.slow) for case in others)]
+
+
+@pytest.mark.parametrize(
+    "rank, form",
+    some([(16, "one_grid"), (64, "passes")], [(64, "one_grid"), (16, "passes")]),
+)
 def test_any_timing_gives_the_same_bits(emulated, rank, form):
     step = Step((1100, 200, 264, rank), seed=[1, 2])
     options = dict(wanted=NAMES[:3], form=form, tile_n=128, group=2, multiprocessors=6)
@@ -196,8 +203,7 @@ def test_any_timing_gives_the_same_bits(emulated, rank, form):
 
 
 @pytest.mark.parametrize("timing, schedule", SCHEDULES)
-@pytest.mark.parametrize("resident", [2, 6])
-@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize("copies, resident", some([(1, 2), (2, 6)], [(1, 6), (2, 2)]))
 def test_progress_needs_no_residency(emulated, copies, resident, timing, schedule):
     """One cluster of each grid, or of one of them, is enough; grids do not disturb each other."""
     step = Step((1300, 136, 264, 16), seed=[1, 2])

@@ -135,6 +135,7 @@ def test_sdist_to_wheel(source, tmp_path):
         str(tmp_path),
         str(sdist),
         LORA_KERNELS_BUILD=mode,
+        TORCH_CUDA_ARCH_LIST="8.0",  # the host's pass reads the headers of sm_90a all the same
     )
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")

@@ -10,7 +10,7 @@
 #else
 #include "ptx.cuh"
 namespace lora_kernels {
-template <class Tile, class T, bool kDropout, int kRank>
+template <class Tile, class T, int kRank>
 __global__ void backward_sm90_kernel(
     const __grid_constant__ ptx::TensorMap, const __grid_constant__ ptx::TensorMap,
     const __grid_constant__ ptx::TensorMap, const __grid_constant__ ptx::TensorMap,

@@ -229,18 +229,17 @@ __device__ __forceinline__ void compute_dy(Ring& ring, ChunkPanels<Ring, kRank>&
 }
 
 // This block's part of dA over a chunk of rows and a slice of columns.
-template <class Tile, class T, bool kDropout, int kRank, class Ring>
+template <class Tile, class T, int kRank, class Ring>
 __device__ __forceinline__ void compute_x(Ring& ring, ChunkPanels<Ring, kRank>& chunk,
                                           const BackwardWork& work, uint32_t pair, uint32_t slice,
                                           const ConsumerPlace& at) {
-  using Form = PassForm<kRank, BackwardOrder::kChunkPairs, kPairRows, false, kDropout>;
+  using Form = PassForm<kRank, BackwardOrder::kChunkPairs, kPairRows, false, true>;
   const BackwardRows<Tile> rows;
   PassPlace place{
       chunk.begin(), Form::kSubs * Tile::kABytes, 0, true, false, {}, at.group, at.warp(),
       at.lane()};
-  if constexpr (kDropout)
-    place.dropout = load_dropout(
-        work.gemm.mask, rows.of_chunk(pair, 0) + at.group * 64 + at.warp() * 16, at.lane());
+  place.dropout = load_dropout(work.gemm.mask,
+                               rows.of_chunk(pair, 0) + at.group * 64 + at.warp() * 16, at.lane());
   float none[1][1];
   float* const grads = work.da + work.partial(pair, at.rank) * work.sum_a.rows * work.pitch;
   const uint32_t first = slice * work.blocks_of_slice;
@@ -265,7 +264,7 @@ __device__ __forceinline__ void compute_sums(const ReduceJob& job, uint32_t firs
   if (begin < end) reduce_rows(job, begin, end, at.rank * 256 + at.group * 128 + at.thread, 512);
 }
 
-template <class Tile, class T, bool kDropout, int kRank, class Ring>
+template <class Tile, class T, int kRank, class Ring>
 __device__ __forceinline__ void consume_backward(Ring& ring, ChunkPanels<Ring, kRank>& chunk,
                                                  const ptx::TensorMap* dx_map,
                                                  const BackwardWork& work,
@@ -280,14 +279,14 @@ __device__ __forceinline__ void consume_backward(Ring& ring, ChunkPanels<Ring, k
     const uint32_t pair = place.tile.pair;
     if (place.what == BackwardItem::dx) {
       float acc[Tile::kN / 2];
-      compute_tile<T, true, kDropout>(acc, ring, dx_map, work.gemm.out, &work.gemm, 1,
-                                      rows.block(pair) * Tile::kM, place.tile.column * Tile::kN,
-                                      at.group, at.thread);
+      compute_tile<T, true, true, true>(acc, ring, dx_map, work.gemm.out, &work.gemm, 1,
+                                        rows.block(pair) * Tile::kM, place.tile.column * Tile::kN,
+                                        at.group, at.thread);
     } else if (place.what == BackwardItem::dy) {
       compute_dy<Tile, T>(ring, chunk, work, pair, at);
     } else if (place.what == BackwardItem::x) {
-      compute_x<Tile, T, kDropout>(ring, chunk, work, place.index * BackwardOrder::kChunkPairs,
-                                   place.slice, at);
+      compute_x<Tile, T>(ring, chunk, work, place.index * BackwardOrder::kChunkPairs, place.slice,
+                         at);
     } else {
       ring.advance();
       ring.release_previous(at.lane());
@@ -300,7 +299,7 @@ __device__ __forceinline__ void consume_backward(Ring& ring, ChunkPanels<Ring, k
   }
 }
 
-template <class Tile, class T, bool kDropout, int kRank>
+template <class Tile, class T, int kRank>
 __global__ void __cluster_dims__(Tile::kCluster, 1, 1) __launch_bounds__(Tile::kThreads, 1)
     backward_sm90_kernel(const __grid_constant__ ptx::TensorMap dy_map,
                          const __grid_constant__ ptx::TensorMap weight_map,
@@ -338,7 +337,7 @@ __global__ void __cluster_dims__(Tile::kCluster, 1, 1) __launch_bounds__(Tile::k
   } else {
     ptx::registers_increase<232>();
     const ConsumerPlace at{ptx::cluster_rank(), warp / 4 - 1, thread % 128};
-    consume_backward<Tile, T, kDropout>(ring, chunk, &dx_map, work, at);
+    consume_backward<Tile, T>(ring, chunk, &dx_map, work, at);
     if (at.thread == 0) ptx::tma_store_wait<0>();
     ptx::warp_sync();
   }

@@ -12,14 +12,10 @@ void with_backward_sm90(const BackwardPlan& plan, const Launch& launch) {
     using Tile = decltype(tile);
     if constexpr (has_backward_tile(Tile::kN)) {
       constexpr int kLow = kGridRanks[0], kHigh = kGridRanks[1];
-      if (plan.gemm.masked && plan.grid.turned())
-        launch(backward_sm90_kernel<Tile, T, true, kLow>);
-      else if (plan.gemm.masked)
-        launch(backward_sm90_kernel<Tile, T, true, kHigh>);
-      else if (plan.grid.turned())
-        launch(backward_sm90_kernel<Tile, T, false, kLow>);
+      if (plan.grid.turned())
+        launch(backward_sm90_kernel<Tile, T, kLow>);
       else
-        launch(backward_sm90_kernel<Tile, T, false, kHigh>);
+        launch(backward_sm90_kernel<Tile, T, kHigh>);
     }
   });
 }

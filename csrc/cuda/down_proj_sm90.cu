@@ -8,7 +8,7 @@
 #else
 #include "ptx.cuh"
 namespace lora_kernels {
-template <class Tile, class T, bool kMnMajor, bool kDropout>
+template <class Tile, class T, bool kMnMajor>
 __global__ void down_proj_sm90_kernel(const __grid_constant__ ptx::TensorMap,
                                       const __grid_constant__ DownProjMaps<ptx::TensorMap>,
                                       const __grid_constant__ DownProjWork) {
@@ -34,7 +34,7 @@ cudaError_t launch_typed(const DownProjArgs* each, int count, const DownProjGrou
   if (error != cudaSuccess) return error;
   error = cudaErrorInvalidConfiguration;
   const dim3 grid(static_cast<unsigned>(tile.blocks * tile.rank_blocks));
-  with_down_proj_sm90<T>(tile, each[0].dropout.seed != nullptr, [&](auto kernel) {
+  with_down_proj_sm90<T>(tile, [&](auto kernel) {
     error = launch_kernel(kernel, grid, tile.threads, tile.shared_bytes, stream, false, x_map,
                           down_maps, work_of(each, count, plan));
   });

@@ -136,12 +136,11 @@ __device__ __forceinline__ void add_and_store(const DownProjWork& work, const Do
   }
 }
 
-template <class Tile, class T, bool kMnMajor, bool kDropout>
+template <class Tile, class T, bool kMnMajor>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     down_proj_sm90_kernel(const __grid_constant__ ptx::TensorMap x_map,
                           const __grid_constant__ DownProjMaps<ptx::TensorMap> down_maps,
                           const __grid_constant__ DownProjWork work) {
-  static_assert(!(kMnMajor && kDropout), "the masked form takes a K-major down only");
   constexpr uint32_t kProducer = 4 * Tile::kConsumers;
   ptx::grid_launch_dependents();  // who needs h waits for it
   const uint32_t thread = threadIdx.x, lane = thread % 32;
@@ -168,9 +167,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   }
   float sum[Tile::kRank / 2] = {};
   const uint32_t first = warp / 4;
-  if constexpr (kDropout) {
-    const LaneDropout dropout =
-        load_dropout(work.each[share.first].dropout, row + warp % 4 * 16, lane);
+  const Dropout& mask = work.each[share.first].dropout;
+  if (!kMnMajor && mask.seed != nullptr) {  // the plan gives no other form a mask
+    const LaneDropout dropout = load_dropout(mask, row + warp % 4 * 16, lane);
     multiply_dropped_stages<Tile, T>(sum, ring, first, blocks_k, dropout, warp, lane);
   } else {
     multiply_stages<Tile, T, kMnMajor>(sum, ring, first, blocks_k, lane);

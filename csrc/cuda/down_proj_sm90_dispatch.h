@@ -7,17 +7,15 @@ namespace lora_kernels {
 
 // Calls launch(kernel); false if no instance was built for the plan.
 template <class T, class Launch>
-bool with_down_proj_sm90(const DownProjPlan& plan, bool dropout, const Launch& launch) {
+bool with_down_proj_sm90(const DownProjPlan& plan, const Launch& launch) {
   bool found = false;
   with_sm90_tile(plan, [&](auto tile) {
     using Tile = decltype(tile);
     found = true;
-    if (!plan.layout.mn_major && dropout)
-      launch(down_proj_sm90_kernel<Tile, T, false, true>);
-    else if (!plan.layout.mn_major)
-      launch(down_proj_sm90_kernel<Tile, T, false, false>);
+    if (!plan.layout.mn_major)
+      launch(down_proj_sm90_kernel<Tile, T, false>);
     else if constexpr (Tile::kRank >= kRowElements)
-      launch(down_proj_sm90_kernel<Tile, T, true, false>);
+      launch(down_proj_sm90_kernel<Tile, T, true>);
     else
       found = false;
   });

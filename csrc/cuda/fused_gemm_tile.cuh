@@ -127,7 +127,8 @@ __device__ __forceinline__ void multiply_segment(float (&acc)[kCount], Ring& rin
 
 // A tile of y from its first stage to its stores: the sum of `count` segments. It begins with
 // zeros: ptxas serialises wgmma where the first product alone does not add to what is there.
-template <class T, bool kMnMajor, bool kMasked, class Ring>
+// kMasked, kPlain: which forms of the LoRA term the kernel has; with both the segments tell.
+template <class T, bool kMnMajor, bool kMasked, bool kPlain = !kMasked, class Ring>
 __device__ __forceinline__ void compute_tile(float (&acc)[Ring::Tile::kN / 2], Ring& ring,
                                              const ptx::TensorMap* y_map, const GemmOutput& out,
                                              const GemmSegment* segments, uint32_t count,
@@ -137,9 +138,14 @@ __device__ __forceinline__ void compute_tile(float (&acc)[Ring::Tile::kN / 2], R
   const uint32_t bias = biased ? load_bias(out, column + thread * 2) : 0;
   LK_UNROLL
   for (float& a : acc) a = 0;
+  const bool masked = kMasked && (!kPlain || segments->mask.seed != nullptr);
 #pragma unroll 1
-  for (uint32_t s = 0; s < count; ++s)
-    multiply_segment<T, kMnMajor, kMasked>(acc, ring, segments[s], row, column, group, thread);
+  for (uint32_t s = 0; s < count; ++s) {
+    if (masked)
+      multiply_segment<T, kMnMajor, kMasked>(acc, ring, segments[s], row, column, group, thread);
+    else
+      multiply_segment<T, kMnMajor, !kPlain>(acc, ring, segments[s], row, column, group, thread);
+  }
   if (biased) ptx::store_shared_word(ring.bias(group) + thread * 4, bias);
   store_tile<T>(acc, ring, y_map, out, row + group * 64, column, group, thread);
 }

@@ -320,8 +320,10 @@ WeightGradWork work_of(const WeightGradPass& pass, const WeightGradPlan& plan, v
 
 MaskedGradWork masked_work_of(const WeightGradPass& pass, const WeightGradPlan& plan,
                               void* workspace) {
-  MaskedGradWork work{work_of(pass, plan, workspace), static_cast<uint32_t>(plan.masks), {}};
+  MaskedGradWork work{
+      work_of(pass, plan, workspace), static_cast<uint32_t>(std::max(1, plan.masks)), {}};
   work.parts[0] = {0, work.r, pass.grad.dropout};
+  if (!pass.masked()) return work;
   Dropout keeps{};
   for (int p = 0; p < pass.part_count; ++p)
     if (pass.parts[p].dropout.seed != nullptr) keeps = pass.parts[p].dropout;

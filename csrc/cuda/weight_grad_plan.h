@@ -128,8 +128,8 @@ struct WeightGradWork {
 };
 WeightGradWork work_of(const WeightGradPass& pass, const WeightGradPlan& plan, void* workspace);
 
-// And with dropout. A type of its own: with parameters that much longer ptxas spills in the kernel
-// of 256 ranks with a down projection.
+// And where x may be masked. A type of its own: with parameters that much longer ptxas spills in
+// the kernel of 256 ranks with a down projection.
 struct MaskedPart {
   uint32_t first, end;  // ranks
   Dropout dropout;
@@ -140,8 +140,8 @@ struct MaskedGradWork : WeightGradWork {
 };
 MaskedGradWork masked_work_of(const WeightGradPass& pass, const WeightGradPlan& plan,
                               void* workspace);
-template <bool kDropout>
-using WorkOf = std::conditional_t<kDropout, MaskedGradWork, WeightGradWork>;
+template <bool kDown>
+using WorkOf = std::conditional_t<kDown, WeightGradWork, MaskedGradWork>;
 
 // What the sm_80 kernel is told. A part with a mask has blocks of ranks of its own.
 struct WeightGradSm80Part {

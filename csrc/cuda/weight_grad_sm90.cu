@@ -8,11 +8,11 @@
 #else
 #include "ptx.cuh"
 namespace lora_kernels {
-template <class Tile, class T, bool kDown, bool kDropout>
+template <class Tile, class T, bool kDown>
 __global__ void weight_grad_sm90_kernel(const __grid_constant__ ptx::TensorMap,
                                         const __grid_constant__ ptx::TensorMap,
                                         const __grid_constant__ ptx::TensorMap,
-                                        const WorkOf<kDropout>) {
+                                        const WorkOf<kDown>) {
   __trap();  // never launched: the plan asks whether sm_90a is in the library
 }
 }  // namespace lora_kernels

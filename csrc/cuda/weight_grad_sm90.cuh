@@ -87,16 +87,17 @@ __device__ __forceinline__ void for_parts(const MaskedGradWork& work, const Weig
     const MaskedPart& part = work.parts[p];
     const uint32_t first = part.first > at.rank ? part.first - at.rank : 0;
     const uint32_t end = part.end > at.rank ? in_fours(part.end - at.rank) : 0;
-    if (first < at.ranks && first < end)
+    const bool sums_alone = work.r == 0;
+    if (sums_alone || (first < at.ranks && first < end))
       f(RanksOfPart{first, end < at.ranks ? end : at.ranks}, part.dropout);
   }
 }
 
-template <bool kDown, bool kDropout, class Ring>
+template <bool kDown, class Ring>
 __device__ __forceinline__ void load_pass(Ring& ring, const ptx::TensorMap* x_map,
                                           const ptx::TensorMap* h_map,
-                                          const ptx::TensorMap* down_map,
-                                          const WorkOf<kDropout>& work, const WeightGradPlace& at) {
+                                          const ptx::TensorMap* down_map, const WorkOf<kDown>& work,
+                                          const WeightGradPlace& at) {
   using Tile = typename Ring::Tile;
   constexpr uint32_t kRows = Tile::kStageRows;
   const int row = static_cast<int>(at.row), rank = static_cast<int>(at.rank);
@@ -130,11 +131,10 @@ __device__ __forceinline__ void load_pass(Ring& ring, const ptx::TensorMap* x_ma
   }
 }
 
-template <class Tile, class T, bool kDown, bool kDropout>
-__device__ __forceinline__ void compute_pass(WeightGradRing<Tile>& ring,
-                                             const WorkOf<kDropout>& work,
+template <class Tile, class T, bool kDown>
+__device__ __forceinline__ void compute_pass(WeightGradRing<Tile>& ring, const WorkOf<kDown>& work,
                                              const WeightGradPlace& at, uint32_t thread) {
-  using Form = PassForm<Tile::kRank, Tile::kSubs, Tile::kStageRows, kDown, kDropout>;
+  using Form = PassForm<Tile::kRank, Tile::kSubs, Tile::kStageRows, kDown, !kDown>;
   const uint32_t group = thread / 128, warp = thread / 32 % 4, lane = thread % 32;
   const int64_t row = at.row + group * 64 + warp * 16;
   PassPlace place{ring.h(),
@@ -155,7 +155,7 @@ __device__ __forceinline__ void compute_pass(WeightGradRing<Tile>& ring,
   for (uint32_t i = 0, turn = 0; i < at.tiles; ++i) {
     const uint32_t column = (at.first_tile + i) * kRowElements;
     for_parts(work, at, [&](const RanksOfPart& ranks, const Dropout& dropout) {
-      if constexpr (kDropout) place.dropout = load_dropout(dropout, row, lane);
+      if constexpr (Form::kDropout) place.dropout = load_dropout(dropout, row, lane);
       pass_columns<T, Form>(
           sum, ring, place, column, turn++ % 2 == group, i > 0,
           [&](const auto& grad, uint32_t rank) {
@@ -178,13 +178,12 @@ __device__ __forceinline__ void compute_pass(WeightGradRing<Tile>& ring,
   }
 }
 
-template <class Tile, class T, bool kDown, bool kDropout>
+template <class Tile, class T, bool kDown>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     weight_grad_sm90_kernel(const __grid_constant__ ptx::TensorMap x_map,
                             const __grid_constant__ ptx::TensorMap h_map,
                             const __grid_constant__ ptx::TensorMap down_map,
-                            const WorkOf<kDropout> work) {
-  static_assert(!(kDown && kDropout), "dy, which has a down projection, is never masked");
+                            const WorkOf<kDown> work) {
   const uint32_t thread = threadIdx.x, warp = ptx::warp_uniform(thread / 32);
   WeightGradRing<Tile> ring;
   const WeightGradPlace at = place_of<Tile>(work);
@@ -197,11 +196,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
 
   if (warp < 4) {
     ptx::registers_decrease<40>();
-    if (warp == 0 && ptx::elect_one())
-      load_pass<kDown, kDropout>(ring, &x_map, &h_map, &down_map, work, at);
+    if (warp == 0 && ptx::elect_one()) load_pass<kDown>(ring, &x_map, &h_map, &down_map, work, at);
   } else {
     ptx::registers_increase<232>();
-    compute_pass<Tile, T, kDown, kDropout>(ring, work, at, thread - 128);
+    compute_pass<Tile, T, kDown>(ring, work, at, thread - 128);
   }
 }
 

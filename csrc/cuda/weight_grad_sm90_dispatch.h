@@ -12,11 +12,9 @@ void with_weight_grad_sm90(const WeightGradPass& pass, const WeightGradPlan& pla
   with_weight_grad_tile(plan.rank, [&](auto tile) {
     using Tile = decltype(tile);
     if (pass.with_down)
-      launch(weight_grad_sm90_kernel<Tile, T, true, false>, work_of(pass, plan, workspace));
-    else if (pass.masked())
-      launch(weight_grad_sm90_kernel<Tile, T, false, true>, masked_work_of(pass, plan, workspace));
+      launch(weight_grad_sm90_kernel<Tile, T, true>, work_of(pass, plan, workspace));
     else
-      launch(weight_grad_sm90_kernel<Tile, T, false, false>, work_of(pass, plan, workspace));
+      launch(weight_grad_sm90_kernel<Tile, T, false>, masked_work_of(pass, plan, workspace));
   });
 }
 

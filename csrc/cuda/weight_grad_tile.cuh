@@ -108,8 +108,8 @@ __device__ __forceinline__ void mask_rows(uint32_t x, const LaneDropout& dropout
 template <int kRank_, int kSubs_, int kSubRows_, bool kDown_, bool kDropout_>
 struct PassForm {
   static constexpr int kRank = kRank_;
-  static constexpr int kSubs = kSubs_, kSubRows = kSubRows_;  // stages of a chunk, how far apart
-  static constexpr bool kDown = kDown_, kDropout = kDropout_;
+  static constexpr int kSubs = kSubs_, kSubRows = kSubRows_;   // stages of a chunk, how far apart
+  static constexpr bool kDown = kDown_, kDropout = kDropout_;  // kDropout: x may be masked
   // Whether h and down come with their ranks as rows: nobody has shown yet that wgmma takes part of
   // a panel of 64.
   static constexpr bool kTurned = kRank < 64;
@@ -145,7 +145,7 @@ __device__ __forceinline__ void pass_columns(float (&sum)[Form::kSums][Form::kSu
   for (int sub = 0; sub < Form::kSubs; ++sub) {
     const uint32_t own = ring.a() + at.group * kRowsBytes;
     ring.wait();
-    if constexpr (Form::kDropout) {
+    if (Form::kDropout && at.dropout.on) {
       mask_rows(own, below(at.dropout, sub * Form::kSubRows), column, at.warp, at.lane);
       ptx::named_barrier_sync<4>(256);
     }

@@ -18,8 +18,7 @@ std::function<void()> down_proj_sm90_body(const DownProjArgs* each, int count,
   std::function<void()> body;
   with_type(each[0].x.dtype, [&](auto type) {
     with_down_proj_sm90<decltype(type)>(
-        plan.tile, each[0].dropout.seed != nullptr,
-        [&](auto kernel) { body = [=] { kernel(x, down, work); }; });
+        plan.tile, [&](auto kernel) { body = [=] { kernel(x, down, work); }; });
   });
   return body;
 }
