@@ -65,12 +65,10 @@ def read_tensors(
             raise AdapterError(file, "", got, expected, "raise max_bytes if you trust the file")
         head = read_head(stream, size, file)
         pairs = pairs_of(entries(head[8:], size - len(head), file), config, file)
-        stream.seek(0)
-        data = stream.read(size)
-    if data[: len(head)] != head or len(data) != size:
-        raise AdapterError(
-            file, "", Plain("a file that changed"), "the same bytes", "load it again"
-        )
+        data = head + stream.read(size - len(head) + 1)
+    if len(data) != size:
+        got, expected = Plain(f"{len(data)} bytes"), f"{size}, as when it was opened"
+        raise AdapterError(file, "", got, expected, "load it again once it is written")
     return _tensors(data, pairs, file, check_finite)
 
 

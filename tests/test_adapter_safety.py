@@ -26,7 +26,7 @@ from adapter_cases import (
 from torch import nn
 
 import lora_kernels as lk
-from lora_kernels import adapter_config
+from lora_kernels import adapter_config, adapter_tensors
 from lora_kernels.adapter_files import CONFIG, TENSORS
 
 pytest.importorskip("safetensors")
@@ -136,6 +136,9 @@ TENSOR_FILES = {
     "a header beyond the limit": (
         struct.pack("<Q", (16 << 20) + 1) + b"{}", "header: got 16777217 bytes"
     ),
+    "a header beyond the limit of a large file": (
+        struct.pack("<Q", (16 << 20) + 1) + bytes((16 << 20) + 8), "to 16777216 bytes"
+    ),
     "no JSON": (with_header(b"{" * 10), "header: got JSONDecodeError"),
     "no object": (with_header(b"[1]"), "header: got list, expected a JSON object"),
     "no tensors": (with_header(b"{}", 0), "got 0 tensors, expected 1 to 50000"),
@@ -167,6 +170,9 @@ TENSOR_FILES = {
     "a size beyond 64 bits": (file({A: entry([1 << 64, 0], 0, 0)}), "integers >="),
     "offsets backwards": (file({A: entry([2, 4], 32, 0)}), "got -32 bytes"),
     "offsets of another size": (file({A: entry([2, 4], 0, 28)}), "expected 32 byt"),
+    "offsets of a larger size": (
+        file({A: entry([2, 4], 0, 36), B: entry([3, 2], 36, 60)}, 60), "36 bytes, expected 32"
+    ),
     "a hole": (file({B: entry([3, 2], 36, 60)}, 60), "got 36, .*data_offsets from 32"),
     "an overlap": (file({B: entry([3, 2], 28, 52)}, 52), "got 28, expected"),
     "truncated": (file(payload=55), "got 55 bytes of tensors, expected 56 by the header"),
@@ -323,6 +329,23 @@ def test_a_file_that_lies_about_its_size_is_not_read(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8 << 20
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_file_that_changes_after_the_check(tmp_path, monkeypatch, change):
+    wide = {A: entry([2, 9000], 0, 72000), B: entry([3, 2], 72000, 72024)}
+    path = write(tmp_path, file(wide, 72024))
+    size = (path / TENSORS).stat().st_size
+
+    def entries(*args):
+        os.truncate(path / TENSORS, size + change)
+        return found(*args)
+
+    found = adapter_tensors.entries
+    monkeypatch.setattr(adapter_tensors, "entries", entries)
+    refused(
+        path, f"got {size + change} bytes, expected {size}, as when it was opened; load it again"
+    )
 
 
 def test_safetensors_missing(tmp_path, monkeypatch):
