@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import __version__, backends, dispatch, verdicts
+from ._ops import ops
 from .backend import ENV, automatic, by_shape
 from .schemas import EXTENSION_ERROR, has_kernel
 
@@ -41,7 +42,7 @@ def _environment(console: Console) -> None:
         return
     for key in ("CPU", "CUDA"):
         built = [op for op in OPS if has_kernel(op, key)]
-        isa = f" ({torch.ops.lora_kernels.cpu_isa()})" if key == "CPU" else ""
+        isa = f" ({ops.cpu_isa()})" if key == "CPU" else ""
         console.print(f"C++ kernels for {key}{isa}: {', '.join(built) or 'none'}")
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import composed, dispatch
+from ._ops import ops as OPS
 from .schemas import CAPABILITY, EXTENSION_ERROR, LIBRARY, has_kernel
 from .shape_classes import Call
 from .triton_kernels import device as triton_device
@@ -260,13 +261,12 @@ def _on_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _cuda_flow() -> dict[str, Callable]:
-    ops = torch.ops.lora_kernels
     group_forward, group_backward = composed.sliced_flow(
-        ops.forward_group.default, ops.backward_group.default, ops.max_group
+        OPS.forward_group.default, OPS.backward_group.default, OPS.max_group
     )
     return dict(
-        forward=ops.forward.default,
-        backward=ops.backward.default,
+        forward=OPS.forward.default,
+        backward=OPS.backward.default,
         group_forward=group_forward,
         group_backward=group_backward,
     )
@@ -276,9 +276,8 @@ _CUDA_SUMMARY = "C++/CUDA down_proj, fused_gemm and weight_grad: of sm_90a on Ho
 
 
 def _cuda_plan(x, weight, lora_a, lora_b, seed, up_scale) -> str:
-    ops = torch.ops.lora_kernels
     call = (x, weight, lora_a, lora_b, seed, "", 0, 0, up_scale)
-    return f"forward: {ops.forward_plan(*call)}; backward: {ops.backward_plan(*call)}"
+    return f"forward: {OPS.forward_plan(*call)}; backward: {OPS.backward_plan(*call)}"
 
 
 def _triton(name: str) -> Callable:
@@ -297,8 +296,8 @@ for _name in ("forward", "backward"):
 
 
 def _triton_flow() -> dict[str, Callable]:
-    forward = torch.ops.lora_kernels.forward_triton.default
-    backward = torch.ops.lora_kernels.backward_triton.default
+    forward = OPS.forward_triton.default
+    backward = OPS.backward_triton.default
     group_forward, group_backward = composed.group_flow(forward, composed.adding(backward))
     return dict(
         forward=forward,
@@ -316,10 +315,10 @@ def _reference_only(*args):
 
 def _register_all() -> None:
     native = dict(
-        forward=torch.ops.lora_kernels.forward.default,
-        backward=torch.ops.lora_kernels.backward.default,
-        group_forward=torch.ops.lora_kernels.forward_group.default,
-        group_backward=torch.ops.lora_kernels.backward_group.default,
+        forward=OPS.forward.default,
+        backward=OPS.backward.default,
+        group_forward=OPS.forward_group.default,
+        group_backward=OPS.backward_group.default,
     )
     register(
         Backend("cuda", _CUDA_SUMMARY, **_cuda_flow(), missing=_cuda_missing, refuses=_on_cuda,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import autocast, dropout
+from ._ops import ops as OPS
 
 Grads = tuple[Tensor, Tensor, Tensor, Tensor]
 GroupGrads = tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]
@@ -35,7 +36,7 @@ def down_proj(x: Tensor, down: Tensor, seed: Tensor | None, threshold: int, scal
     """h [M, r] = scale · dropout(x) · downᵀ, scaled before its one rounding."""
     x = rows_of(x)
     if seed is not None:
-        mask = torch.ops.lora_kernels.dropout_mask(seed, x.shape[0], x.shape[1], threshold)
+        mask = OPS.dropout_mask(seed, x.shape[0], x.shape[1], threshold)
         x = torch.where(mask, x, 0)
         scale *= dropout.inverse_keep(threshold)
     h = x.new_empty(x.shape[0], down.shape[0])
@@ -68,7 +69,7 @@ def _add_up_projection(rows, h, up, seed, threshold, scale) -> None:
     if seed is None:
         rows.addmm_(h, up.t(), alpha=scale)
     else:
-        mask = torch.ops.lora_kernels.dropout_mask(seed, rows.shape[0], rows.shape[1], threshold)
+        mask = OPS.dropout_mask(seed, rows.shape[0], rows.shape[1], threshold)
         term = rows.new_empty(rows.shape)
         term.addmm_(h, up.t(), beta=0, alpha=scale * dropout.inverse_keep(threshold))
         rows.add_(torch.where(mask, term, 0))
@@ -86,7 +87,7 @@ def weight_grad(
     """grad [r, K] = scale · hᵀ · dropout(x), or its transpose."""
     x = rows_of(x)
     if seed is not None:
-        mask = torch.ops.lora_kernels.dropout_mask(seed, x.shape[0], x.shape[1], threshold)
+        mask = OPS.dropout_mask(seed, x.shape[0], x.shape[1], threshold)
         x = torch.where(mask, x, 0)
         scale *= dropout.inverse_keep(threshold)
     left, right = (x, h) if transpose else (h, x)

@@ -38,6 +38,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._ops import ops as OPS
+
 RANGE = 1 << 14
 _WORD = 0xFFFFFFFF
 
@@ -121,7 +123,7 @@ def dropout_mask(
     check_seed(seed, "dropout_mask")
     seed = seed.to(device).contiguous()
     rows, cols = math.prod(shape[:-1]), shape[-1]
-    mask = torch.ops.lora_kernels.dropout_mask(seed, rows, cols, drop_threshold(p))
+    mask = OPS.dropout_mask(seed, rows, cols, drop_threshold(p))
     return mask.view(tuple(shape))
 
 

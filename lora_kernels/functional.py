@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import autocast, checks, dropout, reference
 from . import backend as backends
+from ._ops import ops as OPS
 from .ops import LoraLinear, make_plan, needs_grad, plan_of
 
 
@@ -94,9 +95,7 @@ def fused_lora_linear(
             lora_b, scaling = lora_b * scaling, 1.0
         if name == "" and not needs_grad(x, lora_a, lora_b, bias):
             name = backends.FORWARD_ALONE
-        return torch.ops.lora_kernels.lora_linear(
-            x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, name
-        )[0]
+        return OPS.lora_linear(x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, name)[0]
     plan = make_plan(name, x.device, x.dtype, scaling, dropout_p, seed is not None)
     if plan.by_shape:
         inputs = (x, lora_a, lora_b, bias)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from . import autocast, checks, composed, dropout, ops, reference
 from . import backend as backends
+from ._ops import add_op_namespace_prefix
+from ._ops import ops as OPS
 from .schemas import LIBRARY
 
 OP = "fused_lora_linear_group"
@@ -88,7 +90,7 @@ def fused_lora_linear_group(
     if torch.compiler.is_compiling():
         if name == "" and not ops.needs_grad(x, *lora_as, *lora_bs, *biases):
             name = backends.FORWARD_ALONE
-        return torch.ops.lora_kernels.lora_linear_group(
+        return OPS.lora_linear_group(
             x, weights, lora_as, lora_bs, [x.new_empty(0) if b is None else b for b in biases],
             seeds if dropped else [], scalings, dropout_p, name,
         )[0]  # fmt: skip
@@ -351,7 +353,7 @@ def _op_backward(ctx, dys, _):
     weights, lora_as, lora_bs, hs, *seeds = _split(saved, count)
 
     def run(x, dys, weights, lora_as, lora_bs, hs, seeds, used, *needs):
-        return torch.ops.lora_kernels.lora_linear_group_backward(
+        return OPS.lora_linear_group_backward(
             x, dys, weights, lora_as, lora_bs, hs, [s for s in seeds if s is not None],
             [scalings[i] for i in used], dropout_p, backend, *needs,
         )  # fmt: skip
@@ -366,7 +368,10 @@ def _op_backward(ctx, dys, _):
 LIBRARY.impl("lora_linear_group", _lora_linear_group, "CompositeExplicitAutograd")
 LIBRARY.impl("lora_linear_group_backward", _lora_linear_group_backward, "CompositeExplicitAutograd")
 torch.library.register_autograd(
-    "lora_kernels::lora_linear_group", _op_backward, setup_context=_setup_context, lib=LIBRARY
+    add_op_namespace_prefix("lora_linear_group"),
+    _op_backward,
+    setup_context=_setup_context,
+    lib=LIBRARY,
 )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional import fused_lora_linear
+from .state_names import rename_keys
 
 
 class LoRALinear(nn.Module):
@@ -91,15 +92,19 @@ class LoRALinear(nn.Module):
         if not 0.0 <= lora_dropout <= 1.0:
             raise ValueError(f"LoRALinear: lora_dropout must be in [0, 1], but got {lora_dropout}")
         self.r = r
-        self.lora_alpha = r if lora_alpha is None else lora_alpha
         self.lora_dropout = float(lora_dropout)
-        self.use_rslora = use_rslora
-        self.scaling = 0.0 if r == 0 else self.lora_alpha / (math.sqrt(r) if use_rslora else r)
+        self._scale(r if lora_alpha is None else lora_alpha, use_rslora)
         device, dtype = self.weight.device, adapter_dtype or self.weight.dtype
         self.lora_a = nn.Parameter(torch.empty(r, self.in_features, device=device, dtype=dtype))
         self.lora_b = nn.Parameter(torch.empty(self.out_features, r, device=device, dtype=dtype))
         self._frozen: list[nn.Parameter] = []  # the weight before merge(), hidden from parameters()
         self.reset_lora_parameters()
+
+    def _scale(self, lora_alpha: float, use_rslora: bool) -> None:
+        r = self.r
+        self.lora_alpha = lora_alpha
+        self.use_rslora = use_rslora
+        self.scaling = 0.0 if r == 0 else lora_alpha / (math.sqrt(r) if use_rslora else r)
 
     def reset_lora_parameters(self, init: str = "kaiming_uniform") -> None:
         """lora_b = 0; lora_a Kaiming-uniform with a = sqrt(5), or "gaussian": normal, std 1/r."""
@@ -113,6 +118,29 @@ class LoRALinear(nn.Module):
             else:
                 nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
         nn.init.zeros_(self.lora_b)
+
+    @torch.no_grad()
+    def set_adapter(
+        self, lora_a: Tensor, lora_b: Tensor, lora_alpha: float, use_rslora: bool = False
+    ) -> None:
+        """Takes the values of lora_a [r, K] and lora_b [N, r], cast, and their scaling.
+
+        Raises:
+            ValueError: a shape other than the layer's.
+        """
+        for name, held, given in (("lora_a", self.lora_a, lora_a), ("lora_b", self.lora_b, lora_b)):
+            if held.shape != given.shape:
+                raise ValueError(
+                    f"LoRALinear.set_adapter: {name} must have shape {list(held.shape)}, "
+                    f"but got {list(given.shape)}"
+                )
+        was_merged = self.merged
+        self.unmerge()
+        self.lora_a.copy_(lora_a)
+        self.lora_b.copy_(lora_b)
+        self._scale(lora_alpha, use_rslora)
+        if was_merged:
+            self.merge()
 
     def forward(self, x: Tensor) -> Tensor:
         if self._frozen:
@@ -166,10 +194,16 @@ class LoRALinear(nn.Module):
         for frozen in self._frozen:
             destination[prefix + "weight"] = frozen if keep_vars else frozen.detach()
 
-    def _load_from_state_dict(self, *args, **kwargs):
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        """Takes the names of loralib, litgpt, torchtune and PEFT too; none holds the scaling."""
+        error_msgs += rename_keys(state_dict, prefix)
         was_merged = self.merged
         self.unmerge()
-        super()._load_from_state_dict(*args, **kwargs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
         if was_merged:
             self.merge()
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from ._ops import ops as OPS
 from .schemas import has_kernel
 from .triton_kernels import digest
 
@@ -36,7 +37,7 @@ def sources(backend: str = "cuda") -> str:
         return digest.sources()
     if not has_kernel("kernel_sources", "CompositeExplicitAutograd"):
         return ""
-    return torch.ops.lora_kernels.kernel_sources()
+    return OPS.kernel_sources()
 
 
 @functools.cache

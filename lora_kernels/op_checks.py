@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import criterion, dropout
+from ._ops import ops as OPS
 from .criterion import Oracle
 from .functional import fused_lora_linear
 from .records import NOT_SERVED, RIGHT, WRONG, Check
@@ -114,7 +115,7 @@ def make(
 
 
 def _operator(name: str) -> Callable[..., Tensor]:
-    return getattr(torch.ops.lora_kernels, name)
+    return getattr(OPS, name)
 
 
 def _triton_kernel(name: str) -> Callable[..., Tensor]:
@@ -151,17 +152,16 @@ def _ranks(p: Problem, o: Oracle) -> tuple[Tensor, Tensor]:
 
 
 def _forward(p: Problem, o: Oracle, form: str | None = None) -> Results:
-    ops = torch.ops.lora_kernels
     args = (*p.operands, *p.drop, p.scaling, 1.0)
-    y, h = ops.forward(*args) if form is None else ops.forward_as(*args, form, 0, 0)
+    y, h = OPS.forward(*args) if form is None else OPS.forward_as(*args, form, 0, 0)
     return {"y": y, "h": h}
 
 
 def _backward(p: Problem, o: Oracle, form: str | None = None) -> Results:
-    ops, (h, _) = torch.ops.lora_kernels, _ranks(p, o)
+    h, _ = _ranks(p, o)
     operands = (p.dy, p.x, p.weight, p.lora_a, p.lora_b, h, *p.drop, p.scaling, 1.0)
     args = (*operands, False, False, True, True, True, True)
-    grads = ops.backward(*args) if form is None else ops.backward_as(*args, form, 0, 0)
+    grads = OPS.backward(*args) if form is None else OPS.backward_as(*args, form, 0, 0)
     return dict(zip(GRADS, grads, strict=True))
 
 
@@ -256,7 +256,7 @@ def _groups(device: torch.device, one: Problem, exact: Oracle) -> Iterator[Check
     n, r = one.lora_b.shape
     other = make((m, n, k, r), one.x.dtype, one.dropout_p, device, number=1)
     other = replace(other, x=one.x, seed=None if one.seed is None else one.seed + 1)
-    parts, ops = (one, other), torch.ops.lora_kernels
+    parts = (one, other)
     each = (exact, criterion.oracle(other))
     dx = criterion.group_oracle(each)
     weights, lora_as, lora_bs, biases = (
@@ -276,14 +276,14 @@ def _groups(device: torch.device, one: Problem, exact: Oracle) -> Iterator[Check
     )
 
     def forward() -> Results:
-        ys, hs = ops.forward_group(
+        ys, hs = OPS.forward_group(
             one.x, weights, lora_as, lora_bs, biases, seeds, threshold, scales, [1.0, 1.0]
         )
         return _numbered(y=ys, h=hs)
 
     def backward() -> Results:
         hs, false = [_ranks(p, o)[0] for p, o in zip(parts, each, strict=True)], [False] * 2
-        dx, das, dbs, dbiases = ops.backward_group(
+        dx, das, dbs, dbiases = OPS.backward_group(
             one.x, [p.dy for p in parts], weights, lora_as, lora_bs, hs, seeds, threshold, scales,
             [1.0, 1.0], false, false, True, true, true, true,
         )  # fmt: skip

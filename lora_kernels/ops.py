@@ -12,6 +12,8 @@ from torch import Tensor
 
 from . import autocast, composed, dropout
 from . import backend as backends
+from ._ops import add_op_namespace_prefix
+from ._ops import ops as OPS
 from .schemas import LIBRARY
 from .shape_classes import Call
 
@@ -238,7 +240,7 @@ def _op_backward(ctx, dy, _):
     if torch.is_grad_enabled():
         _no_double_backward()
     need_x, _, need_a, need_b, need_bias, *_ = ctx.needs_input_grad
-    dx, da, db, dbias = torch.ops.lora_kernels.lora_linear_backward(
+    dx, da, db, dbias = OPS.lora_linear_backward(
         dy, *ctx.saved_tensors, *ctx.scalars, need_x, need_a, need_b, need_bias
     )
     grads = (
@@ -256,7 +258,7 @@ def _autocast_lora_linear(x, weight, lora_a, lora_b, bias, *rest):
     cast_x, cast_bias = autocast.cast(x), None if bias is None else autocast.cast(bias)
     # An fp32 weight is cast inside, so that backward can save the parameter and not a 16-bit copy.
     with autocast.off(x.device.type):
-        return torch.ops.lora_kernels.lora_linear(cast_x, weight, lora_a, lora_b, cast_bias, *rest)
+        return OPS.lora_linear(cast_x, weight, lora_a, lora_b, cast_bias, *rest)
 
 
 LIBRARY.impl("lora_linear", _lora_linear, "CompositeExplicitAutograd")
@@ -264,7 +266,7 @@ LIBRARY.impl("lora_linear_backward", _lora_linear_backward, "CompositeExplicitAu
 for _key in ("AutocastCPU", "AutocastCUDA"):
     LIBRARY.impl("lora_linear", _autocast_lora_linear, _key)
 torch.library.register_autograd(
-    "lora_kernels::lora_linear", _op_backward, setup_context=_setup_context, lib=LIBRARY
+    add_op_namespace_prefix("lora_linear"), _op_backward, setup_context=_setup_context, lib=LIBRARY
 )
 
 
@@ -272,7 +274,7 @@ torch.library.register_autograd(
 
 
 def _fake(name):
-    return torch.library.register_fake(f"lora_kernels::{name}", lib=LIBRARY)
+    return torch.library.register_fake(add_op_namespace_prefix(name), lib=LIBRARY)
 
 
 @_fake("dropout_mask")

@@ -30,6 +30,10 @@ import functools
 
 import torch
 
+from . import _ops
+from ._ops import add_op_namespace_prefix
+from ._ops import ops as OPS
+
 KERNELS = ("down_proj", "fused_gemm", "weight_grad")
 CAPABILITY = (8, 0)  # of the oldest CUDA device with kernels
 _FORWARD = (
@@ -89,28 +93,23 @@ SCHEMAS = (
     "str backend, bool need_x, bool[] need_a, bool[] need_b, bool[] need_bias) "
     "-> (Tensor dx, Tensor[] das, Tensor[] dbs, Tensor[] dbiases)",
 )
-LIBRARY = torch.library.Library("lora_kernels", "DEF")
+LIBRARY = torch.library.Library(OPS.name, "DEF")
 for schema in SCHEMAS:
     # Kernels take any strides; the tag keeps a compiler from changing those that eager mode passes.
     LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
 
-EXTENSION_ERROR: str | None = None
-try:
-    # its import registers the C++ kernels
-    from . import _C  # type: ignore[attr-defined]  # noqa: F401
-except ImportError as error:  # not built, or built for another system: every op still has Python
-    EXTENSION_ERROR = str(error)
+EXTENSION_ERROR: str | None = getattr(_ops, "EXTENSION_ERROR", None)  # kernel-builder's has none
 
 
 def has_kernel(op: str, device: str) -> bool:
     """Whether C++ serves this op on "CPU" or "CUDA"."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"lora_kernels::{op}", device)
+    return torch._C._dispatch_has_kernel_for_dispatch_key(add_op_namespace_prefix(op), device)
 
 
 @functools.cache
 def on_hopper(device: torch.device) -> bool:
     """Whether the sm_90a kernels run on this CUDA device; others take those of sm_80."""
-    return torch.cuda.get_device_capability(device) == (9, 0) and torch.ops.lora_kernels.has_sm90a()
+    return torch.cuda.get_device_capability(device) == (9, 0) and OPS.has_sm90a()
 
 
 def runs_here(op: str, device: str) -> bool:

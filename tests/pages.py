@@ -13,3 +13,9 @@ def table_of(page: Path, heading: str) -> list[list[str]]:
     first = next(i for i, line in enumerate(lines) if line.startswith("|"))
     rows = list(itertools.takewhile(lambda line: line.startswith("|"), lines[first:]))
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
+
+
+def code_of(page: Path) -> str:
+    """Every Python block of the page, one after the other."""
+    blocks = page.read_text().split("```python\n")[1:]
+    return "\n".join(block.split("```")[0] for block in blocks)

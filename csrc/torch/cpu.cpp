@@ -1,6 +1,4 @@
 // The CPU ops: frozen products by the vendor's fp32 GEMM, everything LoRA by csrc/cpu.
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <string>
 #include <utility>
@@ -10,6 +8,7 @@
 #include "aten.h"
 #include "convert.h"
 #include "group.h"
+#include "library.h"
 
 namespace lora_kernels {
 namespace {
@@ -523,11 +522,9 @@ std::string cpu_isa_op() { return kernels().isa; }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CompositeExplicitAutograd, m) {
-  m.impl("cpu_isa", TORCH_BOX(&cpu_isa_op));
-}
+LK_LIBRARY_IMPL(CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa_op)); }
 
-STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CPU, m) {
+LK_LIBRARY_IMPL(CPU, m) {
   m.impl("dropout_mask", TORCH_BOX(&dropout_mask_op));
   m.impl("down_proj", TORCH_BOX(&down_proj_op));
   m.impl("fused_gemm", TORCH_BOX(&fused_gemm_op));

@@ -1,7 +1,5 @@
 // The CUDA ops of the forward pass. A kernel is registered here once it exists; backend.py asks the
 // dispatcher which are.
-#include <torch/csrc/stable/library.h>
-
 #include <string>
 #include <tuple>
 #include <vector>
@@ -10,7 +8,11 @@
 #include "../cuda/dropout_mask.h"
 #include "../cuda/forward.h"
 #include "cuda_operands.h"
+#include "library.h"
+
+#ifndef LK_HUB
 #include "kernel_sources.h"  // setup.py writes it
+#endif
 
 namespace lora_kernels {
 namespace {
@@ -137,11 +139,13 @@ std::string forward_plan_cuda(const Tensor& x, const Tensor& weight, const Tenso
 bool has_sm90a() { return built_with_sm90a(); }
 
 // The hash of what the kernels in this library were built from, by csrc/digest.py.
+#ifdef LK_KERNEL_SOURCES  // without it no measurement holds for this build
 std::string kernel_sources() { return LK_KERNEL_SOURCES; }
+#endif
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CUDA, m) {
+LK_LIBRARY_IMPL(CUDA, m) {
   m.impl("dropout_mask", TORCH_BOX(&dropout_mask_cuda));
   m.impl("down_proj", TORCH_BOX(&down_proj_cuda));
   m.impl("down_proj_plan", TORCH_BOX(&down_proj_plan_cuda));
@@ -151,9 +155,11 @@ STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CUDA, m) {
   m.impl("forward_plan", TORCH_BOX(&forward_plan_cuda));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CompositeExplicitAutograd, m) {
+LK_LIBRARY_IMPL(CompositeExplicitAutograd, m) {
   m.impl("has_sm90a", TORCH_BOX(&has_sm90a));
+#ifdef LK_KERNEL_SOURCES
   m.impl("kernel_sources", TORCH_BOX(&kernel_sources));
+#endif
 }
 
 }  // namespace lora_kernels

@@ -1,12 +1,11 @@
 // The CUDA ops of the backward pass.
-#include <torch/csrc/stable/library.h>
-
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "../cuda/backward.h"
 #include "cuda_operands.h"
+#include "library.h"
 
 namespace lora_kernels {
 namespace {
@@ -117,7 +116,7 @@ std::string backward_plan_cuda(const Tensor& x, const Tensor& weight, const Tens
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CUDA, m) {
+LK_LIBRARY_IMPL(CUDA, m) {
   m.impl("weight_grad", TORCH_BOX(&weight_grad_cuda));
   m.impl("backward", TORCH_BOX(&backward_cuda));
   m.impl("backward_as", TORCH_BOX(&backward_as_cuda));

@@ -1,12 +1,11 @@
 // The CUDA ops of projections that share x, up to kMaxGroup of them.
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 #include <vector>
 
 #include "../cuda/group.h"
 #include "cuda_operands.h"
 #include "group.h"
+#include "library.h"
 
 namespace lora_kernels {
 namespace {
@@ -100,11 +99,9 @@ backward_group_cuda(const Tensor& x, const std::vector<Tensor>& dys,
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CompositeExplicitAutograd, m) {
-  m.impl("max_group", TORCH_BOX(&max_group));
-}
+LK_LIBRARY_IMPL(CompositeExplicitAutograd, m) { m.impl("max_group", TORCH_BOX(&max_group)); }
 
-STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CUDA, m) {
+LK_LIBRARY_IMPL(CUDA, m) {
   m.impl("forward_group", TORCH_BOX(&forward_group_cuda));
   m.impl("backward_group", TORCH_BOX(&backward_group_cuda));
 }
