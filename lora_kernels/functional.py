@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -52,11 +54,14 @@ def fused_lora_linear(
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape, device, dtype or range.
+        NotImplementedError: DTensors in placements without a sharding rule.
         RuntimeError: weight requires grad, or the named backend cannot serve the call; later, a
             double backward, which only backend="reference" supports.
 
     Saved for backward: x, weight, lora_a, lora_b, h [M, r], seed. Never a mask or a dropped copy
     of x.
+
+    DTensors on one mesh are served as `lora_kernels.distributed.sharded_lora_linear` says.
 
     Equivalent to::
 
@@ -68,7 +73,14 @@ def fused_lora_linear(
     dropout placed as in PEFT and loralib.
     """
     if not checks.valid(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed):
-        checks.validate(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
+        checks.validate(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, sharded=True)
+        if checks.is_sharded(x):
+            from .distributed import sharded_lora_linear
+
+            operands: Any = (x, weight, lora_a, lora_b, bias)
+            return sharded_lora_linear(
+                *operands, scaling=scaling, dropout_p=dropout_p, seed=seed, backend=backend
+            )
         scaling, dropout_p = float(scaling), float(dropout_p)
         # The weight is cast inside, so that backward saves the parameter and not a 16-bit copy.
         x, bias = autocast.cast(x), None if bias is None else autocast.cast(bias)
