@@ -59,23 +59,30 @@ def rule_of(x: Placement, weight: Placement, dims: int) -> Rule:
         NotImplementedError: a placement that is none of Replicate, Shard and, for x, Partial.
     """
     r, p, last = Replicate(), Partial(), Shard(dims - 1)
-    for name, placement, known in (("weight", weight, (Replicate, Shard)), ("x", x, _KNOWN)):
-        if type(placement) not in known:
-            raise NotImplementedError(
-                f"fused_lora_linear: {name} has placement {placement}, but a sharding rule exists "
-                f"for {', '.join(k.__name__ for k in known)} alone; redistribute {name} first"
-            )
+    if not (weight.is_replicate() or _is_shard(weight)):
+        raise NotImplementedError(_no_rule("weight", weight, "Replicate and Shard"))
+    if not (x.is_replicate() or _is_shard(x) or x.is_partial()):
+        raise NotImplementedError(_no_rule("x", x, "Replicate, Shard and Partial"))
     if weight == Shard(0):
         return Rule(r, weight, r, weight, weight, last, r, p, p, weight, weight)
     if weight == Shard(1) or x == last:
         s = Shard(1)
         return Rule(last, s, s, r, p, p, p, last, s, p, r)
-    if isinstance(x, Shard):
+    if _is_shard(x):
         return Rule(x, r, r, r, r, x, Shard(0), x, p, p, p)
     return Rule(r, r, r, r, r, r, r, r, r, r, r)
 
 
-_KNOWN = (Replicate, Shard, Partial)
+def _is_shard(placement: Placement) -> bool:
+    """Whether it is Shard; a strided one is no window of the matrix."""
+    return placement.is_shard() and not hasattr(placement, "split_factor")
+
+
+def _no_rule(name: str, placement: Placement, known: str) -> str:
+    return (
+        f"fused_lora_linear: {name} has placement {placement}, but there are sharding rules for "
+        f"{known} alone; redistribute {name} first"
+    )
 
 
 # ---- the bare operators --------------------------------------------------------------------------
