@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed._functional_collectives as collectives  # torch.compile traces these
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.distributed.tensor.placement_types import Placement
 
 from . import checks, dropout
@@ -147,7 +147,9 @@ def _agreed(seed: Tensor | None, mesh: DeviceMesh, device: torch.device) -> Tens
     if seed is not None:
         return seed
     drawn = dropout.draw_seed(device)  # on every rank, so that their generators stay together
-    return distribute_tensor(drawn, mesh, [Replicate()] * mesh.ndim).to_local()
+    for dim in range(mesh.ndim):
+        drawn = collectives.wait_tensor(collectives.broadcast(drawn, 0, (mesh, dim)))
+    return drawn
 
 
 def _by_windows(
@@ -159,7 +161,7 @@ def _by_windows(
     seed: Tensor,
 ) -> Tensor:
     """`call` on each part of local x that is one window of the flattened matrix of `shape`."""
-    _, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
+    offset = _offset(shape, mesh, placements)
     split = [d for d in range(x.dim() - 1) if x.shape[d] != shape[d]]
     runs = x.shape[: split[-1]] if split else x.shape[:0]  # the dimensions before the last split
     if runs.numel() <= 1:
@@ -169,6 +171,20 @@ def _by_windows(
         start = [o + i for o, i in itertools.zip_longest(offset, index, fillvalue=0)]
         parts.append(call(x[index], _window(seed, _row(shape, start), offset[-1])))
     return torch.stack(parts).unflatten(0, runs)
+
+
+def _offset(shape: Sequence[int], mesh: DeviceMesh, placements: Sequence[Any]) -> list[int]:
+    """Where in a tensor of `shape` this rank's shard begins: DTensor splits as torch.chunk does."""
+    size, offset = list(shape), [0] * len(shape)
+    coordinate = mesh.get_coordinate() or ()
+    for ranks, mine, placement in zip(mesh.shape, coordinate, placements, strict=True):
+        if placement.is_shard():
+            d = placement.dim
+            chunk = -(-size[d] // ranks)
+            start = min(mine * chunk, size[d])
+            offset[d] += start
+            size[d] = min(chunk, size[d] - start)
+    return offset
 
 
 def _row(shape: Sequence[int], index: Sequence[int]) -> int:

@@ -20,6 +20,7 @@ SCALING, P = 2.0, 0.5
 SEED = (2**40 + 7, 11)
 NAMES = ("x", "weight", "lora_a", "lora_b", "bias")
 BACKENDS = ("cpu", "composed")
+NEEDS = ("b", "A", "xB", "xABb")  # the most last: what is cached of a call that asks for less
 
 
 class Case(NamedTuple):
@@ -58,6 +59,9 @@ CASES_2D = [
     *(Case(x, w, lead=(3, 5), p=P) for x, w in (("10", "RR"), ("00", "RR"), ("1R", "R0"))),
     *(Case(x, w, lead=(3, 5), p=P) for x, w in (("R2", "01"), ("RR", "00"), ("22", "11"))),
 ]
+
+# by dimensions of the mesh
+DRAWN = {1: Case("2", "1", p=P), 2: Case("02", "R1", p=P)}
 
 
 def operands(case: Case) -> dict[str, Tensor]:
@@ -174,6 +178,13 @@ TP = {
     "sequence": dict(p=0.3),  # activations between layers are sharded by sequence
     "checkpointed": dict(p=0.3, checkpointed=True),
 }
+
+
+def after_linear() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), lk.LoRALinear(WIDTH, WIDTH, 4))
+    nn.init.normal_(model[1].lora_b, std=0.3)
+    return model
 
 
 class Seeded(nn.Module):

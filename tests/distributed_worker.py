@@ -18,10 +18,15 @@ import torch._dynamo
 import torch.distributed as dist
 from distributed_cases import SEED, WIDTH, Block, Case, Model, P, Seeded, loss_of
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import PrepareModuleInput, parallelize_module
+from torch.distributed.tensor.parallel import (
+    PrepareModuleInput,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.distributed.tensor.placement_types import Placement
 from torch.nn.parallel import DistributedDataParallel
 
@@ -34,6 +39,12 @@ try:
     PEFT = True
 except ImportError:
     PEFT = False
+try:
+    from accelerate import Accelerator
+
+    ACCELERATE = True
+except ImportError:
+    ACCELERATE = False
 
 Found = dict[str, object]
 
@@ -106,7 +117,7 @@ def mask(mesh: DeviceMesh, x: str, weight: str, lead: tuple[int, ...]) -> Tensor
 def drawn(mesh: DeviceMesh) -> Found:
     """Without a seed, ranks of different generators."""
     torch.manual_seed(20 + dist.get_rank())
-    case = Case("2", "1", p=P)
+    case = cases.DRAWN[mesh.ndim]
     made = distributed(case, mesh)
     y = lk.fused_lora_linear(*(made[n] for n in cases.NAMES), scaling=cases.SCALING, dropout_p=P)
     return {"y": y.full_tensor(), "next": torch.rand(1)}
@@ -192,20 +203,40 @@ def tp_merge(mesh: DeviceMesh) -> Found:
     return {"y": y, "restored": all(torch.equal(before[n], after[n]) for n in before)}
 
 
-def tp_compiled(mesh: DeviceMesh) -> Found:
+def tp_compiled(mesh: DeviceMesh, p: float) -> Found:
     torch.manual_seed(6)
-    block = Block(torch.float32, None, 0.0)
+    block = Block(torch.float32, None, p)
     nn.init.normal_(block.up.lora_b, std=0.3)
     parallelize_module(block, mesh, {"up": ColwiseLoRA(), "down": RowwiseLoRA()})
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
     found = []
     for run in (block, compiled):
         block.zero_grad()
+        torch.manual_seed(9 + dist.get_rank())
         y = run(cases.batch())
         loss_of(y).backward()
         found.append({**whole(cases.grads_of(block)), "y": y.detach()})
     eager, got = found
     return {name: bool(torch.allclose(eager[name], got[name], atol=1e-6)) for name in eager}
+
+
+def tp_autocast(mesh: DeviceMesh) -> Found:
+    model = Model()
+    parallelize_module(model, mesh, plan(False))
+    with torch.autocast("cpu", cases.BF16):
+        loss_of(model(cases.batch())).backward()
+    return whole(cases.grads_of(model))
+
+
+def unfinished_input(mesh: DeviceMesh) -> Found:
+    """x is the result of a collective that nobody has waited for yet."""
+    model, x = cases.after_linear(), cases.batch().requires_grad_()
+    before = RowwiseParallel(input_layouts=Replicate(), use_local_output=False)
+    parallelize_module(model, mesh, {"0": before, "1": ColwiseLoRA(output_layouts=Replicate())})
+    y = model(x)
+    loss_of(y).backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return {**whole(grads), "y": y.detach(), "x": x.grad}
 
 
 def shared_input(mesh: DeviceMesh) -> Found:
@@ -231,6 +262,23 @@ def shared_input(mesh: DeviceMesh) -> Found:
     )  # fmt: skip
     loss_of(model(x)).backward()
     return {"same": bool(torch.allclose(x.grad, whole_x.grad, atol=1e-6))}
+
+
+def saved(mesh: DeviceMesh) -> Found:
+    """The adapters of an FSDP2 model, gathered as docs/scaling.md says."""
+    model = Model(**cases.MIXED)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, cpu_offload=True)
+    return get_model_state_dict(model, options=options)
+
+
+def accelerated(mesh: DeviceMesh) -> Found:
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(Model())
+    accelerator.backward(loss_of(model(part())))
+    return {**whole(cases.grads_of(model)), "kind": type(model).__name__}
 
 
 def two_dimensions(mesh: DeviceMesh) -> Found:
@@ -349,15 +397,15 @@ def checks(mesh: DeviceMesh) -> dict[str, Callable[[], object]]:
         for backend in cases.BACKENDS:
             add(f"op {case} {backend}", run_case, case, mesh, backend)
         add(f"mask {case}", mask, mesh, case.x, case.weight, case.lead)
+    add("drawn", drawn, mesh)
     if two:
         add("two dimensions", two_dimensions, mesh)
         add("errors", lambda: {"bare": error_of(lambda: bare(Case("0R", "R0"), mesh, "x"))})
         return found
     for case in cases.CASES:
         if case.p == 0 and not case.adapters:
-            for needs in ("xABb", "A", "xB", "b"):
+            for needs in cases.NEEDS:
                 add(f"bare {case} {needs}", bare, case, mesh, needs)
-    add("drawn", drawn, mesh)
     add("ddp", ddp, mesh)
     add("ddp dropout", ddp_dropout, mesh)
     for name in cases.FSDP:
@@ -365,16 +413,25 @@ def checks(mesh: DeviceMesh) -> dict[str, Callable[[], object]]:
     for name in cases.TP:
         add(f"tp {name}", tp, name, mesh)
     add("tp merge", tp_merge, mesh)
-    add("tp compiled", tp_compiled, mesh)
+    for p in (0.0, 0.3):
+        add(f"tp compiled {p}", tp_compiled, mesh, p)
+    add("tp autocast", tp_autocast, mesh)
+    add("unfinished input", unfinished_input, mesh)
+    add("saved", saved, mesh)
     add("shared input", shared_input, mesh)
     add("errors", lambda: {name: error_of(run) for name, run in errors(mesh).items()})
     if PEFT:
         add("peft", peft, mesh)
+    if ACCELERATE:
+        add("accelerate", accelerated, mesh)
     return found
 
 
 def rank_of(folder: Path, world: int, rank: int, only: str) -> None:
     torch.set_num_threads(1)
+    here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}  # as torchrun sets them
+    here |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}  # accelerate looks, nobody connects
+    os.environ.update({name: str(value) for name, value in here.items()})
     store = f"file://{folder}/store{world}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
     shape, names = ((2, 2), ("data", "tensor")) if world == 4 else ((2,), ("tensor",))

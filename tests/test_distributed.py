@@ -15,7 +15,7 @@ import distributed_cases as cases
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_cases import SEED, Case, Model, Seeded, loss_of, mean_of_shards
+from distributed_cases import SEED, Model, Seeded, loss_of, mean_of_shards
 
 import lora_kernels as lk
 from lora_kernels import dropout
@@ -26,7 +26,6 @@ pytestmark = [
 ]
 WORLDS = (2, 4)
 BARE = [c for c in cases.CASES if c.p == 0 and not c.adapters]
-NEEDS = ("xABb", "A", "xB", "b")
 CLOSE = 1e-5  # relative, in norm: sums in another order; another mask is of order 1
 CLOSE_BF16 = 2e-2
 
@@ -95,21 +94,22 @@ def test_the_mask_is_that_of_the_whole_matrix(ranks, world, case):
 def test_the_bare_operator(ranks, case):
     expected = cases.alone(case, "")
     initials = {"x": "x", "A": "lora_a", "B": "lora_b", "b": "bias"}
-    for needs in NEEDS:
+    for needs in cases.NEEDS:
         wanted = {"y", *(initials[i] for i in needs)}
         for found in of_all(ranks, 2, f"bare {case} {needs}"):
             assert set(found) == wanted
             assert_same(found, {name: expected[name] for name in wanted})
 
 
-def test_one_rank_draws_the_seed_for_all(ranks):
-    case = Case("2", "1", p=cases.P)
+@pytest.mark.parametrize("world", WORLDS)
+def test_one_rank_draws_the_seed_for_all(ranks, world):
+    case = cases.DRAWN[2 if world == 4 else 1]
     torch.manual_seed(20)
     made = cases.operands(case)
     expected = lk.fused_lora_linear(
         *(made[n] for n in cases.NAMES), scaling=cases.SCALING, dropout_p=cases.P
     )
-    for rank, found in enumerate(of_all(ranks, 2, "drawn")):
+    for rank, found in enumerate(of_all(ranks, world, "drawn")):
         assert torch.equal(found["y"], expected)
         torch.manual_seed(20 + rank)
         dropout.draw_seed(torch.device("cpu"))
@@ -206,9 +206,27 @@ def test_merging_a_sharded_layer(ranks):
         assert found["restored"]
 
 
-def test_compiling_a_sharded_layer(ranks):
-    for found in of_all(ranks, 2, "tp compiled"):
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_compiling_a_sharded_layer(ranks, p):
+    for found in of_all(ranks, 2, f"tp compiled {p}"):
         assert found and all(found.values()), found
+
+
+def test_autocast_of_a_sharded_model(ranks):
+    model = Model()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss_of(model(cases.batch())).backward()
+    for found in of_all(ranks, 2, "tp autocast"):
+        assert_close(found, cases.grads_of(model), CLOSE_BF16)
+
+
+def test_an_x_that_a_collective_has_not_finished(ranks):
+    model, x = cases.after_linear(), cases.batch().requires_grad_()
+    y = model(x)
+    loss_of(y).backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    for found in of_all(ranks, 2, "unfinished input"):
+        assert_close(found, {**expected, "y": y.detach(), "x": x.grad})
 
 
 def test_projections_of_one_dtensor(ranks):
@@ -225,3 +243,19 @@ def test_fsdp2_of_a_peft_model(ranks):
     pytest.importorskip("peft")
     for found in of_all(ranks, 2, "peft"):
         assert found["count"] == 4 and found["off"] <= CLOSE
+
+
+def test_saving_the_adapters_of_fsdp2(ranks):
+    model = Model(**cases.MIXED)
+    expected = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    found = ranks[2, 0]["saved"]  # gathered on rank 0
+    assert set(found) == set(expected)
+    assert_same(found, expected)
+
+
+def test_accelerate(ranks):
+    pytest.importorskip("accelerate")
+    expected = mean_of_shards(Model(), 2)
+    for found in of_all(ranks, 2, "accelerate"):
+        assert found["kind"] == "DistributedDataParallel"
+        assert_close(found, expected)
