@@ -171,6 +171,7 @@ FSDP = {
     "mixed_checkpointed": {**MIXED, "p": 0.3, "checkpointed": True},
     "mixed_norms": {**MIXED, "norms": True},  # trained norms in bf16 are a group of their own
     "bf16": {},  # fp32 parameters, gathered and used in bf16
+    "mixed_bf16": MIXED,  # fp32 adapters, gathered and used in bf16
 }
 TP = {
     "replicated": {},

@@ -146,7 +146,7 @@ def part(dtype: torch.dtype = torch.float32) -> Tensor:
 def fsdp(name: str, mesh: DeviceMesh) -> Found:
     model = Model(**cases.FSDP[name])
     policy = MixedPrecisionPolicy()
-    if name == "bf16":
+    if name.endswith("bf16"):
         policy = MixedPrecisionPolicy(param_dtype=cases.BF16, reduce_dtype=torch.float32)
     for block in model.blocks:
         for module in (block.norm,) if name == "mixed_norms" else ():
@@ -372,6 +372,16 @@ def errors(mesh: DeviceMesh) -> dict[str, Callable[[], object]]:
     }
 
 
+def errors_2d(mesh: DeviceMesh) -> dict[str, Callable[[], object]]:
+    made = distributed(Case("0R", "R0"), mesh)
+    made["lora_a"] = sharded(made["lora_a"].full_tensor(), mesh["tensor"], "R")
+    return {
+        "bare": lambda: bare(Case("0R", "R0"), mesh, "x"),
+        "style": lambda: ColwiseLoRA()._apply(lk.LoRALinear(4, 4, 2), mesh),
+        "part of the mesh": lambda: lk.fused_lora_linear(*(made[n] for n in cases.NAMES)),
+    }
+
+
 N_WRONG = cases.N + 1
 
 
@@ -400,7 +410,7 @@ def checks(mesh: DeviceMesh) -> dict[str, Callable[[], object]]:
     add("drawn", drawn, mesh)
     if two:
         add("two dimensions", two_dimensions, mesh)
-        add("errors", lambda: {"bare": error_of(lambda: bare(Case("0R", "R0"), mesh, "x"))})
+        add("errors", lambda: {name: error_of(run) for name, run in errors_2d(mesh).items()})
         return found
     for case in cases.CASES:
         if case.p == 0 and not case.adapters:

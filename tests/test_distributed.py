@@ -16,9 +16,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed_cases import SEED, Model, Seeded, loss_of, mean_of_shards
+from pages import table_of
 
 import lora_kernels as lk
 from lora_kernels import dropout
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bench import communication
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_gloo_available(), reason="torch has no gloo"),
@@ -139,9 +144,18 @@ def test_errors(ranks, name):
         assert re.match(f"{kind}: .*{message}", found[name]), found[name]
 
 
-def test_the_bare_operator_refuses_to_mix_rules(ranks):
+ERRORS_2D = {
+    "bare": ("NotImplementedError", "several that are used alike.*call lora_kernels.fused"),
+    "style": ("ValueError", r"ColwiseLoRA: the mesh must have one dimension.*mesh\['tp'\]"),
+    "part of the mesh": ("ValueError", "lora_a is on .*distribute lora_a over x's mesh"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS_2D)
+def test_errors_on_a_mesh_of_two_dimensions(ranks, name):
+    kind, message = ERRORS_2D[name]
     for found in of_all(ranks, 4, "errors"):
-        assert "several that are used alike" in found["bare"], found["bare"]
+        assert re.match(f"{kind}: .*{message}", found[name]), found[name]
 
 
 def test_a_strided_shard_has_no_rule():
@@ -174,14 +188,11 @@ def test_ddp_with_windows_of_one_mask(ranks):
 
 @pytest.mark.parametrize("name", cases.FSDP)
 def test_fsdp2(ranks, name):
-    model, bound = Model(**cases.FSDP[name]), CLOSE
-    dtypes = {torch.float32}
-    if name == "bf16":
+    model, bound, dtypes = Model(**cases.FSDP[name]), CLOSE, {torch.float32}
+    if name.endswith("bf16"):
         model, bound = model.to(torch.bfloat16), CLOSE_BF16
-    if name.startswith("mixed"):
-        bound = CLOSE_BF16 if "norms" in name else CLOSE
     if name == "mixed_norms":
-        dtypes = {torch.float32, torch.bfloat16}
+        bound, dtypes = CLOSE_BF16, {torch.float32, torch.bfloat16}
     expected = mean_of_shards(model, 2, seeded=True)
     for found in of_all(ranks, 2, f"fsdp {name}"):
         assert_close(found, expected, bound)
@@ -259,3 +270,9 @@ def test_accelerate(ranks):
     for found in of_all(ranks, 2, "accelerate"):
         assert found["kind"] == "DistributedDataParallel"
         assert_close(found, expected)
+
+
+def test_the_page_quotes_the_model_of_what_is_sent():
+    page = Path(__file__).parents[1] / "docs/scaling.md"
+    expected = [[*row[:2], communication.in_words(row[2])] for row in communication.table()]
+    assert table_of(page, "## What a step sends") == expected
