@@ -205,7 +205,8 @@ def _check_no_mixed_dtensor(tensors, sharded: bool) -> None:
             f"{OP}: got DTensor for {', '.join(which)} and plain tensors for {', '.join(plain)}, "
             "but needs DTensors for all of them or for none: distribute the plain ones "
             "(parallelize_module with lora_kernels.distributed.ColwiseLoRA or RowwiseLoRA does it "
-            "for a LoRALinear), or pass local tensors"
+            "for a LoRALinear), or pass local tensors; under FSDP2 call the module that "
+            "fully_shard was given, which gathers its parameters"
         )
     raise TypeError(
         f"{OP}: got DTensor for {', '.join(which)}, which only fused_lora_linear itself serves; "
