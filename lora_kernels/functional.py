@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -75,12 +73,9 @@ def fused_lora_linear(
     if not checks.valid(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed):
         checks.validate(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, sharded=True)
         if checks.is_sharded(x):
-            from .distributed import sharded_lora_linear
+            from . import sharded
 
-            operands: Any = (x, weight, lora_a, lora_b, bias)
-            return sharded_lora_linear(
-                *operands, scaling=scaling, dropout_p=dropout_p, seed=seed, backend=backend
-            )
+            return sharded.run(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend)
         scaling, dropout_p = float(scaling), float(dropout_p)
         # The weight is cast inside, so that backward saves the parameter and not a 16-bit copy.
         x, bias = autocast.cast(x), None if bias is None else autocast.cast(bias)

@@ -63,6 +63,11 @@ def sharded_lora_linear(
     checks.validate(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, sharded=True)
     if not isinstance(x, DTensor):
         raise TypeError(f"{OP}: sharded_lora_linear takes DTensors; call fused_lora_linear")
+    return run(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend)
+
+
+def run(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend) -> DTensor:
+    """`sharded_lora_linear` of a call that `checks.validate` let through."""
     mesh = _mesh_of(x=x, weight=weight, lora_a=lora_a, lora_b=lora_b, bias=bias)
     rules = rules_of(x.placements, weight.placements, x.dim())
     placed = [r.x for r in rules]
@@ -114,7 +119,8 @@ def _local(
     """This rank's part of `t` in `placements`; its gradient is in the placements `grad`."""
     # A redistribution also brings a leaf's gradient to the leaf's placements. That of another
     # tensor may stay Partial until it is added to others.
-    if tuple(t.placements) != tuple(placements) or (t.requires_grad and t.is_leaf):
+    wanted = t.requires_grad and t.is_leaf and tuple(grad or ()) != t.placements
+    if wanted or tuple(placements) != t.placements:
         t = t.redistribute(placements=placements)
     return t.to_local(grad_placements=grad)
 
