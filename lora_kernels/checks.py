@@ -67,11 +67,16 @@ def compute_dtype(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed) -> 
     return None
 
 
-def validate(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed) -> None:
+def validate(
+    x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, *, sharded: bool = False
+) -> None:
     """Raises the error that a bad call deserves; returns for a good one.
 
+    Args:
+        sharded: DTensors are served, all of them or none.
+
     Raises:
-        TypeError: an argument is of the wrong type, or a DTensor.
+        TypeError: an argument is of the wrong type, or a DTensor that is not served.
         ValueError: a shape, device, dtype, probability or scaling that cannot be served.
         RuntimeError: the frozen weight requires grad.
     """
@@ -82,7 +87,7 @@ def validate(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed) -> None:
     for name, t in tensors.items():
         if not isinstance(t, Tensor):
             raise TypeError(f"{OP}: {name} must be a Tensor, but got {type(t).__name__}")
-    _check_no_mixed_dtensor(tensors)
+    _check_no_mixed_dtensor(tensors, sharded)
     _check_scalars(scaling, dropout_p)
     _check_shapes(x, weight, lora_a, lora_b, bias)
     for name, t in tensors.items():
@@ -183,15 +188,37 @@ def _check_dtypes(x, weight, lora_a, lora_b, bias) -> None:
             )
 
 
-def _check_no_mixed_dtensor(tensors) -> None:
+def is_sharded(x: Tensor) -> bool:
+    """Whether a validated call is one of DTensors."""
+    if type(x) in _PLAIN:
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(x, DTensor)
+
+
+def _check_no_mixed_dtensor(tensors, sharded: bool) -> None:
     if all(type(t) in _PLAIN for t in tensors.values()):
         return
     from torch.distributed.tensor import DTensor
 
     kinds = {name: isinstance(t, DTensor) for name, t in tensors.items()}
-    if any(kinds.values()):
-        which = ", ".join(name for name, is_dtensor in kinds.items() if is_dtensor)
+    which = [name for name, is_dtensor in kinds.items() if is_dtensor]
+    if not which:
+        return
+    plain = [name for name in kinds if name not in which and name != "seed"]
+    if sharded and not plain:
+        return
+    if sharded:
         raise TypeError(
-            f"{OP}: got DTensor for {which}, which this op has no sharding rule for; pass local "
-            "tensors (for example inside torch.distributed.tensor.experimental.local_map)"
+            f"{OP}: got DTensor for {', '.join(which)} and plain tensors for {', '.join(plain)}, "
+            "but needs DTensors for all of them or for none: distribute the plain ones "
+            "(parallelize_module with lora_kernels.distributed.ColwiseLoRA or RowwiseLoRA does it "
+            "for a LoRALinear), or pass local tensors; under FSDP2 call the module that "
+            "fully_shard was given, which gathers its parameters"
         )
+    raise TypeError(
+        f"{OP}: got DTensor for {', '.join(which)}, which only fused_lora_linear itself serves; "
+        "call it for each projection, or pass local tensors (for example inside "
+        "torch.distributed.tensor.experimental.local_map)"
+    )

@@ -54,11 +54,14 @@ def fused_lora_linear(
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape, device, dtype or range.
+        NotImplementedError: DTensors in placements without a sharding rule.
         RuntimeError: weight requires grad, or the named backend cannot serve the call; later, a
             double backward, which only backend="reference" supports.
 
     Saved for backward: x, weight, lora_a, lora_b, h [M, r], seed. Never a mask or a dropped copy
     of x.
+
+    DTensors on one mesh are served as `lora_kernels.distributed.sharded_lora_linear` says.
 
     Equivalent to::
 
@@ -71,7 +74,11 @@ def fused_lora_linear(
     """
     dtype = checks.compute_dtype(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
     if dtype is None:
-        checks.validate(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
+        checks.validate(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, sharded=True)
+        if checks.is_sharded(x):
+            from . import sharded
+
+            return sharded.run(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend)
         scaling, dropout_p = float(scaling), float(dropout_p)
         x, bias = autocast.cast(x), None if bias is None else autocast.cast(bias)
         seed = None if seed is None else seed.contiguous()
