@@ -36,7 +36,7 @@ def fused_lora_linear(
         bias: [N] in x's dtype, or None.
         scaling: finite factor of the LoRA term. 0 switches it off: y is exactly the frozen
             linear, and the gradients of lora_a and lora_b are exactly zero. Under torch.compile a
-            scaling that has changed is multiplied into lora_b, so that no value of it recompiles.
+            scaling that has changed is multiplied into lora_b, so that no value but 0 recompiles.
         dropout_p: drop probability of x in the LoRA term; it applies whenever it is > 0, so pass
             0 in eval mode, as to scaled_dot_product_attention. Dropped elements are selected to
             zero (an Inf or NaN under one vanishes), survivors scaled by 1 /
@@ -99,7 +99,7 @@ def fused_lora_linear(
         from torch.fx.experimental.symbolic_shapes import has_static_value  # sympy comes with it
 
         if not has_static_value(scaling):  # as the op's float it would become a guard on its value
-            lora_b, scaling = lora_b * scaling, 1.0
+            lora_b, scaling = (lora_b, 0.0) if scaling == 0 else (lora_b * scaling, 1.0)
         if name == "" and not needs_grad(x, lora_a, lora_b, bias):
             name = backends.FORWARD_ALONE
         return OPS.lora_linear(x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, name)[0]
