@@ -25,6 +25,8 @@ from lora_kernels.distributed import ColwiseLoRA, RowwiseLoRA
 try:
     from peft import LoraConfig, get_peft_model
 
+    from lora_kernels import peft_linear
+
     PEFT = True
 except ImportError:
     PEFT = False
@@ -206,7 +208,13 @@ def two_dimensions(mesh: DeviceMesh) -> Found:
 
 
 def peft(mesh: DeviceMesh) -> Found:
-    """PEFT's own layers, or the fused ones in their place where the package has them."""
+    """PEFT's layers applied, whole, sharded by block, and each in a group of its own."""
+    calls = []
+    fused = peft_linear.fused_lora_linear
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return fused(*args, **kwargs)
 
     def make() -> nn.Module:
         torch.manual_seed(0)
@@ -220,19 +228,20 @@ def peft(mesh: DeviceMesh) -> Found:
             p.data = p.data.float() if p.requires_grad else p.data
         return model
 
+    peft_linear.fused_lora_linear = counted
     found = []
-    for shard in (False, True):
-        model = make()
-        if hasattr(lk, "apply"):
-            lk.apply(model)
-        if shard:
-            fully_shard(model.base_model.model[0], mesh=mesh)
+    for groups in ((), ("0",), ("0.0", "0.2")):
+        model = lk.apply(make())
+        for name in groups:
+            fully_shard(model.base_model.model.get_submodule(name), mesh=mesh)
+        if groups:
             fully_shard(model, mesh=mesh)
         loss_of(model(part(cases.BF16))).backward()
         found.append(whole(cases.grads_of(model)))
-    own, got = found
+    peft_linear.fused_lora_linear = fused
+    own, *sharded = found
     for grad in own.values():
         dist.all_reduce(grad, op=dist.ReduceOp.SUM)
         grad /= dist.get_world_size()
-    off = {name: float((got[name] - g).norm() / g.norm()) for name, g in own.items()}
-    return {"off": max(off.values()), "count": len(off)}
+    off = [(got[n] - g).norm() / g.norm() for got in sharded for n, g in own.items()]
+    return {"off": float(max(off)), "count": len(off), "fused": len(calls)}
