@@ -62,7 +62,7 @@ build/peft/$(OLDEST_PEFT):
 	$(PY) -m pip install -q --disable-pip-version-check --no-deps --target $@ peft==$(OLDEST_PEFT)
 
 test-peft: build $(if $(PYTHON),,$(VENV)/.peft) build/peft/$(OLDEST_PEFT)
-	PYTHONPATH=build/peft/$(OLDEST_PEFT) $(PY) -m pytest -n 2 tests/test_peft.py
+	PYTHONPATH=build/peft/$(OLDEST_PEFT) $(PY) -m pytest -n 2 tests/test_peft.py tests/test_peft_adoption.py
 	$(PY) tests/peft_judge.py $(ARGS)
 
 # Formatters are pinned in .venv; those of another interpreter may disagree with them.

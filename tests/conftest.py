@@ -78,6 +78,21 @@ def emulated():
 
 
 @pytest.fixture
+def fused(monkeypatch):
+    """A list that grows by one with each call of a PEFT layer that the fused op serves."""
+    from lora_kernels import peft_linear
+
+    calls, run = [], peft_linear.fused_lora_linear
+
+    def count(*args, **kwargs):
+        calls.append(kwargs)
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(peft_linear, "fused_lora_linear", count)
+    return calls
+
+
+@pytest.fixture
 def hopper():
     if not on_hopper(torch.device("cuda")):
         pytest.skip("needs compute capability 9.0 and a build with sm_90a")

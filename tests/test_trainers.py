@@ -28,18 +28,6 @@ STEPS = 6
 
 
 @pytest.fixture
-def fused(monkeypatch):
-    """A list that grows by one with each call that the fused op serves."""
-    from lora_kernels import peft_linear
-
-    calls, run = [], peft_linear.fused_lora_linear
-    monkeypatch.setattr(
-        peft_linear, "fused_lora_linear", lambda *a, **k: calls.append(k) or run(*a, **k)
-    )
-    return calls
-
-
-@pytest.fixture
 def tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers
 
