@@ -14,6 +14,7 @@
 
 TORCH := 2.13.0
 VENV := .venv
+QUIET := -q --disable-pip-version-check
 
 ifeq ($(PYTHON),)
 PY := $(VENV)/bin/python
@@ -38,12 +39,12 @@ build: $(STAMP)
 
 $(VENV)/.installed: requirements-dev.txt
 	python3 -m venv $(VENV)
-	$(PY) -m pip install -q --disable-pip-version-check torch==$(TORCH)
-	$(PY) -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+	$(PY) -m pip install $(QUIET) --no-compile torch==$(TORCH)
+	$(PY) -m pip install $(QUIET) --no-compile -r requirements-dev.txt
 	touch $@
 
 $(STAMP): $(ENV) $(SOURCES)
-	$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+	$(PY) -m pip install $(QUIET) --no-build-isolation --no-deps -e .
 	mkdir -p build && touch $@
 
 test: build lint
@@ -55,11 +56,11 @@ test-all: build lint
 OLDEST_PEFT := 0.18.1
 
 $(VENV)/.peft: requirements-peft.txt $(VENV)/.installed
-	$(PY) -m pip install -q --disable-pip-version-check -r requirements-peft.txt
+	$(PY) -m pip install $(QUIET) -r requirements-peft.txt
 	touch $@
 
 build/peft/$(OLDEST_PEFT):
-	$(PY) -m pip install -q --disable-pip-version-check --no-deps --target $@ peft==$(OLDEST_PEFT)
+	$(PY) -m pip install $(QUIET) --no-deps --target $@ peft==$(OLDEST_PEFT)
 
 test-peft: build $(if $(PYTHON),,$(VENV)/.peft) build/peft/$(OLDEST_PEFT)
 	PYTHONPATH=build/peft/$(OLDEST_PEFT) $(PY) -m pytest -n 2 tests/test_peft.py tests/test_peft_adoption.py
