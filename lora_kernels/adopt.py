@@ -4,6 +4,7 @@ all models of the process, `report` for what is fused and what is not."""
 from __future__ import annotations
 
 import importlib
+import sys
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -70,10 +71,18 @@ def unapply(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: not a module.
+        RuntimeError: fully_shard has made a class of its own of a layer's.
         ImportError: PEFT is missing, or older than 0.18.
     """
     fused = _peft_linear("lora_kernels.unapply")
-    for module in _modules(model, "unapply"):
+    modules = _modules(model, "unapply")
+    for module in modules:
+        if isinstance(module, fused.FusedLoraLinear) and type(module) is not fused.FusedLoraLinear:
+            raise RuntimeError(
+                f"lora_kernels.unapply: a layer is {type(module).__name__}, a class that "
+                "fully_shard made of FusedLoraLinear; call unapply before it"
+            )
+    for module in modules:
         if type(module) is fused.FusedLoraLinear:
             module.__class__ = fused.lora.Linear
     return model
@@ -88,10 +97,15 @@ class Patch:
     def __enter__(self) -> Patch:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._owner:
-            self._owner = False
+    def __exit__(self, kind: object = None, *_: object) -> None:
+        owner, self._owner = self._owner, False
+        if not owner or not _peft_linear("lora_kernels.patch_peft").patched():
+            return  # an outer one unpatches, or somebody has
+        try:
             unpatch_peft()
+        except RuntimeError:
+            if kind is None:  # else what went wrong in the body is what matters
+                raise
 
 
 def patch_peft() -> Patch:
@@ -143,9 +157,10 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What `report` found. str() and a notebook show it as a table."""
+    """What `report` found. str() shows it as a table. `note`: why PEFT's layers are left out."""
 
     layers: tuple[LayerReport, ...]
+    note: str = ""
 
     @property
     def fused(self) -> int:
@@ -167,7 +182,7 @@ class Report:
         from rich.table import Table
 
         if not self.layers:
-            return "no LoRA layer: the model has no PEFT adapter and no LoRALinear"
+            return self.note or "no LoRA layer: the model has no PEFT adapter and no LoRALinear"
         title = f"{self.fused} of {len(self.layers)} LoRA layers fused"
         table = Table(title=title, title_justify="left")
         table.add_column("layers", justify="right")
@@ -195,18 +210,19 @@ def report(model: nn.Module) -> Report:
         TypeError: not a module.
     """
     _modules(model, "report")
-    found = []
-    try:
-        fused = _peft_linear("lora_kernels.report")
-    except ImportError:
-        fused = None
+    found, note, fused = [], "", None
+    if "peft" in sys.modules:  # else the model has none of its layers
+        try:
+            fused = _peft_linear("lora_kernels.report")
+        except ImportError as error:
+            note = str(error)
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
             why_not = "merged: the weight holds it" if module.merged else ""
             found.append(LayerReport(name, "LoRALinear", why_not))
         elif fused is not None and isinstance(module, fused.lora.LoraLayer):
             found.append(LayerReport(name, f"lora.{type(module).__name__}", _why(fused, module)))
-    return Report(tuple(found))
+    return Report(tuple(found), note)
 
 
 def _why(fused: Any, module: nn.Module) -> str:

@@ -47,7 +47,7 @@ def compute_dtype(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed) -> 
         and lora_a.device == device
         and lora_b.device == device
         and (bias is None or (bias.shape == (n,) and bias.device == device))
-        and not weight.requires_grad
+        and not (weight.requires_grad and torch.is_grad_enabled())
         and type(scaling) is float
         and -MAX_SCALING <= scaling <= MAX_SCALING
         and type(dropout_p) is float

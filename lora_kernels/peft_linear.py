@@ -34,6 +34,7 @@ from .functional import fused_lora_linear
 
 OLDEST = (0, 18)
 TESTED = ("0.18.1", "0.21.2")  # all between them have the same forward
+_LINEAR_FORWARD, _CONV1D_FORWARD = nn.Linear.forward, Conv1D.forward
 _STAND_INS = (FakeTensor, FunctionalTensor)  # of plain tensors, while torch.export traces
 _FORWARD_DIGEST = "f3f969ac2a1b"  # of that forward, without comments and white space
 
@@ -87,17 +88,22 @@ def operands(layer: lora.Linear, x: Tensor | None = None) -> Operands | str:
         return "a hook or a forward of its own is on the base layer, lora_A, lora_B or dropout"
     if torch_module._has_any_global_hook():
         return "torch.nn.modules.module has a global hook"
+    if nn.Linear.forward is not _LINEAR_FORWARD or Conv1D.forward is not _CONV1D_FORWARD:
+        return "nn.Linear.forward or Conv1D.forward was replaced"
 
     (weight, bias), (lora_a, bias_a), (lora_b, bias_b) = _held(base), _held(down), _held(up)
     for t in (weight, lora_a, lora_b, bias, bias_b):
         if t is not None and not _plain(t):
-            return "a weight or bias is not a plain tensor (quantised, DTensor, ...)"
-    if weight.requires_grad and torch.is_grad_enabled():
+            return "a weight or bias is not a plain tensor (quantised; a DTensor, gathered or not)"
+    p = float(dropout.p) if dropped and dropout.training else 0.0
+    # With dropout grad mode must not decide: reentrant checkpointing computes once without and
+    # once with it, and PEFT's mask is another. FSDP1's frozen weights may require grad.
+    if weight.requires_grad and (p > 0 or torch.is_grad_enabled()):
         return "the base weight requires grad, which the fused op treats as frozen"
     if bias_a is not None:
         return "lora_A has a bias"
     dtype, why = _compute_dtype(layer, weight, bias, x)
-    if why or (why := _adapter_dtypes(dtype, lora_a, lora_b)):
+    if why or (why := _adapter_dtypes(dtype, lora_a, lora_b, x)):
         return why
 
     scaling = layer.scaling[name]
@@ -113,14 +119,9 @@ def operands(layer: lora.Linear, x: Tensor | None = None) -> Operands | str:
         bias_b = bias_b * scaling
     if bias_b is not None:
         bias = (bias_b if bias is None else bias + bias_b).to(dtype)
-    return Operands(
-        weight if kind is nn.Linear else weight.t(),
-        lora_a,
-        lora_b,
-        bias,
-        scaling,
-        dropout.p if dropped and dropout.training else 0.0,
-    )
+    if type(scaling) is int:
+        scaling = float(scaling)
+    return Operands(weight if kind is nn.Linear else weight.t(), lora_a, lora_b, bias, scaling, p)
 
 
 def _replaced(module: nn.Module) -> bool:
@@ -155,13 +156,15 @@ def _compute_dtype(layer, weight, bias, x) -> tuple[torch.dtype, str]:
     dtype = weight.dtype
     if dtype not in checks.CAST:
         return dtype, f"{dtype} is not a dtype of the fused op"
+    if weight.layout is not torch.strided or weight.is_meta:
+        return dtype, "the base weight is sparse or on the meta device"
     if x is None:
         return dtype, ""
-    if not _plain(x):
+    if not _plain(x) or x.layout is not torch.strided or x.is_nested:
         return dtype, "x is not a plain tensor"
-    if x.dim() == 0 or x.device != weight.device or weight.is_meta:
-        return dtype, "x and the weight are not on one device"
-    if not torch.compiler.is_compiling() and _transformed():
+    if x.dim() == 0 or x.shape[-1] != layer.in_features or x.device != weight.device:
+        return dtype, "x is not [..., in_features] on the weight's device"
+    if _transformed():
         return dtype, "inside torch.func, forward-mode differentiation or torch.jit.trace"
     if autocast.enabled(x.device.type):
         if x.dtype not in checks.CAST:
@@ -174,13 +177,19 @@ def _compute_dtype(layer, weight, bias, x) -> tuple[torch.dtype, str]:
     return dtype, ""
 
 
-def _adapter_dtypes(dtype: torch.dtype, lora_a: Tensor, lora_b: Tensor) -> str:
-    """Why not, if the adapter is neither of the computation's dtype nor wider."""
+def _adapter_dtypes(dtype: torch.dtype, lora_a: Tensor, lora_b: Tensor, x: Tensor | None) -> str:
+    """Why not, if the fused op would not compute with the adapter as PEFT does."""
     adapter = lora_a.dtype
     if lora_b.dtype != adapter:
         return "lora_A and lora_B differ in dtype"
-    if adapter != dtype and not (adapter == torch.float32 and dtype in checks.SIXTEEN_BIT):
+    if adapter == dtype:
+        return ""
+    if adapter != torch.float32 or dtype not in checks.SIXTEEN_BIT:
+        if x is None and adapter in checks.SIXTEEN_BIT:
+            return f"the adapter is {adapter}, the base {dtype}: fused under autocast alone"
         return f"the adapter's {adapter} is neither float32 nor the base's {dtype}"
+    if dtype == torch.float16 and x is not None and not autocast.enabled(x.device.type):
+        return "float32 adapters on a float16 base keep their range, unless autocast gives it up"
     return ""
 
 
@@ -191,6 +200,11 @@ def _transformed() -> bool:
         or torch.autograd.forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
     )
+
+
+# As torch.compiler.assume_constant_result does, which imports all of the compiler: the state while
+# a call is traced is the state that it will run in.
+_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # ---- the layer -----------------------------------------------------------------------------------
@@ -227,7 +241,7 @@ class FusedLoraLinear(lora.Linear):
 
 # ---- the forward of PEFT -------------------------------------------------------------------------
 
-_own: Callable | None = None  # lora.Linear.forward while `patch` has replaced it
+_own: Callable | None = None  # lora.Linear.forward before `patch` replaced it
 
 
 def peft_forward() -> Callable:
@@ -236,14 +250,14 @@ def peft_forward() -> Callable:
 
 
 def patched() -> bool:
-    """Whether lora.Linear.forward is `fused_forward`."""
-    return _own is not None
+    """Whether lora.Linear.forward is `fused_forward`, or was wrapped by somebody since."""
+    return _own is not None and lora.Linear.forward is not _own
 
 
 def patch() -> None:
     """lora.Linear.forward = fused_forward."""
     global _own
-    if _own is None:
+    if not patched():
         _own = lora.Linear.forward
         lora.Linear.forward = fused_forward  # type: ignore[method-assign]
 
@@ -255,7 +269,8 @@ def unpatch() -> None:
         RuntimeError: it is not patched, or somebody has replaced it since.
     """
     global _own
-    if _own is None:
+    if not patched():
+        _own = None
         raise RuntimeError(
             "unpatch_peft: PEFT is not patched; call lora_kernels.patch_peft() first"
         )
@@ -266,7 +281,7 @@ def unpatch() -> None:
             f"{getattr(lora.Linear.forward, '__qualname__', '?')}, which replaced the fused one "
             "after patch_peft(); undo that first"
         )
-    lora.Linear.forward, _own = _own, None  # type: ignore[method-assign]
+    lora.Linear.forward, _own = _own, None  # type: ignore[method-assign, assignment]
 
 
 def check_version() -> None:

@@ -121,8 +121,10 @@ def test_scaling_changed_by_peft(fused):
         assert_fused(layer, x_of(4, K), fused)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("adapter", ["fp32", "same"])
+@pytest.mark.parametrize(
+    "dtype, adapter",
+    [(torch.bfloat16, "fp32"), (torch.bfloat16, "same"), (torch.float16, "same")],
+)
 def test_16_bit_base(fused, dtype, adapter):
     """No further from the fp64 result than PEFT; gradients in the dtype of their parameter."""
     layer = make(nn.Linear(160, 96), dtype, r=8, lora_bias=True, lora_alpha=16)
@@ -144,11 +146,10 @@ def test_16_bit_base(fused, dtype, adapter):
         assert ours <= max(bound, 1.05 * pefts), name
 
 
-@pytest.mark.parametrize("p", [0.0, 0.5])
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
-def test_autocast(fused, base, x_dtype, p):
-    layer = make(dtype=base, lora_dropout=p).eval()
+def test_autocast(fused, base, x_dtype):
+    layer = make(dtype=base)
     layer.lora_A.float(), layer.lora_B.float()
     x = x_of(8, K, dtype=x_dtype)
     with torch.autocast("cpu", torch.bfloat16):
@@ -290,7 +291,55 @@ def tensor_subclass(layer, x):
     layer.base_layer.weight = nn.Parameter(weight, requires_grad=False)
 
 
+def wrapped(parameter):
+    """The parameter's data as a subclass of Tensor."""
+    own = type("Wrapped", (torch.Tensor,), {})
+    return nn.Parameter(parameter.data.as_subclass(own), requires_grad=parameter.requires_grad)
+
+
+def wrap(which):
+    def change(layer, x):
+        modules = {"lora_A": layer.lora_A["default"], "lora_B": layer.lora_B["default"]}
+        module = modules.get(which, layer.base_layer)
+        name = "bias" if which == "bias" else "weight"
+        setattr(module, name, wrapped(getattr(module, name)))
+
+    return change
+
+
+def lora_a_with_a_bias(layer, x):
+    layer.lora_A["default"].bias = nn.Parameter(torch.ones(5))
+
+
+def other_class_of_lora_a(layer, x):
+    layer.lora_A["default"].__class__ = type("Own", (nn.Linear,), {})
+
+
+def without_casting(layer, x):
+    layer.base_layer.bfloat16()
+    layer.cast_input_dtype_enabled = False
+    layer.lora_A.bfloat16(), layer.lora_B.bfloat16()
+    x.data = x.data.bfloat16()
+
+
+def fp16_with_fp32_adapters(layer, x):
+    layer.base_layer.half()
+    x.data = x.data.half()
+
+
 CHANGES = {
+    **{f"subclass_of_{w}": wrap(w) for w in ("lora_A", "lora_B", "bias")},
+    "lora_a_with_a_bias": lora_a_with_a_bias,
+    "other_class_of_lora_a": other_class_of_lora_a,
+    "without_casting": without_casting,
+    "fp16_with_fp32_adapters": fp16_with_fp32_adapters,
+    "forward_pre_hook": lambda layer, x: layer.lora_B["default"].register_forward_pre_hook(
+        lambda module, args: (args[0] * 1.5,)
+    ),
+    "backward_pre_hook": lambda layer, x: layer.lora_A["default"].register_full_backward_pre_hook(
+        lambda module, after: (after[0] * 2,)
+    ),
+    "vector_scaling": lambda layer, x: layer.scaling.update(default=torch.full((N,), 0.5)),
     "two_adapters": two_adapters,
     "disabled": disabled,
     "merged": merged,
@@ -323,7 +372,8 @@ def test_falls_back(fused, change):
     fused.clear()
     change(layer, x)
     assert_falls_back(layer, x, fused)
-    assert lk.report(layer).layers[0].why_not
+    by_call = {CHANGES["without_casting"], CHANGES["fp16_with_fp32_adapters"]}
+    assert bool(lk.report(layer).layers[0].why_not) == (change not in by_call)
 
 
 def test_falls_back_for_a_variant(fused):
@@ -338,6 +388,68 @@ def test_global_hook(fused):
     finally:
         handle.remove()
     assert layer.lora_A["default"] in seen and not fused
+
+
+CALLS = {
+    "subclass": lambda x: wrapped(x),
+    "sparse": lambda x: x.detach().to_sparse_csr(),
+    "nested": lambda x: torch.nested.nested_tensor([x.detach()]),
+}
+
+
+@pytest.mark.parametrize("of", CALLS.values(), ids=CALLS)
+def test_x_of_another_kind(fused, of):
+    layer, x = make().requires_grad_(False), of(x_of(4, K, grad=False))
+    try:
+        want = PEFTS_OWN(layer, x)
+    except (RuntimeError, NotImplementedError) as error:
+        with pytest.raises(type(error)):
+            layer(x)
+    else:
+        got = layer(x)
+        assert type(got) is type(want) and got.is_nested == want.is_nested
+    assert not fused
+
+
+def test_sparse_weight(fused):
+    layer, x = make().requires_grad_(False), x_of(4, K, grad=False)
+    layer.base_layer.weight = nn.Parameter(
+        layer.base_layer.weight.data.to_sparse_csr(), requires_grad=False
+    )
+    torch.testing.assert_close(layer(x), PEFTS_OWN(layer, x), rtol=0, atol=0)
+    assert not fused
+
+
+def test_forward_of_the_class_replaced(fused, monkeypatch):
+    layer, x, own = make(), x_of(4, K), nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: own(self, x) * 2)
+    torch.testing.assert_close(layer(x), PEFTS_OWN(layer, x), rtol=0, atol=0)
+    assert not fused
+
+
+def test_parameters_that_are_plain_attributes(fused):
+    """As FSDP1 and DataParallel hold them."""
+    layer, x = make(), x_of(4, K)
+    want = layer(x)
+    for name in ("weight", "bias"):
+        tensor = getattr(layer.base_layer, name).data
+        del layer.base_layer._parameters[name]
+        setattr(layer.base_layer, name, tensor)
+    torch.testing.assert_close(layer(x), want, rtol=0, atol=0)
+    assert len(fused) == 2
+
+
+def test_trained_weight_under_reentrant_checkpointing(fused):
+    """Computed without grad first and with it then: both by PEFT, or the masks would differ."""
+    from torch.utils.checkpoint import checkpoint
+
+    layer, x = make(lora_dropout=0.5), x_of(6, K)
+    layer.base_layer.weight.requires_grad_()
+    y = checkpoint(layer, x, use_reentrant=True)
+    y.sum().backward()
+    lora_b = layer.lora_B["default"].weight
+    torch.testing.assert_close((y - layer.base_layer(x)).sum(), (lora_b * lora_b.grad).sum())
+    assert not fused
 
 
 def test_adapter_names(fused):
@@ -363,8 +475,46 @@ def test_function_transforms(fused):
     assert not fused
 
 
-def test_errors_are_pefts(fused):
-    layer = make()
-    with pytest.raises(RuntimeError, match="dtype"):
-        layer(x_of(4, K, dtype=torch.bfloat16))
+@pytest.mark.parametrize("transform", ["jvp", "grad"])
+def test_compiled_transforms(fused, transform):
+    layer, x = make().requires_grad_(False), x_of(4, K, grad=False)
+
+    def run_(x):
+        if transform == "grad":
+            return torch.func.grad(lambda x: layer(x).square().sum())(x)
+        return torch.func.jvp(layer, (x,), (torch.ones_like(x),))[1]
+
+    torch._dynamo.reset()
+    got = torch.compile(run_, backend="eager")(x)
+    lk.unapply(layer)
+    torch.testing.assert_close(got, run_(x))
     assert not fused
+
+
+def test_forward_mode(fused):
+    layer, x = make().requires_grad_(False), x_of(4, K, grad=False)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        tangents = [
+            torch.autograd.forward_ad.unpack_dual(run_(dual)).tangent
+            for run_ in (layer, lambda x: PEFTS_OWN(layer, x))
+        ]
+    torch.testing.assert_close(*tangents)
+    assert not fused
+
+
+def test_trace(fused):
+    layer, x = make().requires_grad_(False), x_of(4, K, grad=False)
+    traced = torch.jit.trace(layer, x, check_trace=False)
+    torch.testing.assert_close(traced(x), layer(x))
+    assert len(fused) == 1
+
+
+@pytest.mark.parametrize("x", [x_of(4, K, dtype=torch.bfloat16), x_of(4, K + 1)])
+def test_errors_are_pefts(fused, x):
+    layer = make()
+    with pytest.raises(RuntimeError) as pefts:
+        PEFTS_OWN(layer, x)
+    with pytest.raises(RuntimeError) as ours:
+        layer(x)
+    assert str(ours.value) == str(pefts.value) and not fused

@@ -176,6 +176,37 @@ def test_unpatching_over_somebody_elses_patch(monkeypatch):
     lk.unpatch_peft()
 
 
+def test_patching_over_an_unpatching_of_somebody_elses(fused):
+    """Who sets PEFT's own forward back has unpatched, and patching again patches."""
+    lk.patch_peft()
+    lora.Linear.forward = PEFTS_OWN
+    with pytest.raises(RuntimeError, match="PEFT is not patched"):
+        lk.unpatch_peft()
+    lk.patch_peft()
+    model_of()(x_of(3, K))
+    assert len(fused) == 2
+
+
+def test_context_that_was_unpatched_inside(monkeypatch):
+    with lk.patch_peft():
+        lk.unpatch_peft()
+    assert lora.Linear.forward is PEFTS_OWN
+    with pytest.raises(ZeroDivisionError), lk.patch_peft():
+        monkeypatch.setattr(lora.Linear, "forward", Net.forward)
+        1 / 0  # noqa: B018
+    monkeypatch.undo()
+    lk.unpatch_peft()
+
+
+def test_unapplying_what_fully_shard_has_made():
+    model = lk.apply(model_of())
+    layer = model.base_model.model.up
+    layer.__class__ = type("FSDPFusedLoraLinear", (peft_linear.FusedLoraLinear,), {})
+    with pytest.raises(RuntimeError, match=r"FSDPFusedLoraLinear, a class that fully_shard made"):
+        lk.unapply(model)
+    assert lk.report(model).fused == 2
+
+
 def test_apply_while_patched_falls_back_to_pefts_forward(fused):
     model = lk.apply(model_of())
     with lk.patch_peft():
@@ -235,6 +266,7 @@ def test_peft_is_too_old(monkeypatch):
     monkeypatch.setattr(peft_linear.peft, "__version__", "0.17.1")
     with pytest.raises(ImportError, match=r"peft 0\.17\.1 is older than 0\.18.*pip install -U"):
         lk.patch_peft()
+    assert "peft 0.17.1 is older than 0.18" in str(lk.report(model_of()))
 
 
 def test_peft_of_an_unknown_forward(monkeypatch):

@@ -166,7 +166,8 @@ def test_beside_liger(fused, tokenizer, tmp_path):
 # ---- Lightning -----------------------------------------------------------------------------------
 
 
-def test_lightning(fused, tokenizer, tmp_path):
+@pytest.mark.parametrize("built_in", ["__init__", "configure_model"])
+def test_lightning(fused, tokenizer, tmp_path, built_in):
     lightning = pytest.importorskip("lightning.pytorch")
     from lora_kernels.integrations.lightning import LoraKernels
 
@@ -175,7 +176,13 @@ def test_lightning(fused, tokenizer, tmp_path):
     class Module(lightning.LightningModule):
         def __init__(self):
             super().__init__()
-            self.model, self.seen = peft.get_peft_model(llama(), lora_config()), []
+            self.model, self.seen = None, []
+            if built_in == "__init__":
+                self.configure_model()
+
+        def configure_model(self):
+            if self.model is None:
+                self.model = peft.get_peft_model(llama(), lora_config())
 
         def training_step(self, batch, index):
             loss = self.model(input_ids=batch, labels=batch).loss
@@ -197,6 +204,8 @@ def test_lightning(fused, tokenizer, tmp_path):
         found[how] = torch.tensor(module.seen)
         assert bool(fused) == (how == "applied")
     torch.testing.assert_close(found["applied"], found["own"], rtol=2e-2, atol=2e-2)
+    with pytest.raises(RuntimeError, match="not patched"):  # the callback has taken it back
+        lk.unpatch_peft()
 
 
 # ---- axolotl -------------------------------------------------------------------------------------
