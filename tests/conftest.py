@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
+import sys
 import sysconfig
 import zlib
 from pathlib import Path
@@ -33,6 +35,18 @@ SAMPLED = {  # the same of tests whose cases are emulated for seconds each
 # No verdict of whoever runs the tests: this folder does not exist, tests that store take their own.
 os.environ["LORA_KERNELS_CACHE"] = os.path.join(os.path.dirname(__file__), "no_such_cache")
 torch.set_num_threads(1)  # xdist runs one worker a core; test_dropout.py tries more
+MEMORY = 2 << 30  # bytes that a worker may hold before it gives back what it has freed
+TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown():
+    """The emulator's records leave gigabytes of free memory in a heap that only grows."""
+    if TRIM is None:
+        return
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    if pages * os.sysconf("SC_PAGE_SIZE") > MEMORY:
+        TRIM(0)
 
 
 def pytest_generate_tests(metafunc):
