@@ -116,8 +116,8 @@ def is_slow(mutant: Mutant) -> bool:
     if mutant.suite in suites and mutant.file.endswith((".h", ".cpp")):
         return True
     counts = {
-        mutants: 8, mutants_forward: 13, mutants_backward: 22, mutants_group: 20, mutants_decode: 20,
-        mutants_sm80_gemm: 24, mutants_sm80_grad: 20,
+        mutants: 8, mutants_forward: 13, mutants_backward: 22, mutants_group: 20,
+        mutants_decode: 20, mutants_sm80_gemm: 24, mutants_sm80_grad: 20,
     }  # fmt: skip
     for many, fast in ((file.KILLED, n) for file, n in counts.items()):
         if mutant in many:
