@@ -10,7 +10,7 @@ from torch import Tensor
 
 def enabled(device: str) -> bool:
     """Whether autocast is on for this device type; False where it does not exist ("meta")."""
-    if not torch._C._is_any_autocast_enabled():  # a question to one device takes twice as long
+    if not torch._C._is_any_autocast_enabled():  # one question where the usual answer takes two
         return False
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
@@ -24,7 +24,7 @@ def cast(t: Tensor) -> Tensor:
 
 
 class _Off:
-    """torch.autocast(device, enabled=False) where it is enabled, at a tenth of its host time."""
+    """torch.autocast(device, enabled=False) where it is enabled, without its bookkeeping."""
 
     def __init__(self, device: str):
         self._device = device
