@@ -1,6 +1,6 @@
 """Fine-tunes SmolLM2-135M with PEFT, made faster by one line, on a CPU.
 
-The model completes "Headline: ... / Section:" by the section of the BBC that ran it. It is asked
+The model completes "<headline> / Category:" by the section of the BBC that ran it. It is asked
 before (zero-shot), trained with PEFT's LoRA on all linear layers, and asked again. The only line
 that is not PEFT's or transformers' is
 
@@ -40,7 +40,10 @@ from torch import Tensor, nn
 
 import lora_kernels as lk
 
-PROMPT = "Headline: {}\nSections: business, entertainment, politics, sports, tech\nSection:"
+PROMPT = "{}\nCategory:"
+ANSWERS = dict(
+    zip(SECTIONS, ("business", "entertainment", "politics", "sport", "technology"), strict=True)
+)
 SAME_LOSS = 1e-3  # of steps from the same state, with and without the line
 console = Console()
 
@@ -166,8 +169,8 @@ def run(args: argparse.Namespace, progress: Progress) -> tuple[list[tuple[str, s
     tokenizer.padding_side, tokenizer.truncation_side = "left", "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     train, test = load_text(args, tokenizer)
-    first = [tokenizer(f" {s}", add_special_tokens=False)["input_ids"][0] for s in SECTIONS]
-    answers = torch.tensor(first)
+    words = [tokenizer(f" {ANSWERS[s]}", add_special_tokens=False)["input_ids"] for s in SECTIONS]
+    answers = torch.tensor([tokens[0] for tokens in words])
     model = transformers.AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32
     )
@@ -227,12 +230,12 @@ def parse_args() -> argparse.Namespace:
     add("--alpha", type=float, default=32)
     add("--dropout", type=float, default=0.05, help="of the LoRA term")
     add("--steps", type=int, default=150)
-    add("--batch", type=int, default=8)
+    add("--batch", type=int, default=12)
     add("--train", type=int, default=1600, help="training headlines")
     add("--test", type=int, default=250, help="test headlines")
-    add("--length", type=int, default=32, help="tokens of a prompt, padded or cut")
+    add("--length", type=int, default=20, help="tokens of a prompt, padded or cut")
     add("--lr", type=float, default=5e-4)
-    add("--steps-timed", type=int, default=8, help="of each side, at least 2")
+    add("--steps-timed", type=int, default=12, help="of each side, at least 2")
     add("--seed", type=int, default=0)
     add("--cache", type=Path, help="folder for downloads; default: see data.py")
     add("--output", type=Path, help="folder of the adapter; default: in the cache folder")

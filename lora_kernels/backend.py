@@ -38,6 +38,8 @@ class Backend:
         missing: None if it can run on this machine, else what is missing and how to get it.
         refuses: None if it serves an x of this kind, else why not.
         prefers: None if the automatic choice may take it for such an x, else why not.
+        eager_like: whether it rounds frozen products of this dtype before it adds the rank-r term,
+            as eager PyTorch does: the criterion's bound for it.
         evidence: what is known by measurement on a device; if there, the automatic choice takes
             the backend for calls that it has won alone.
         plan: what the forward pass would launch for (x, weight, lora_a, lora_b, seed, up_scale),
@@ -51,6 +53,7 @@ class Backend:
     missing: Callable[[], str | None] = lambda: None
     refuses: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
     prefers: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
+    eager_like: Callable[[torch.dtype], bool] = lambda dtype: False
     evidence: Callable[[torch.device], dispatch.Evidence] | None = None
     plan: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, float], str] | None = None
     group_forward: Callable | None = None
@@ -205,6 +208,11 @@ def _objection(name: str, device: torch.device, dtype: torch.dtype) -> str | Non
     return why
 
 
+def eager_like(name: str, dtype: torch.dtype) -> bool:
+    """`Backend.eager_like` of a backend."""
+    return _REGISTRY[name].eager_like(dtype)
+
+
 def backends() -> dict[str, str | None]:
     """Every backend by name: None if it can run here, else what is missing and how to get it."""
     return {name: _REGISTRY[name].missing() for name in _ORDER}
@@ -229,14 +237,24 @@ def _cpu_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _cpu_prefers(device: torch.device, dtype: torch.dtype) -> str | None:
-    probe = {
+_native: tuple[torch.dtype, ...] = ()  # of 16 bits, those that backend cpu multiplies as they are
+
+
+def multiply_natively(*dtypes: torch.dtype) -> None:
+    """Hands frozen products of these dtypes to the vendor's 16-bit CPU GEMM, others to its fp32."""
+    global _native
+    OPS.use_16bit_gemm(torch.bfloat16 in dtypes, torch.float16 in dtypes)
+    _native = dtypes
+
+
+def native_dtypes() -> list[torch.dtype]:
+    """The 16-bit dtypes that this processor's GEMM takes as they are."""
+    probes = {
         torch.bfloat16: "_is_mkldnn_bf16_supported",
         torch.float16: "_is_mkldnn_fp16_supported",
-    }.get(dtype, "")
-    if hasattr(torch.ops.mkldnn, probe) and getattr(torch.ops.mkldnn, probe)():
-        return f"this processor multiplies {dtype} natively; the cpu backend goes through float32"
-    return None
+    }
+    ops = torch.ops.mkldnn
+    return [dtype for dtype, name in probes.items() if hasattr(ops, name) and getattr(ops, name)()]
 
 
 def _cuda_missing() -> str | None:
@@ -326,8 +344,8 @@ def _register_all() -> None:
     )  # fmt: skip
     register(
         Backend("cpu", "C++ down_proj and weight_grad, mask in registers, frozen product by the "
-                "vendor's fp32 GEMM", **native, missing=_cpu_missing, refuses=_cpu_refuses,
-                prefers=_cpu_prefers)
+                "vendor's GEMM", **native, missing=_cpu_missing, refuses=_cpu_refuses,
+                eager_like=lambda dtype: dtype in _native)
     )  # fmt: skip
     register(
         Backend("triton", "Triton down_proj, fused_gemm and weight_grad, for any GPU that Triton "
@@ -338,7 +356,7 @@ def _register_all() -> None:
     )  # fmt: skip
     register(
         Backend("composed", "the vendor's GEMMs, up projection accumulated in place by addmm",
-                composed.forward, composed.backward,
+                composed.forward, composed.backward, eager_like=lambda dtype: True,
                 group_forward=composed.group_forward, group_backward=composed.group_backward)
     )  # fmt: skip
     register(
@@ -348,5 +366,7 @@ def _register_all() -> None:
 
 
 _register_all()
+if has_kernel("forward", "CPU"):
+    multiply_natively(*native_dtypes())
 if os.environ.get(ENV):
     _selected = os.environ[ENV]

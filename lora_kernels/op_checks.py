@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from . import backend as backends
 from . import criterion, dropout
 from ._ops import ops as OPS
 from .criterion import Oracle
@@ -195,17 +196,18 @@ def run(backend: str, device: torch.device, dtypes: list[torch.dtype]) -> Iterat
     triton = backend == "triton"
     calls, library = (TRITON_CALLS, None) if triton else (CALLS, device.type.upper())
     for dtype in dtypes:
+        eager_like = backends.eager_like(backend, dtype)
         for shape in SHAPES:
             for p in DROPOUTS:
                 problem = make(shape, dtype, p, device)
                 exact = criterion.oracle(problem)
                 for (op, form), call in calls.items():
                     bound = functools.partial(call, problem, exact)
-                    yield check(op, form, library, problem, bound, exact)
+                    yield check(op, form, library, problem, bound, exact, eager_like)
                 step = functools.partial(problem.step, backend)
-                yield check(WHOLE, "", None, problem, step, exact)
+                yield check(WHOLE, "", None, problem, step, exact, eager_like)
                 if not triton:
-                    yield from _groups(device, problem, exact)
+                    yield from _groups(device, problem, exact, eager_like)
 
 
 def check(
@@ -215,6 +217,7 @@ def check(
     problem: Problem,
     call: Callable[[], Results],
     exact: Oracle,
+    eager_like: bool = False,
 ) -> Check:
     """Runs one call and judges its results. `library`: "CPU" or "CUDA" if it needs C++ of that."""
     m, k = problem.x.shape
@@ -231,7 +234,7 @@ def check(
         return Check(*about, NOT_SERVED, None, f"no C++ kernel for {library} is built")
     try:
         got = call()
-        used = criterion.usage(exact, got, dtype)
+        used = criterion.usage(exact, got, dtype, eager_like=eager_like)
     except Exception as error:  # of any kind: a kernel that faults must not end the check
         return failed(about, error)
     bad = [name for name, value in used.items() if not value <= 1]
@@ -250,7 +253,7 @@ def failed(about: About, error: Exception) -> Check:
     return Check(*about, WRONG, None, f"{type(error).__name__}: {text}")
 
 
-def _groups(device: torch.device, one: Problem, exact: Oracle) -> Iterator[Check]:
+def _groups(device: torch.device, one: Problem, exact: Oracle, eager_like: bool) -> Iterator[Check]:
     """Two projections of one x: the problem's own, and another's weights."""
     m, k = one.x.shape
     n, r = one.lora_b.shape
@@ -290,7 +293,7 @@ def _groups(device: torch.device, one: Problem, exact: Oracle) -> Iterator[Check
         return {"x": dx, **_numbered(lora_a=das, lora_b=dbs, bias=dbiases)}
 
     for op, call in zip(GROUPS, (forward, backward), strict=True):
-        yield check(op, "", device.type.upper(), one, call, joint)
+        yield check(op, "", device.type.upper(), one, call, joint, eager_like)
 
 
 def _numbered(**lists: list[Tensor]) -> Results:

@@ -16,6 +16,9 @@ The same with `group` in their names: projections that share x, each with a seed
 Autograd looks for tensors only in lists that hold nothing else, so in `lora_linear_group` an absent
 bias is a tensor of no elements, and without dropout the list of seeds is empty.
 
+`use_16bit_gemm`: in which dtypes the CPU kernels hand their frozen products to the vendor's GEMM as
+they are, and not by way of float32.
+
 `forward_triton` and `backward_triton` are the same lines in Triton, on any device that it serves.
 
 `forward_as` and `forward_plan`: `forward` in a form of the caller's choice, "one_launch",
@@ -48,6 +51,7 @@ _BACKWARD = (
 )
 SCHEMAS = (
     "cpu_isa() -> str",
+    "use_16bit_gemm(bool bf16, bool fp16) -> ()",
     "has_sm90a() -> bool",
     "kernel_sources() -> str",
     "max_group() -> int",

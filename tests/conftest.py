@@ -16,12 +16,11 @@ from torch.utils import cpp_extension
 from triton_interpreter import INTERPRETED  # before anything imports Triton
 
 import lora_kernels as lk
-from lora_kernels.schemas import on_hopper
+from lora_kernels import backend as backends
+from lora_kernels.schemas import has_kernel, on_hopper
 
 ON_GPU = {"cuda"} if INTERPRETED else {"cuda", "triton"}  # what serves no CPU tensor
 USABLE = [n for n, missing in lk.backends().items() if missing is None and n not in ON_GPU]
-# Paths that round the frozen product before the rank-r term is added: their bound says so.
-EAGER_LIKE = {"composed"}
 INTERPRETED_FAST = 30  # of the cases of backend triton in its interpreter, one in so many is fast
 SAMPLED = {  # the same of tests whose cases are emulated for seconds each
     "test_backward.py::test_shapes": 4,
@@ -33,6 +32,8 @@ SAMPLED = {  # the same of tests whose cases are emulated for seconds each
 
 # No verdict of whoever runs the tests: this folder does not exist, tests that store take their own.
 os.environ["LORA_KERNELS_CACHE"] = os.path.join(os.path.dirname(__file__), "no_such_cache")
+if has_kernel("forward", "CPU"):
+    backends.multiply_natively()  # the same kernels on every processor; test_native_gemm.py: native
 torch.set_num_threads(1)  # xdist runs one worker a core; test_dropout.py tries more
 MEMORY = 2 << 30  # bytes that a worker may hold before it gives back what it has freed
 TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
@@ -55,7 +56,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def eager_like(backend) -> bool:
-    return backend in EAGER_LIKE
+    return backends.eager_like(backend, torch.bfloat16)
 
 
 @pytest.fixture(scope="session")

@@ -1,21 +1,31 @@
 // y [M, N] = product + select(mask, scale * h * up^T, 0) + bias: the epilogue of the frozen GEMM.
-// The frozen product comes from the vendor's library in fp32; this pass adds the rank-r term while
-// it rounds, so y is rounded once. Up projections are packed for as many columns as fit the L1 or
-// L2.
+// The frozen product comes from the vendor's library; where that is fp32, this pass adds the rank-r
+// term while it rounds, so y is rounded once. Up projections are packed for as many columns as fit
+// the L1 or L2.
+
+template <class Product, class Y>
+void epilogue_rows(const FusedGemmTailArgs& a, int64_t row, int64_t rows, int64_t col, int64_t cols,
+                   const float* lora, int64_t ld, const float* bias, const Product* products,
+                   Y* ys) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t r = row + i - a.first_row, c = col - a.first_col;
+    const Product* product = products + r * a.product.row_stride + c;
+    Y* y = ys + r * a.y.row_stride + c;
+    for (int64_t j = 0; j < cols; ++j)
+      from_float(to_float(product[j]) + (a.scale * lora[i * ld + j] + bias[j]), y[j]);
+  }
+}
 
 inline void epilogue_strip(const FusedGemmTailArgs& a, int64_t row, int64_t rows, int64_t col,
                            int64_t cols, const float* lora, int64_t ld) {
   float bias[kColUnit] = {};
   if (a.bias.data != nullptr) read_tile(a.bias, 0, col, 1, cols, bias, kColUnit);
-  with_type(a.y.dtype, [&](auto* type) {
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t r = row + i - a.first_row, c = col - a.first_col;
-      const float* product =
-          static_cast<const float*>(a.product.data) + r * a.product.row_stride + c;
-      auto* y = static_cast<decltype(type)>(a.y.data) + r * a.y.row_stride + c;
-      for (int64_t j = 0; j < cols; ++j)
-        from_float(product[j] + (a.scale * lora[i * ld + j] + bias[j]), y[j]);
-    }
+  with_type(a.product.dtype, [&](auto* from) {
+    with_type(a.y.dtype, [&](auto* to) {
+      epilogue_rows(a, row, rows, col, cols, lora, ld, bias,
+                    static_cast<decltype(from)>(a.product.data),
+                    static_cast<decltype(to)>(a.y.data));
+    });
   });
 }
 

@@ -12,7 +12,7 @@ constexpr int64_t kColUnit = 64;  // a cache line of 16-bit elements or more, an
 
 // What is left of FusedGemmArgs once the vendor has multiplied: y = product + the rest.
 struct FusedGemmTailArgs {
-  Matrix product;  // fp32, the part of the frozen product that starts at (first_row, first_col)
+  Matrix product;  // the part of the frozen product that starts at (first_row, first_col)
   int64_t first_row, first_col;
   Matrix h;     // [M, r]
   Matrix up;    // [N, r]

@@ -53,6 +53,13 @@ inline void addmm_out(const Tensor& out, const Tensor& c, const Tensor& a, const
       aoti_torch_cpu_addmm_out(out.get(), c.get(), a.get(), b.get(), beta, alpha));
 }
 
+// a + b, in the wider of their dtypes.
+inline Tensor add(const Tensor& a, const Tensor& b) {
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_add_Tensor(a.get(), b.get(), 1.0, &handle));
+  return Tensor(handle);
+}
+
 // Ops below autograd record nothing, whatever mode their caller is in.
 class NoGrad {
  public:

@@ -1,5 +1,6 @@
-// The CPU ops: frozen products by the vendor's fp32 GEMM, everything LoRA by csrc/cpu.
+// The CPU ops: frozen products by the vendor's GEMM, everything LoRA by csrc/cpu.
 #include <algorithm>
+#include <atomic>
 #include <string>
 #include <utility>
 #include <vector>
@@ -111,10 +112,18 @@ void fused_gemm_small(FusedGemmTailArgs& args, const Operand& x, const Operand& 
   kernels().fused_gemm(args, 0, args.M, 0, args.N);
 }
 
-// fp32: the vendor writes y and adds the rank-r term to it; under a mask the epilogue adds it.
-void fused_gemm_f32(FusedGemmTailArgs& args, const Operand& x, const Operand& weight,
-                    const Operand& h, const Operand& up, const OptionalTensor& bias,
-                    const Tensor& y) {
+std::atomic<bool> vendor_has_bf16{false}, vendor_has_fp16{false};
+
+// Whether the vendor's GEMM takes this dtype as it is, and not by way of fp32.
+bool vendor_multiplies(Dtype dtype) {
+  return dtype == Dtype::f32 || (dtype == Dtype::bf16 ? vendor_has_bf16 : vendor_has_fp16);
+}
+
+// The vendor writes y and adds the rank-r term to it; under a mask the epilogue adds it. In 16 bits
+// the frozen product is rounded before that.
+void fused_gemm_vendor(FusedGemmTailArgs& args, const Operand& x, const Operand& weight,
+                       const Operand& h, const Operand& up, const OptionalTensor& bias,
+                       const Tensor& y) {
   const Tensor x_t = as_tensor(x), weight_t = as_tensor(transposed(weight));
   if (args.dropout.seed != nullptr) {
     mm_out(y, x_t, weight_t);
@@ -151,10 +160,9 @@ std::pair<int64_t, int64_t> panel_of(int64_t depth) {
   return {rows, std::clamp<int64_t>(units, 1, 64) * kColUnit};
 }
 
-// 16 bits: panels of both operands go to fp32 and through the vendor's fp32 GEMM, so the rank-r
-// term meets an unrounded product. Processors with 16-bit GEMM instructions take `composed`
-// instead.
-void fused_gemm_16bit(FusedGemmTailArgs& args, const Operand& x, const Operand& weight) {
+// 16 bits without instructions for them: panels of both operands go to fp32 and through the
+// vendor's fp32 GEMM, so the rank-r term meets an unrounded product.
+void fused_gemm_panels(FusedGemmTailArgs& args, const Operand& x, const Operand& weight) {
   const auto [row_panel, col_panel] = panel_of(x.cols);
   const Matrix y = args.y;
   for (int64_t row = 0; row < args.M; row += row_panel) {
@@ -200,10 +208,10 @@ Tensor fused_gemm(const Tensor& x_shape, const Operand& x, const Operand& weight
                          dropout};
   if (2 * M * N * x.cols <= kSmallFlops)
     fused_gemm_small(args, x, weight);
-  else if (dtype == Dtype::f32)
-    fused_gemm_f32(args, x, weight, h, up, bias, view_2d(y, M, N, N, 1));
+  else if (vendor_multiplies(dtype))
+    fused_gemm_vendor(args, x, weight, h, up, bias, view_2d(y, M, N, N, 1));
   else
-    fused_gemm_16bit(args, x, weight);
+    fused_gemm_panels(args, x, weight);
   return y;
 }
 
@@ -322,8 +330,23 @@ void group_dx_f32(const std::vector<Share>& shares, const Operand& dx) {
   }
 }
 
-// 16 bits: a panel of dx stays in fp32 until the last rank-r term is added, and is rounded once.
+// The vendor's 16-bit products, each rounded once, are added up in fp32 with the rank-r terms.
 void group_dx_16bit(const std::vector<Share>& shares, const Operand& dx) {
+  const Tensor product = empty_cpu({dx.rows, dx.cols}, dx.tensor.scalar_type());
+  Operand sum = operand(empty_cpu({dx.rows, dx.cols}, ScalarType::Float), "backward_group", "sum");
+  for (const Share& s : shares) {
+    mm_out(product, as_tensor(s.dy), as_tensor(transposed(s.weight)));
+    const bool first = &s == &shares.front();
+    if (!first) sum = operand(add(sum.tensor, product), "backward_group", "sum");
+    FusedGemmTailArgs args = tail_of(s, sum.matrix);
+    if (first) args.product = operand(product, "backward_group", "product").matrix;
+    if (&s == &shares.back()) args.y = dx.matrix;
+    epilogue(args, 0, dx.rows, 0, dx.cols);
+  }
+}
+
+// A panel of dx stays in fp32 until the last rank-r term is added, and is rounded once.
+void group_dx_panels(const std::vector<Share>& shares, const Operand& dx) {
   int64_t depth = 0;
   for (const Share& s : shares) depth = std::max(depth, s.dy.cols);
   const auto [row_panel, col_panel] = panel_of(depth);
@@ -370,8 +393,10 @@ Tensor group_dx(const Tensor& dy, const std::vector<Share>& shares) {
     group_dx_small(shares, rows);
   else if (dtype == Dtype::f32)
     group_dx_f32(shares, rows);
-  else
+  else if (vendor_multiplies(dtype))
     group_dx_16bit(shares, rows);
+  else
+    group_dx_panels(shares, rows);
   return dx;
 }
 
@@ -520,9 +545,17 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>
 // Which copy of the CPU kernels this processor runs.
 std::string cpu_isa_op() { return kernels().isa; }
 
+void use_16bit_gemm_op(bool bf16, bool fp16) {
+  vendor_has_bf16 = bf16;
+  vendor_has_fp16 = fp16;
+}
+
 }  // namespace
 
-LK_LIBRARY_IMPL(CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa_op)); }
+LK_LIBRARY_IMPL(CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa_op));
+  m.impl("use_16bit_gemm", TORCH_BOX(&use_16bit_gemm_op));
+}
 
 LK_LIBRARY_IMPL(CPU, m) {
   m.impl("dropout_mask", TORCH_BOX(&dropout_mask_op));
