@@ -33,9 +33,8 @@ import peft
 import torch
 import transformers
 from data import SECTIONS, DataError, cache_folder, headlines, language_model
-from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
+from show import show
 from torch import Tensor, nn
 
 import lora_kernels as lk
@@ -45,7 +44,6 @@ ANSWERS = dict(
     zip(SECTIONS, ("business", "entertainment", "politics", "sport", "technology"), strict=True)
 )
 SAME_LOSS = 1e-3  # of steps from the same state, with and without the line
-console = Console()
 
 
 class Split(NamedTuple):
@@ -254,21 +252,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> int:
     args = parse_args()
     torch.set_flush_denormal(True)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        with Progress(console=console, transient=True) as progress:
-            rows, complaints = run(args, progress)
-    except DataError as error:
-        console.print(str(error), style="red", markup=False, soft_wrap=True)
-        return 1
-    table = Table(title="SmolLM2-135M on BBC headlines", show_header=False)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-    for complaint in complaints:
-        console.print(f"FAILED: {complaint}", style="red", markup=False)
-    return 1 if complaints else 0
+    return show("SmolLM2-135M on BBC headlines", run, args)
 
 
 if __name__ == "__main__":

@@ -30,16 +30,13 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import torch
 import transformers
 from data import DataError, cache_folder, model_folder, reviews
-from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from safetensors.torch import load_file, save_file
+from show import show
 from step_time import Comparison, compare
 from torch import Tensor, nn
 
 import lora_kernels as lk
-
-console = Console()
 
 
 def add_lora(root: nn.Module, **kwargs) -> int:
@@ -353,21 +350,7 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
     torch.use_deterministic_algorithms(True)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        with Progress(console=console, transient=True) as progress:
-            rows, complaints = run(args, progress)
-    except DataError as error:
-        console.print(str(error), style="red", markup=False, soft_wrap=True)
-        return 1
-    table = Table(title="all-MiniLM-L6-v2 on movie reviews", show_header=False)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-    for complaint in complaints:
-        console.print(f"FAILED: {complaint}", style="red")
-    return 1 if complaints else 0
+    return show("all-MiniLM-L6-v2 on movie reviews", run, args)
 
 
 if __name__ == "__main__":
