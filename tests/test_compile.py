@@ -160,6 +160,21 @@ def test_export():
         torch.testing.assert_close(exported.module()(x), layer(x))
 
 
+@pytest.mark.slow
+def test_ahead_of_time_package(tmp_path):
+    """A package of AOTInductor calls the operator: it runs where this package is imported."""
+    layer = lora_layers(llama().eval())[0]
+    rows = torch.export.Dim("rows", min=1, max=512)
+    exported = torch.export.export(layer, (torch.randn(4, 32),), dynamic_shapes=({0: rows},))
+    path = torch._inductor.aoti_compile_and_package(
+        exported, package_path=str(tmp_path / "layer.pt2")
+    )
+    run = torch._inductor.aoti_load_package(path)
+    for m in (1, 2, 9):
+        x = torch.randn(m, 32)
+        torch.testing.assert_close(run(x), layer(x))
+
+
 def test_fallback_in_a_graph():
     model = llama()
     lora_layers(model)[0].merge()
