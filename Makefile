@@ -63,7 +63,7 @@ build/peft/$(OLDEST_PEFT):
 	$(PY) -m pip install $(QUIET) --no-deps --target $@ peft==$(OLDEST_PEFT)
 
 test-peft: build $(if $(PYTHON),,$(VENV)/.peft) build/peft/$(OLDEST_PEFT)
-	PYTHONPATH=build/peft/$(OLDEST_PEFT) $(PY) -m pytest -n 2 tests/test_peft.py tests/test_peft_adoption.py
+	PYTHONPATH=build/peft/$(OLDEST_PEFT) $(PY) -m pytest -n 2 tests/test_peft*.py
 	$(PY) tests/peft_judge.py $(ARGS)
 
 # Formatters are pinned in .venv; those of another interpreter may disagree with them.

@@ -42,6 +42,20 @@ def assert_same(got, want, rtol=1e-5, atol=1e-5):
         torch.testing.assert_close(got[name], want[name], rtol=rtol, atol=atol, msg=name)
 
 
+def assert_fused(layer, x, calls, **tolerance):
+    want = run(layer, x, PEFTS_OWN)
+    assert not calls
+    got = run(layer, x)
+    assert len(calls) == 1
+    assert_same(got, want, **tolerance)
+
+
+def assert_falls_back(layer, x, calls):
+    want = run(layer, x, PEFTS_OWN)
+    assert_same(run(layer, x), want, rtol=0, atol=0)
+    assert not calls
+
+
 def x_of(*shape, dtype=torch.float32, grad=True):
     torch.manual_seed(1)
     return torch.randn(*shape, dtype=dtype).requires_grad_(grad)
