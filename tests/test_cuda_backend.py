@@ -50,7 +50,7 @@ def test_exact_problems():
 
 
 @pytest.mark.gpu
-def test_same_bits_on_every_stream():
+def test_fault_34_same_bits_on_every_stream():
     """Of our kernel: the vendor's GEMMs have conditions of their own."""
     p = on_device(make((2000, 128, 512, 16), torch.bfloat16, dropout_p=0.1))
     call = (p.x, p.lora_a, p.seed, 1638, 1.7)
@@ -65,7 +65,7 @@ def test_same_bits_on_every_stream():
 
 
 @pytest.mark.gpu
-def test_graph_capture():
+def test_fault_33_graph_capture():
     """Nothing synchronises with the host, and a replay computes the same."""
     p = on_device(make((2000, 128, 512, 16), torch.bfloat16))
     call = (p.x, p.weight, p.lora_a, p.lora_b, p.bias)
@@ -117,7 +117,7 @@ def test_a_gradient_that_does_not_flatten(p):
 
 
 @pytest.mark.gpu
-def test_rows_past_2_31_elements():
+def test_fault_20_rows_past_2_31_elements():
     check_rows_past_2_31_elements("cuda", 2056)
 
 
