@@ -122,6 +122,28 @@ def test_fault_20_rows_past_2_31_elements():
 
 
 @pytest.mark.gpu
+def test_fault_20_weight_past_2_31_elements():
+    """y and dx of the last columns: those of a weight of these columns alone."""
+    if torch.cuda.mem_get_info()[0] < 12 << 30:
+        pytest.skip("needs 12 GB of free memory")
+    n, k, r = (1 << 20) + 300, 2056, 16
+    g = torch.Generator("cuda").manual_seed(1)
+    w, x, a, b, dy = (
+        torch.randn(*s, generator=g, device="cuda", dtype=torch.bfloat16) / s[1] ** 0.5
+        for s in ((n, k), (64, k), (r, k), (n, r), (64, n))
+    )
+    dy[:, :-64] = 0
+    found = []
+    for weight, up, grad, name in ((w, b, dy, "cuda"), (w[-64:], b[-64:], dy[:, -64:], "composed")):
+        leaf = x.clone().requires_grad_()
+        y = lk.fused_lora_linear(leaf, weight, a, up, backend=name)
+        (dx,) = torch.autograd.grad(y, leaf, grad)
+        found.append((y[:, -64:].double(), dx.double()))
+    for got, want in zip(*found, strict=True):
+        assert (got - want).norm() <= 1e-2 * want.norm()
+
+
+@pytest.mark.gpu
 def test_requests_that_no_kernel_serves_say_so():
     if not on_hopper(torch.device("cuda")):
         pytest.skip("needs compute capability 9.0")

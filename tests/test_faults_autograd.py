@@ -142,7 +142,7 @@ def test_fault_31_autocast_switched_off_inside_autocast(backend):
 
 
 def test_fault_31_no_cast_outlives_its_call(backend):
-    """Autocast keeps casts of leaves until it ends: an update inside it has to show all the same."""
+    """Autocast keeps casts of leaves until it ends; an update inside it shows all the same."""
     x, w, a, b, _, _ = operands()
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
         lk.fused_lora_linear(x, w, a, b, backend=backend)

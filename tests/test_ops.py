@@ -1,4 +1,4 @@
-"""The operators as PyTorch sees them: opcheck, compile, autocast, aliasing, what is saved, FLOPs."""
+"""The operators as PyTorch sees them: opcheck, compile, autocast, aliases, saved tensors, FLOPs."""
 
 from __future__ import annotations
 

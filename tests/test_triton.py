@@ -249,6 +249,11 @@ def test_fault_20_offsets_past_32_bits():
         assert torch.equal(of(apart), of(x)) and torch.equal(of(apart_columns), of(x))
 
 
+def test_fault_21_more_rows_than_are_counted():
+    with pytest.raises(RuntimeError, match=r"up to \d+, but x is \[2147483648, 8\].*'composed'"):
+        device.rows_of(torch.ones(1, 8).expand(1 << 31, 8))
+
+
 @pytest.mark.parametrize("matmul, expected", [("tf32", "tf32"), ("ieee", "ieee"), ("none", "ieee")])
 def test_tf32_only_where_torch_allows_it(matmul, expected, monkeypatch):
     monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", matmul)

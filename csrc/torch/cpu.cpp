@@ -522,17 +522,17 @@ std::string cpu_isa_op() { return kernels().isa; }
 
 }  // namespace
 
-LK_LIBRARY_IMPL(CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa_op)); }
+LK_LIBRARY_IMPL(CompositeExplicitAutograd, m) { m.impl("cpu_isa", LK_BOX(&cpu_isa_op)); }
 
 LK_LIBRARY_IMPL(CPU, m) {
-  m.impl("dropout_mask", TORCH_BOX(&dropout_mask_op));
-  m.impl("down_proj", TORCH_BOX(&down_proj_op));
-  m.impl("fused_gemm", TORCH_BOX(&fused_gemm_op));
-  m.impl("weight_grad", TORCH_BOX(&weight_grad_op));
-  m.impl("forward", TORCH_BOX(&forward_op));
-  m.impl("backward", TORCH_BOX(&backward_op));
-  m.impl("forward_group", TORCH_BOX(&forward_group_op));
-  m.impl("backward_group", TORCH_BOX(&backward_group_op));
+  m.impl("dropout_mask", LK_BOX(&dropout_mask_op));
+  m.impl("down_proj", LK_BOX(&down_proj_op));
+  m.impl("fused_gemm", LK_BOX(&fused_gemm_op));
+  m.impl("weight_grad", LK_BOX(&weight_grad_op));
+  m.impl("forward", LK_BOX(&forward_op));
+  m.impl("backward", LK_BOX(&backward_op));
+  m.impl("forward_group", LK_BOX(&forward_group_op));
+  m.impl("backward_group", LK_BOX(&backward_group_op));
 }
 
 }  // namespace lora_kernels
