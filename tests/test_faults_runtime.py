@@ -40,7 +40,7 @@ def test_fault_33_no_source_waits_allocates_or_keeps_a_stream():
 
 
 @pytest.mark.parametrize("name", ["cuda", "cuda_backward", "cuda_group"])
-def test_fault_35_every_launch_is_on_the_device_and_the_stream_of_its_tensors(name):
+def test_fault_34_every_launch_is_on_the_stream_and_the_device_of_its_tensors(name):
     """Each takes the stream of the moment, and its function has made the device current before."""
     source = (CSRC / "torch" / f"{name}.cpp").read_text()
     functions = re.split(r"\n}\n", source)
