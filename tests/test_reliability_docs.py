@@ -28,11 +28,12 @@ def named() -> dict[tuple[str, str], int]:
 
 def written() -> dict[tuple[str, str], int]:
     """The same of the tests that there are."""
-    trees = {path.name: ast.parse(path.read_text()) for path in TESTS.glob("test_*.py")}
+    texts = {path.name: path.read_text() for path in TESTS.glob("test_*.py")}
     return {
         (file, node.name): int(number[1])
-        for file, tree in trees.items()
-        for node in tree.body
+        for file, text in texts.items()
+        if "test_fault_" in text
+        for node in ast.parse(text).body
         if isinstance(node, ast.FunctionDef)
         and (number := re.match(r"test_fault_(\d\d)_", node.name))
     }
@@ -45,10 +46,3 @@ def test_every_fault_has_one_row_with_a_test():
 
 def test_the_table_names_the_tests_that_there_are():
     assert named() == written()
-
-
-def test_no_name_comes_close_to_the_scheme():
-    """It would be a test of a fault that no row names."""
-    names = [name for path in TESTS.glob("test_*.py") for name in re.findall(
-        r"def (test_(?:faults?|\d)\w*)\(", path.read_text())]  # fmt: skip
-    assert names and all(re.match(r"test_fault_\d\d_[a-z]", name) for name in names)
