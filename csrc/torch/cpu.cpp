@@ -7,6 +7,7 @@
 #include "../cpu/kernels.h"
 #include "aten.h"
 #include "convert.h"
+#include "errors.h"
 #include "group.h"
 #include "library.h"
 

@@ -8,6 +8,7 @@
 #include "../cuda/dropout_mask.h"
 #include "../cuda/forward.h"
 #include "cuda_operands.h"
+#include "errors.h"
 #include "library.h"
 
 #ifndef LK_HUB

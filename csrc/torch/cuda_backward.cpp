@@ -5,6 +5,7 @@
 
 #include "../cuda/backward.h"
 #include "cuda_operands.h"
+#include "errors.h"
 #include "library.h"
 
 namespace lora_kernels {

@@ -4,6 +4,7 @@
 
 #include "../cuda/group.h"
 #include "cuda_operands.h"
+#include "errors.h"
 #include "group.h"
 #include "library.h"
 
