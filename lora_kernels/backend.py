@@ -278,13 +278,33 @@ def _on_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def _raising_as_torch(run: Callable) -> Callable:
+    """The stable ABI keeps only the words of an error: its type is what callers catch and retry."""
+
+    @functools.wraps(run)
+    def wrapper(*args):
+        try:
+            return run(*args)
+        except RuntimeError as error:
+            if not str(error).startswith("CUDA out of memory"):
+                raise
+            raise torch.OutOfMemoryError(str(error)) from None
+
+    return wrapper
+
+
 def _cuda_flow() -> dict[str, Callable]:
+    forward, backward, forward_group, backward_group = map(
+        _raising_as_torch,
+        (OPS.forward.default, OPS.backward.default, OPS.forward_group.default,
+         OPS.backward_group.default),
+    )  # fmt: skip
     group_forward, group_backward = composed.sliced_flow(
-        OPS.forward_group.default, OPS.backward_group.default, OPS.max_group
+        forward_group, backward_group, OPS.max_group
     )
     return dict(
-        forward=OPS.forward.default,
-        backward=OPS.backward.default,
+        forward=forward,
+        backward=backward,
         group_forward=group_forward,
         group_backward=group_backward,
     )

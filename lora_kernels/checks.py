@@ -89,6 +89,7 @@ def validate(
             raise TypeError(f"{OP}: {name} must be a Tensor, but got {type(t).__name__}")
     _check_no_mixed_dtensor(tensors, sharded)
     _check_scalars(scaling, dropout_p)
+    _check_not_packed(weight, lora_a, lora_b)
     _check_shapes(x, weight, lora_a, lora_b, bias)
     for name, t in tensors.items():
         if t.device != x.device:
@@ -126,6 +127,22 @@ def _check_scalars(scaling, dropout_p) -> None:
     from .dropout import check_probability
 
     check_probability(dropout_p, OP)
+
+
+def _check_not_packed(weight, lora_a, lora_b) -> None:
+    """Two weights of 4 bits a byte, as bitsandbytes, GPTQ and AWQ keep them in any dtype."""
+    if lora_a.dim() != 2 or lora_b.dim() != 2:
+        return
+    n, k = lora_b.shape[0], lora_a.shape[1]
+    # A column of floats is bitsandbytes' quant_storage; other floats of that size are shards.
+    column = weight.dim() == 2 and weight.shape[1] == 1
+    of_4_bits = 2 * weight.numel() * weight.element_size() == n * k != 0
+    if of_4_bits and (column or not weight.is_floating_point()):
+        raise ValueError(
+            f"{OP}: weight looks like packed 4-bit data ({weight.dtype} {list(weight.shape)} for "
+            f"[out_features={n}, in_features={k}]), but no quantised base is served; dequantise it "
+            "first, or apply lora_kernels to PEFT's layer, which then runs as PEFT's own"
+        )
 
 
 def _check_shapes(x, weight, lora_a, lora_b, bias) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from . import autocast, checks, dropout, reference
 from . import backend as backends
 from ._ops import ops as OPS
-from .ops import LoraLinear, make_plan, needs_grad, plan_of
+from .ops import LoraLinear, make_plan, needs_grad, no_transforms, plan_of
 
 
 def fused_lora_linear(
@@ -54,7 +54,8 @@ def fused_lora_linear(
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape, device, dtype or range.
-        NotImplementedError: DTensors in placements without a sharding rule.
+        NotImplementedError: DTensors in placements without a sharding rule, or a transform of
+            torch.func around a backend other than "reference".
         RuntimeError: weight requires grad, or the named backend cannot serve the call; later, a
             double backward, which only backend="reference" supports.
 
@@ -103,6 +104,7 @@ def fused_lora_linear(
         if name == "" and not needs_grad(x, lora_a, lora_b, bias):
             name = backends.FORWARD_ALONE
         return OPS.lora_linear(x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, name)[0]
+    no_transforms()
     plan = make_plan(name, x.device, x.dtype, scaling, dropout_p, seed is not None)
     if plan.by_shape:
         inputs = (x, lora_a, lora_b, bias)

@@ -54,6 +54,7 @@ def fused_lora_linear_group(
             message names by its index, is of the wrong type, shape, device, dtype or range.
         RuntimeError: a weight requires grad, or the named backend cannot serve the call; later, a
             double backward, which only backend="reference" supports.
+        NotImplementedError: a transform of torch.func around a backend other than "reference".
 
     Saved for backward: x once, and of each projection weight, lora_a, lora_b, h [M, r], seed.
 
@@ -94,6 +95,7 @@ def fused_lora_linear_group(
             x, weights, lora_as, lora_bs, [x.new_empty(0) if b is None else b for b in biases],
             seeds if dropped else [], scalings, dropout_p, name,
         )[0]  # fmt: skip
+    ops.no_transforms(OP)
     operands = (*weights, *lora_as, *lora_bs, *biases, *seeds)
     plan = plan_of(name, x, weights, lora_as, scalings, dropout_p, dropped, operands)
     return list(LoraLinearGroup.apply(plan, x, *operands))

@@ -211,6 +211,15 @@ def _no_double_backward(op="fused_lora_linear"):
     )
 
 
+def no_transforms(op="fused_lora_linear"):
+    """Raises inside torch.func's transforms, which the autograd functions here know nothing of."""
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            f"{op}: torch.func transforms (vmap, grad, jvp, jacrev, ...) are not supported by this "
+            "backend; pass backend='reference', which is plain PyTorch"
+        )
+
+
 # ---- the differentiable op -----------------------------------------------------------------------
 
 

@@ -111,7 +111,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("config, match", CONFIGS.values(), ids=CONFIGS)
-def test_configs(tmp_path, config, match):
+def test_fault_43_configs(tmp_path, config, match):
     refused(write(tmp_path, config=config), match)
 
 
@@ -211,7 +211,7 @@ TENSOR_FILES = {
 
 
 @pytest.mark.parametrize("data, match", TENSOR_FILES.values(), ids=TENSOR_FILES)
-def test_tensor_files(tmp_path, data, match):
+def test_fault_43_tensor_files(tmp_path, data, match):
     refused(write(tmp_path, data), match)
 
 
@@ -261,7 +261,7 @@ class Trap:
 
 
 @pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt", "adapter_model.ckpt"])
-def test_pickle_is_refused_unread(tmp_path, name):
+def test_fault_43_pickle_is_refused_unread(tmp_path, name):
     file = write(tmp_path) / name
     file.write_bytes(pickle.dumps(Trap()))
     lk.load_adapter(model(), tmp_path)  # beside safetensors it is not looked at
@@ -271,7 +271,7 @@ def test_pickle_is_refused_unread(tmp_path, name):
     refused(file, match)
 
 
-def test_paths(tmp_path):
+def test_fault_43_paths(tmp_path):
     path = tmp_path / "adapter"
     refused(path, "got nothing there, expected a directory; download it first")
     path.mkdir()
@@ -294,7 +294,7 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", [CONFIG, TENSORS])
-def test_links_stay_inside(tmp_path, name):
+def test_fault_43_links_stay_inside(tmp_path, name):
     outside, path = tmp_path / "outside", tmp_path / "adapter"
     outside.mkdir(), path.mkdir()
     write(outside), write(path)

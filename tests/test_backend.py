@@ -74,7 +74,7 @@ def test_a_named_backend_serves_or_raises(toy):
 
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])
-def test_a_missing_backend_says_what_is_missing(name):
+def test_fault_37_a_missing_backend_says_what_is_missing(name):
     missing = lk.backends()[name]
     if missing is None:
         pytest.skip(f"{name} runs here")

@@ -239,7 +239,7 @@ def test_dy_and_x_are_read_once_beside_the_gemm(emulated, r):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_dropped_elements_are_selected_not_multiplied(emulated, form):
+def test_fault_23_dropped_elements_are_selected_not_multiplied(emulated, form):
     """Inf and NaN of x, A and dy go where autograd lets them go, and nowhere else."""
     m, _, k, _ = shape = (300, 136, 136, 8)
     mask = dropout.reference_mask(torch.tensor([1, 2]), m, k, THRESHOLD)

@@ -130,7 +130,7 @@ def test_the_plan_says_why(emulated):
         plan_of(emulated, *shape, form="two_launches")
 
 
-def test_what_tma_cannot_count_takes_the_sm_80_kernels(emulated):
+def test_fault_21_what_tma_cannot_count_takes_the_sm_80_kernels(emulated):
     plan = plan_of(emulated, 1 << 31, 8, 8, 8)
     assert plan["served"] and plan["form"] == "passes" and "2^31" in plan["text"]
     for large in ((8, 1 << 31, 8, 8), (8, 8, 1 << 31, 8)):  # what adds partial results counts less

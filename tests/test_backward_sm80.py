@@ -82,7 +82,7 @@ def test_any_strides(emulated, view, operand):
     assert ("copied first" in found["text"]) == ("pack" in found["kernels"])
 
 
-def test_dropped_elements_are_selected_not_multiplied(emulated):
+def test_fault_23_dropped_elements_are_selected_not_multiplied(emulated):
     """Inf under a dropped element of x reaches no gradient; of A only kept elements of dx."""
     m, _, k, _ = shape = (140, 72, 136, 8)
     mask = dropout.reference_mask(torch.tensor([1, 2]), m, k, THRESHOLD)
@@ -96,6 +96,17 @@ def test_dropped_elements_are_selected_not_multiplied(emulated):
     (found,), _ = step.run(emulated, **SM80)
     assert not found["dx"][mask[:, col], col].isfinite().any()
     assert torch.equal(found["dx"][~mask[:, col], col], clean["dx"][~mask[:, col], col])
+
+
+def test_fault_22_rows_of_dx_are_isolated(emulated):
+    """A NaN of dy stays in its row of dx and in its column's dB."""
+    step = Step((140, 72, 136, 8), seed=[1, 2])
+    (clean,), _ = step.run(emulated, **SM80)
+    step.dy[70, 5] = torch.nan
+    (found,), _ = step.run(emulated, **SM80)
+    rows, columns = torch.arange(140) != 70, torch.arange(72) != 5
+    assert found["dx"][70].isnan().all() and torch.equal(found["dx"][rows], clean["dx"][rows])
+    assert found["db"][5].isnan().all() and torch.equal(found["db"][columns], clean["db"][columns])
 
 
 def test_every_launch_may_fail(emulated):

@@ -185,7 +185,7 @@ def test_fallback_in_a_graph():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("p", [0.0, 0.5])
-def test_cuda_graph(p):
+def test_fault_33_cuda_graph_of_a_peft_layer(p):
     """Nothing waits for the device; a replay reads scaling of a tensor anew and draws anew."""
     layer = nn.Sequential(nn.Linear(64, 96, device="cuda", dtype=torch.bfloat16))
     config = peft.LoraConfig(r=8, target_modules=["0"], lora_dropout=p, init_lora_weights=False)

@@ -50,7 +50,7 @@ def test_exact_problems():
 
 
 @pytest.mark.gpu
-def test_same_bits_on_every_stream():
+def test_fault_34_same_bits_on_every_stream():
     """Of our kernel: the vendor's GEMMs have conditions of their own."""
     p = on_device(make((2000, 128, 512, 16), torch.bfloat16, dropout_p=0.1))
     call = (p.x, p.lora_a, p.seed, 1638, 1.7)
@@ -65,7 +65,7 @@ def test_same_bits_on_every_stream():
 
 
 @pytest.mark.gpu
-def test_graph_capture():
+def test_fault_33_graph_capture():
     """Nothing synchronises with the host, and a replay computes the same."""
     p = on_device(make((2000, 128, 512, 16), torch.bfloat16))
     call = (p.x, p.weight, p.lora_a, p.lora_b, p.bias)
@@ -117,8 +117,30 @@ def test_a_gradient_that_does_not_flatten(p):
 
 
 @pytest.mark.gpu
-def test_rows_past_2_31_elements():
+def test_fault_20_rows_past_2_31_elements():
     check_rows_past_2_31_elements("cuda", 2056)
+
+
+@pytest.mark.gpu
+def test_fault_20_weight_past_2_31_elements():
+    """y and dx of the last columns: those of a weight of these columns alone."""
+    if torch.cuda.mem_get_info()[0] < 12 << 30:
+        pytest.skip("needs 12 GB of free memory")
+    n, k, r = (1 << 20) + 300, 2056, 16
+    g = torch.Generator("cuda").manual_seed(1)
+    w, x, a, b, dy = (
+        torch.randn(*s, generator=g, device="cuda", dtype=torch.bfloat16) / s[1] ** 0.5
+        for s in ((n, k), (64, k), (r, k), (n, r), (64, n))
+    )
+    dy[:, :-64] = 0
+    found = []
+    for weight, up, grad, name in ((w, b, dy, "cuda"), (w[-64:], b[-64:], dy[:, -64:], "composed")):
+        leaf = x.clone().requires_grad_()
+        y = lk.fused_lora_linear(leaf, weight, a, up, backend=name)
+        (dx,) = torch.autograd.grad(y, leaf, grad)
+        found.append((y[:, -64:].double(), dx.double()))
+    for got, want in zip(*found, strict=True):
+        assert (got - want).norm() <= 1e-2 * want.norm()
 
 
 @pytest.mark.gpu

@@ -83,7 +83,7 @@ def test_h_does_not_depend_on_the_tile(emulated, m):
 
 
 @pytest.mark.parametrize("m, splits", [(9, 1), (40, 4)])
-def test_rows_are_isolated(emulated, m, splits):
+def test_fault_22_rows_are_isolated(emulated, m, splits):
     """NaN and Inf stay in their row; what dropout drops still reaches the frozen product, not h."""
     layer = Layer((m, 72, 136, 24), seed=[1, 2])
     clean, h_clean, _ = run(emulated, layer, splits=splits)

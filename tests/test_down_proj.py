@@ -99,7 +99,7 @@ def test_x_is_read_once(emulated, compute):
 
 
 @pytest.mark.parametrize("compute", [80, 90])
-def test_rows_are_isolated(emulated, compute):
+def test_fault_22_rows_are_isolated(emulated, compute):
     """NaN and Inf stay in their row; a dropped one vanishes."""
     x, down = problem((70, 136, 8))
     clean, _ = run(emulated, x, down, [1, 2], compute=compute)

@@ -186,7 +186,7 @@ def test_operands_are_read_once_a_tile(emulated):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_rows_are_isolated(emulated, form):
+def test_fault_22_rows_are_isolated(emulated, form):
     """NaN and Inf stay in their row; what dropout drops still reaches the frozen product."""
     layer = Layer((300, 136, 136, 8), seed=[1, 2])
     (clean,), (h_clean,), _ = layer.run(emulated, form=form)
@@ -282,7 +282,7 @@ def test_fused_gemm_alone(emulated, shape, tile_n, scale, mn_major):
     assert found["mn_major"] == mn_major and ("pack" in found["kernels"]) == odd
 
 
-def test_far_apart_rows(emulated):
+def test_fault_20_far_apart_rows(emulated):
     """Offsets past 2^31 elements of x, as TMA and as copies read it, and of y, in both ways too."""
     layer = Layer((10, 24, 72, 8))
 

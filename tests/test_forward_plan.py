@@ -100,7 +100,7 @@ def test_what_one_launch_does_not_serve(emulated):
 
 
 @pytest.mark.parametrize("large", [(1 << 31, 8, 8, 8), (8, 1 << 31, 8, 8), (8, 8, 1 << 31, 8)])
-def test_what_tma_cannot_count_takes_the_sm_80_kernel(emulated, large):
+def test_fault_21_what_tma_cannot_count_takes_the_sm_80_kernel(emulated, large):
     plan = plan_of(emulated, *large, form="two_launches")
     assert plan["served"] and "fused_gemm_sm80" in plan["text"] and "2^31" in plan["text"]
     plan = plan_of(emulated, 1 << 30, 1 << 16, 8, 8)

@@ -129,7 +129,7 @@ def test_every_tile_has_the_same_bits(emulated):
     assert all(torch.equal(y, found[0]) for y in found)
 
 
-def test_what_is_masked_is_selected_not_multiplied(emulated):
+def test_fault_23_what_is_masked_is_selected_not_multiplied(emulated):
     """Inf of a row of h reaches kept elements alone; NaN of x stays in its row."""
     seed = [7, 5]
     product = Product((70, 72, 72, 8), mn_major=True, seed=seed)

@@ -154,7 +154,7 @@ def test_conversions_are_exact(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_flush_to_zero_mode_keeps_16bit_subnormals(dtype):
+def test_fault_25_flush_to_zero_mode_keeps_16bit_subnormals(dtype):
     torch.set_flush_denormal(True)
     try:
         x = torch.tensor([[2.0**-20]]).to(dtype)

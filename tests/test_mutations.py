@@ -130,7 +130,7 @@ def is_slow(mutant: Mutant) -> bool:
     [pytest.param(m, marks=pytest.mark.slow if is_slow(m) else ()) for m in KILLED],
     ids=lambda m: m.name.replace(" ", "_"),
 )
-def test_planted_bug_turns_the_suite_red(mutant, problems, tmp_path):
+def test_fault_44_planted_bug_turns_the_suite_red(mutant, problems, tmp_path):
     library = plant(mutant, tmp_path)
     try:
         done = run_suite(library, problems, mutant.suite)

@@ -74,7 +74,7 @@ def test_mask_is_alike_in_all_three(seed):
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_what_is_dropped_is_selected_away(bad):
+def test_fault_23_what_is_dropped_is_selected_away(bad):
     """0 * inf would be NaN: a dropped element must not be multiplied."""
     from lora_kernels.triton_kernels.down_proj import down_proj
 
@@ -218,7 +218,7 @@ def test_h_of_any_layout():
     assert all(map(torch.equal, got, want))
 
 
-def test_a_row_depends_on_no_other():
+def test_fault_22_a_row_depends_on_no_other():
     from lora_kernels.triton_kernels import flow
 
     x, weight, a, b = normal(100, 64), normal(48, 64), normal(8, 64), normal(48, 8)
@@ -230,7 +230,7 @@ def test_a_row_depends_on_no_other():
     assert torch.equal(got[others], y[others]) and got[57].isnan().all()
 
 
-def test_offsets_past_32_bits():
+def test_fault_20_offsets_past_32_bits():
     from lora_kernels.triton_kernels.down_proj import down_proj
     from lora_kernels.triton_kernels.fused_gemm import fused_gemm
     from lora_kernels.triton_kernels.weight_grad import weight_grad
@@ -247,6 +247,11 @@ def test_offsets_past_32_bits():
         lambda x: fused_gemm(x, weight, h, up, None, None, 0, 1.0),
     ):
         assert torch.equal(of(apart), of(x)) and torch.equal(of(apart_columns), of(x))
+
+
+def test_fault_21_more_rows_than_are_counted():
+    with pytest.raises(RuntimeError, match=r"up to \d+, but x is \[2147483648, 8\].*'composed'"):
+        device.rows_of(torch.ones(1, 8).expand(1 << 31, 8))
 
 
 @pytest.mark.parametrize("matmul, expected", [("tf32", "tf32"), ("ieee", "ieee"), ("none", "ieee")])

@@ -66,7 +66,7 @@ def test_same_bits_on_every_stream_and_in_every_run():
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def test_graph_capture():
+def test_fault_33_graph_capture():
     """Nothing synchronises with the host once it is compiled, and a replay computes the same."""
     p = on_device(make((2000, 128, 512, 16), torch.bfloat16, dropout_p=0.1))
     call = (p.x, p.weight, p.lora_a, p.lora_b, p.bias)
@@ -107,5 +107,5 @@ def test_other_strides_of_x():
         assert error <= 1e-2 * want["y"].double().norm()
 
 
-def test_rows_past_2_31_elements():
+def test_fault_20_rows_past_2_31_elements():
     check_rows_past_2_31_elements("triton", 2064)

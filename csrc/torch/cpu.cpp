@@ -8,6 +8,7 @@
 #include "../cpu/kernels.h"
 #include "aten.h"
 #include "convert.h"
+#include "errors.h"
 #include "group.h"
 #include "library.h"
 
@@ -553,19 +554,19 @@ void use_16bit_gemm_op(bool bf16, bool fp16) {
 }  // namespace
 
 LK_LIBRARY_IMPL(CompositeExplicitAutograd, m) {
-  m.impl("cpu_isa", TORCH_BOX(&cpu_isa_op));
-  m.impl("use_16bit_gemm", TORCH_BOX(&use_16bit_gemm_op));
+  m.impl("cpu_isa", LK_BOX(&cpu_isa_op));
+  m.impl("use_16bit_gemm", LK_BOX(&use_16bit_gemm_op));
 }
 
 LK_LIBRARY_IMPL(CPU, m) {
-  m.impl("dropout_mask", TORCH_BOX(&dropout_mask_op));
-  m.impl("down_proj", TORCH_BOX(&down_proj_op));
-  m.impl("fused_gemm", TORCH_BOX(&fused_gemm_op));
-  m.impl("weight_grad", TORCH_BOX(&weight_grad_op));
-  m.impl("forward", TORCH_BOX(&forward_op));
-  m.impl("backward", TORCH_BOX(&backward_op));
-  m.impl("forward_group", TORCH_BOX(&forward_group_op));
-  m.impl("backward_group", TORCH_BOX(&backward_group_op));
+  m.impl("dropout_mask", LK_BOX(&dropout_mask_op));
+  m.impl("down_proj", LK_BOX(&down_proj_op));
+  m.impl("fused_gemm", LK_BOX(&fused_gemm_op));
+  m.impl("weight_grad", LK_BOX(&weight_grad_op));
+  m.impl("forward", LK_BOX(&forward_op));
+  m.impl("backward", LK_BOX(&backward_op));
+  m.impl("forward_group", LK_BOX(&forward_group_op));
+  m.impl("backward_group", LK_BOX(&backward_group_op));
 }
 
 }  // namespace lora_kernels

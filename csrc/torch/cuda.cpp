@@ -8,6 +8,7 @@
 #include "../cuda/dropout_mask.h"
 #include "../cuda/forward.h"
 #include "cuda_operands.h"
+#include "errors.h"
 #include "library.h"
 
 #ifndef LK_HUB
@@ -146,19 +147,19 @@ std::string kernel_sources() { return LK_KERNEL_SOURCES; }
 }  // namespace
 
 LK_LIBRARY_IMPL(CUDA, m) {
-  m.impl("dropout_mask", TORCH_BOX(&dropout_mask_cuda));
-  m.impl("down_proj", TORCH_BOX(&down_proj_cuda));
-  m.impl("down_proj_plan", TORCH_BOX(&down_proj_plan_cuda));
-  m.impl("fused_gemm", TORCH_BOX(&fused_gemm_cuda));
-  m.impl("forward", TORCH_BOX(&forward_cuda));
-  m.impl("forward_as", TORCH_BOX(&forward_as_cuda));
-  m.impl("forward_plan", TORCH_BOX(&forward_plan_cuda));
+  m.impl("dropout_mask", LK_BOX(&dropout_mask_cuda));
+  m.impl("down_proj", LK_BOX(&down_proj_cuda));
+  m.impl("down_proj_plan", LK_BOX(&down_proj_plan_cuda));
+  m.impl("fused_gemm", LK_BOX(&fused_gemm_cuda));
+  m.impl("forward", LK_BOX(&forward_cuda));
+  m.impl("forward_as", LK_BOX(&forward_as_cuda));
+  m.impl("forward_plan", LK_BOX(&forward_plan_cuda));
 }
 
 LK_LIBRARY_IMPL(CompositeExplicitAutograd, m) {
-  m.impl("has_sm90a", TORCH_BOX(&has_sm90a));
+  m.impl("has_sm90a", LK_BOX(&has_sm90a));
 #ifdef LK_KERNEL_SOURCES
-  m.impl("kernel_sources", TORCH_BOX(&kernel_sources));
+  m.impl("kernel_sources", LK_BOX(&kernel_sources));
 #endif
 }
 

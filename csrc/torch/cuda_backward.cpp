@@ -5,6 +5,7 @@
 
 #include "../cuda/backward.h"
 #include "cuda_operands.h"
+#include "errors.h"
 #include "library.h"
 
 namespace lora_kernels {
@@ -117,10 +118,10 @@ std::string backward_plan_cuda(const Tensor& x, const Tensor& weight, const Tens
 }  // namespace
 
 LK_LIBRARY_IMPL(CUDA, m) {
-  m.impl("weight_grad", TORCH_BOX(&weight_grad_cuda));
-  m.impl("backward", TORCH_BOX(&backward_cuda));
-  m.impl("backward_as", TORCH_BOX(&backward_as_cuda));
-  m.impl("backward_plan", TORCH_BOX(&backward_plan_cuda));
+  m.impl("weight_grad", LK_BOX(&weight_grad_cuda));
+  m.impl("backward", LK_BOX(&backward_cuda));
+  m.impl("backward_as", LK_BOX(&backward_as_cuda));
+  m.impl("backward_plan", LK_BOX(&backward_plan_cuda));
 }
 
 }  // namespace lora_kernels

@@ -4,6 +4,7 @@
 
 #include "../cuda/group.h"
 #include "cuda_operands.h"
+#include "errors.h"
 #include "group.h"
 #include "library.h"
 
@@ -99,11 +100,11 @@ backward_group_cuda(const Tensor& x, const std::vector<Tensor>& dys,
 
 }  // namespace
 
-LK_LIBRARY_IMPL(CompositeExplicitAutograd, m) { m.impl("max_group", TORCH_BOX(&max_group)); }
+LK_LIBRARY_IMPL(CompositeExplicitAutograd, m) { m.impl("max_group", LK_BOX(&max_group)); }
 
 LK_LIBRARY_IMPL(CUDA, m) {
-  m.impl("forward_group", TORCH_BOX(&forward_group_cuda));
-  m.impl("backward_group", TORCH_BOX(&backward_group_cuda));
+  m.impl("forward_group", LK_BOX(&forward_group_cuda));
+  m.impl("backward_group", LK_BOX(&backward_group_cuda));
 }
 
 }  // namespace lora_kernels
