@@ -31,8 +31,8 @@ export HF_HUB_OFFLINE := 1
 
 OUT ?= bench/out/gpu
 
-.PHONY: build test test-all test-peft test-poison lint bench bench-overhead bench-memory bench-kernels bench-gemm \
-  bench-backward bench-group bench-decode bench-training gpu publish dispatch tune-triton gates example \
+.PHONY: build test test-all test-peft test-poison lint bench bench-overhead bench-memory bench-kernels \
+  bench-gemm bench-backward bench-group bench-decode bench-training gpu publish dispatch tune-triton gates example \
   example-peft \
   clean
 
