@@ -1,6 +1,7 @@
 # make test       what CI runs: build, lint, fast tests
 # make test-all   the slow tests too
 # make test-peft  PEFT's own tests, as they are and patched, and ours with the oldest PEFT too
+# make test-poison  the numeric tests in poisoned, fenced memory, which test-all includes
 # make bench      the microbenchmark against the unfused baseline, on whatever this machine has
 #
 # make gpu        on a machine with a GPU: tests, sanitizers, timings, DRAM bytes, into OUT
@@ -30,8 +31,8 @@ export HF_HUB_OFFLINE := 1
 
 OUT ?= bench/out/gpu
 
-.PHONY: build test test-all test-peft lint bench bench-overhead bench-memory bench-kernels bench-gemm \
-  bench-backward bench-group bench-decode bench-training gpu publish dispatch tune-triton gates example \
+.PHONY: build test test-all test-peft test-poison lint bench bench-overhead bench-memory bench-kernels \
+  bench-gemm bench-backward bench-group bench-decode bench-training gpu publish dispatch tune-triton gates example \
   example-peft \
   clean
 
@@ -52,6 +53,9 @@ test: build lint
 
 test-all: build lint
 	$(PY) -m pytest -n 2 --dist loadgroup
+
+test-poison: build
+	$(PY) tests/poison.py $(ARGS)
 
 OLDEST_PEFT := 0.18.1
 

@@ -207,7 +207,7 @@ def _check_dtypes(x, weight, lora_a, lora_b, bias) -> None:
 
 def is_sharded(x: Tensor) -> bool:
     """Whether a validated call is one of DTensors."""
-    if type(x) in _PLAIN:
+    if type(x) in _PLAIN or not torch.distributed.is_available():
         return False
     from torch.distributed.tensor import DTensor
 

@@ -52,7 +52,7 @@ def forward_group(x, weights, lora_as, lora_bs, *args, **kwargs) -> int:
 @register_flop_formula([OPS.backward, OPS.backward_triton, OPS.lora_linear_backward])
 def backward(dy, x, weight, lora_a, lora_b, *args, **kwargs) -> int:
     need_x, need_a, need_b = args[-4:-1]
-    (n, k), r, m = weight, lora_a[0], _rows(x)
+    (n, k), r, m = weight, lora_a[0], _rows(dy)
     dh = _gemm(m, r, n) if need_x or need_a else 0
     dx = _gemm(m, k, n) + _gemm(m, k, r) if need_x else 0
     return dh + dx + (_gemm(m, r, k) if need_a else 0) + (_gemm(m, r, n) if need_b else 0)

@@ -59,8 +59,8 @@ def fused_lora_linear(
         RuntimeError: weight requires grad, or the named backend cannot serve the call; later, a
             double backward, which only backend="reference" supports.
 
-    Saved for backward: x, weight, lora_a, lora_b, h [M, r], seed. Never a mask or a dropped copy
-    of x.
+    Saved for backward: weight, lora_a, lora_b, h [M, r], seed, and x if lora_a requires grad.
+    Never a mask or a dropped copy of x.
 
     DTensors on one mesh are served as `lora_kernels.distributed.sharded_lora_linear` says.
 

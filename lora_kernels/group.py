@@ -56,7 +56,8 @@ def fused_lora_linear_group(
             double backward, which only backend="reference" supports.
         NotImplementedError: a transform of torch.func around a backend other than "reference".
 
-    Saved for backward: x once, and of each projection weight, lora_a, lora_b, h [M, r], seed.
+    Saved for backward: x once if a lora_a requires grad, and of each projection weight, lora_a,
+    lora_b, h [M, r], seed.
 
     Equivalent to::
 
@@ -295,7 +296,8 @@ class LoraLinearGroup(torch.autograd.Function):
     def forward(ctx, plan, x, *operands):
         weights, lora_as, lora_bs, biases, seeds = _split(operands, len(plan.offs))
         ys, hs = run_forward(x, weights, lora_as, lora_bs, list(biases), seeds, plan)
-        ctx.save_for_backward(x, *weights, *lora_as, *lora_bs, *hs, *seeds)
+        kept = x if any(a.requires_grad for a in lora_as) else None  # dA alone reads it
+        ctx.save_for_backward(kept, *weights, *lora_as, *lora_bs, *hs, *seeds)
         ctx.plan = plan
         ctx.set_materialize_grads(False)
         return tuple(ys)
@@ -309,6 +311,7 @@ class LoraLinearGroup(torch.autograd.Function):
 
         def run(x, dys, weights, lora_as, lora_bs, hs, seeds, used, *needs):
             plan = ctx.plan.take(used)
+            x = ops.shape_alone(dys[0], weights[0]) if x is None else x
             return run_backward(x, dys, weights, lora_as, lora_bs, hs, seeds, plan, *needs)
 
         dx, das, dbs, dbiases = _gradients(
@@ -335,6 +338,7 @@ def _lora_linear_group(x, weights, lora_as, lora_bs, biases, seeds, scalings, dr
 def _lora_linear_group_backward(
     x, dys, weights, lora_as, lora_bs, hs, seeds, scalings, dropout_p, backend, *needs
 ):
+    x = ops.shape_alone(dys[0], weights[0]) if x is None else x
     plan = plan_of(backend, x, weights, lora_as, scalings, dropout_p, bool(seeds))
     seeds = seeds or [None] * len(weights)
     return run_backward(x, dys, weights, lora_as, lora_bs, hs, seeds, plan, *needs)
@@ -343,7 +347,8 @@ def _lora_linear_group_backward(
 def _setup_context(ctx, inputs, output):
     x, weights, lora_as, lora_bs, _, seeds, *ctx.scalars = inputs
     hs = output[1]
-    ctx.save_for_backward(x, *weights, *lora_as, *lora_bs, *hs, *seeds)
+    kept = x if any(a.requires_grad for a in lora_as) else None
+    ctx.save_for_backward(kept, *weights, *lora_as, *lora_bs, *hs, *seeds)
     ctx.mark_non_differentiable(*hs)
     ctx.set_materialize_grads(False)
 
@@ -399,6 +404,7 @@ def _(x, dys, weights, lora_as, lora_bs, hs, seeds, threshold, h_scales, up_scal
 
 @ops._fake("lora_linear_group_backward")
 def _(x, dys, weights, lora_as, lora_bs, hs, seeds, scalings, dropout_p, backend, *needs):
+    x = ops.shape_alone(dys[0], weights[0]) if x is None else x
     return _fake_grads(x, lora_as, lora_bs, *needs)
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import autocast, composed, dropout
+from . import autocast, checks, composed, dropout
 from . import backend as backends
 from ._ops import add_op_namespace_prefix
 from ._ops import ops as OPS
@@ -171,13 +171,19 @@ def _backward_off(dy, x, weight, lora_a, lora_b, plan, need_x, need_a, need_b, n
 # ---- autograd ------------------------------------------------------------------------------------
 
 
+def shape_alone(dy: Tensor, weight: Tensor) -> Tensor:
+    """x [..., K] for a backward pass that does not read it: one element, whatever the shape."""
+    return dy.new_empty(()).expand(*dy.shape[:-1], weight.shape[1])
+
+
 class LoraLinear(torch.autograd.Function):
     """Eager mode's short way to a backend: one Python frame each way, no dispatcher in between."""
 
     @staticmethod
     def forward(ctx, x, weight, lora_a, lora_b, bias, seed, plan):
         y, h = run_forward(x, weight, lora_a, lora_b, bias, seed, plan)
-        ctx.save_for_backward(x, weight, lora_a, lora_b, h, seed)
+        kept = x if lora_a.requires_grad else None  # dA alone reads it
+        ctx.save_for_backward(kept, weight, lora_a, lora_b, h, seed)
         ctx.plan = plan
         ctx.set_materialize_grads(False)
         return y
@@ -190,6 +196,8 @@ class LoraLinear(torch.autograd.Function):
             _no_double_backward()
         need_x, _, need_a, need_b, need_bias, _, _ = ctx.needs_input_grad
         x, weight, lora_a, lora_b, h, seed = ctx.saved_tensors
+        if x is None:
+            x = shape_alone(dy, weight)
         dx, da, db, dbias = run_backward(
             dy, x, weight, lora_a, lora_b, h, seed, ctx.plan, need_x, need_a, need_b, need_bias
         )
@@ -232,13 +240,17 @@ def _lora_linear(x, weight, lora_a, lora_b, bias, seed, scaling, dropout_p, back
 def _lora_linear_backward(
     dy, x, weight, lora_a, lora_b, h, seed, scaling, dropout_p, backend, *needs
 ):
+    if x is None:
+        x = shape_alone(dy, weight)
     plan = plan_of(backend, x, weight, lora_a, scaling, dropout_p, seed is not None)
     return run_backward(dy, x, weight, lora_a, lora_b, h, seed, plan, *needs)
 
 
 def _setup_context(ctx, inputs, output):
     x, weight, lora_a, lora_b, _, seed, *ctx.scalars = inputs
-    ctx.save_for_backward(x, weight, lora_a, lora_b, output[1], seed)
+    # A sharding rule asks x where it lies.
+    kept = x if lora_a.requires_grad or checks.is_sharded(x) else None
+    ctx.save_for_backward(kept, weight, lora_a, lora_b, output[1], seed)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
@@ -344,6 +356,7 @@ def _(
 
 @_fake("lora_linear_backward")
 def _(dy, x, weight, lora_a, lora_b, h, seed, scaling, dropout_p, backend, *needs):
+    x = shape_alone(dy, weight) if x is None else x
     return _fake_grads(x, lora_a, lora_b, *needs)
 
 

@@ -6,7 +6,8 @@
 
 `forward` and `backward` run one of these lines in C++ (csrc/torch); a device serves them as soon as
 its library registers them. `lora_linear` and `lora_linear_backward` are what torch.compile, export
-and FlopCounterMode see: opaque, any backend, differentiable once.
+and FlopCounterMode see: opaque, any backend, differentiable once. Backward takes x where lora_a
+needs a gradient, else None.
 
 Scales: h = h_scale · dropout(x)·Aᵀ is what is rounded and saved, and y = ... + up_scale · h·Bᵀ,
 with h_scale · up_scale = scaling. `threshold` is T of the mask (`lora_kernels.dropout`). `wide`:
@@ -86,13 +87,13 @@ SCHEMAS = (
     "-> (Tensor dx, Tensor[] das, Tensor[] dbs, Tensor[] dbiases)",
     "lora_linear(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, "
     "Tensor? seed, float scaling, float dropout_p, str backend) -> (Tensor y, Tensor h)",
-    "lora_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, "
+    "lora_linear_backward(Tensor dy, Tensor? x, Tensor weight, Tensor lora_a, Tensor lora_b, "
     "Tensor h, Tensor? seed, float scaling, float dropout_p, str backend, bool need_x, "
     "bool need_a, bool need_b, bool need_bias) -> (Tensor dx, Tensor da, Tensor db, Tensor dbias)",
     "lora_linear_group(Tensor x, Tensor[] weights, Tensor[] lora_as, Tensor[] lora_bs, "
     "Tensor[] biases, Tensor[] seeds, float[] scalings, float dropout_p, str backend) "
     "-> (Tensor[] ys, Tensor[] hs)",
-    "lora_linear_group_backward(Tensor x, Tensor[] dys, Tensor[] weights, Tensor[] lora_as, "
+    "lora_linear_group_backward(Tensor? x, Tensor[] dys, Tensor[] weights, Tensor[] lora_as, "
     "Tensor[] lora_bs, Tensor[] hs, Tensor[] seeds, float[] scalings, float dropout_p, "
     "str backend, bool need_x, bool[] need_a, bool[] need_b, bool[] need_bias) "
     "-> (Tensor dx, Tensor[] das, Tensor[] dbs, Tensor[] dbiases)",

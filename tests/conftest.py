@@ -36,6 +36,7 @@ if has_kernel("forward", "CPU"):
     backends.multiply_natively()  # the same kernels on every processor; test_native_gemm.py: native
 torch.set_num_threads(1)  # xdist runs one worker a core; test_dropout.py tries more
 MEMORY = 2 << 30  # bytes that a worker may hold before it gives back what it has freed
+POISON = "-ftrivial-auto-var-init=pattern"  # of scratch on the stack: since GCC 12, clang 8
 TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
 
 
@@ -73,9 +74,12 @@ def compiled(tmp_path_factory):
         includes = [pybind11.get_include(), sysconfig.get_path("include")]
         of_torch = [f"-isystem{folder}" for folder in cpp_extension.include_paths()]
         flags = ["-O1", "-std=c++17", "-shared", "-fPIC", "-Wall", "-Werror", "-Wno-psabi"]
-        undefined = ["-fsanitize=undefined", "-fno-sanitize-recover"]
+        checks = ["-fsanitize=undefined", "-fno-sanitize-recover"]
+        probe = [compiler, POISON, "-xc++", "-fsyntax-only", "/dev/null"]
+        if subprocess.run(probe, capture_output=True).returncode == 0:
+            checks.append(POISON)
         folders = [*(f"-I{i}" for i in includes), *of_torch]
-        command = [compiler, *flags, *undefined, *folders, str(source)]
+        command = [compiler, *flags, *checks, *folders, str(source)]
         subprocess.run([*command, "-o", str(target)], check=True)
         return build.load(target, name)
 

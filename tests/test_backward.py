@@ -66,6 +66,10 @@ class Step:
     def given(results: dict) -> dict:
         return {n: t.numpy() if t.dtype == torch.float32 else bits(t) for n, t in results.items()}
 
+    def without_x(self) -> None:
+        """As autograd hands x in where A is not trained: any read of it is out of bounds or NaN."""
+        self.x = torch.full((), torch.nan, dtype=self.dtype).expand(self.x.shape)
+
     def run(self, emulated, copies: int = 1, wanted=NAMES, **options):
         """(results of each copy, what the emulator and the plan say)."""
         results = [self.results(wanted) for _ in range(copies)]
@@ -176,6 +180,8 @@ SUBSETS = {
 @pytest.mark.parametrize("wanted", SUBSETS, ids="_".join)
 def test_only_what_is_wanted_is_computed(emulated, wanted):
     step = Step((300, 136, 200, 16), seed=[1, 2])
+    if "da" not in wanted:
+        step.without_x()
     form = "one_grid" if wanted == NAMES[:3] else ""
     (results,), found = step.run(emulated, wanted=wanted, form=form)
     if results:

@@ -233,6 +233,8 @@ SUBSETS = {
 @pytest.mark.parametrize("wanted, kernels", SUBSETS.values(), ids=SUBSETS)
 def test_only_what_is_wanted_is_computed(emulated, wanted, kernels):
     each = layers(GROUPS["qkv"], seed=[1, 2], kind=Step)
+    if not any("da" in names for names in wanted):
+        each[0].without_x()
     results, found = run_backward(emulated, each, wanted)
     check_backward(each, results)
     assert found["kernels"] == kernels
