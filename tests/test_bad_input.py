@@ -173,6 +173,14 @@ def test_a_term_that_is_off_is_exactly_zero(backend, off, compiled):
     assert torch.equal(da, torch.zeros_like(a)) and torch.equal(db, torch.zeros_like(b))
 
 
+@pytest.mark.parametrize("off", [dict(scaling=0.0), dict(dropout_p=1.0)], ids=["10_s0", "11_p1"])
+def test_the_bias_of_a_term_that_is_off_has_its_gradient(backend, off):
+    x, w, a, b = off_problem()
+    bias, dy = torch.randn(6, requires_grad=True), torch.randn(5, 6)
+    y = lk.fused_lora_linear(x, w, a, b, bias, backend=backend, **off)
+    torch.testing.assert_close(torch.autograd.grad(y, bias, dy)[0], dy.sum(0))
+
+
 def test_10_negative_scaling(backend):
     args = [torch.randn(*SPEC[n]) for n in ("x", "weight", "lora_a", "lora_b")]
     plus, minus = (lk.fused_lora_linear(*args, scaling=s, backend=backend) for s in (2.0, -2.0))
@@ -239,9 +247,23 @@ def test_a_bad_value_under_a_dropped_element_vanishes(backend, value):
     grad = kernels.weight_grad(h, x.detach(), seed, 8192, 1.0, False, False)
     assert h.isfinite().all() and grad.isfinite().all()
     weight = torch.zeros(30, 48)
+    b.requires_grad_()
     y = lk.fused_lora_linear(x, weight, a, b, dropout_p=0.5, seed=seed, backend=backend)
-    da = torch.autograd.grad(y, a, torch.randn(40, 30))[0]
-    assert da.isfinite().all()
+    da, db = torch.autograd.grad(y, (a, b), torch.randn(40, 30))
+    assert da.isfinite().all() and db.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_bad_value_of_a_vanishes_where_dx_is_dropped(backend, value):
+    seed, p, column = torch.tensor([1, 2]), 0.5, 17
+    mask = lk.dropout_mask(seed, (40, 48), p)[:, column]
+    x, a = torch.randn(40, 48, requires_grad=True), torch.randn(8, 48)
+    a[3, column] = value
+    y = lk.fused_lora_linear(
+        x, torch.randn(30, 48), a, torch.randn(30, 8), dropout_p=p, seed=seed, backend=backend
+    )
+    dx = torch.autograd.grad(y, x, torch.randn(40, 30))[0][:, column]
+    assert dx[~mask].isfinite().all() and not dx[mask].isfinite().any()
 
 
 def test_fp32_gradients_of_fp16_operands_do_not_overflow(backend):
@@ -262,3 +284,15 @@ def test_fp16_h_does_not_overflow_where_eager_does_not(backend):
     if backend == "reference":  # the definition scales before it rounds
         return
     assert y.isfinite().all() and abs(y[0, 0].item() - 7168.0) <= 4
+
+
+def test_fp16_dh_does_not_overflow_where_dy_b_does_not(backend):
+    """The same of dh: s = 64 with dy·B = 7168."""
+    x = torch.zeros(4, 64, dtype=torch.float16, requires_grad=True)
+    a = torch.full((2, 64), 2.0**-7, dtype=torch.float16)
+    b = torch.full((64, 2), 14.0, dtype=torch.float16)
+    y = lk.fused_lora_linear(x, torch.zeros(64, 64).half(), a, b, scaling=64.0, backend=backend)
+    dx = torch.autograd.grad(y, x, torch.full_like(y, 8.0))[0]
+    if backend == "reference":
+        return
+    assert dx.isfinite().all() and abs(dx[0, 0].item() - 7168.0) <= 4

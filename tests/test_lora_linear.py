@@ -40,6 +40,24 @@ def test_c1_c2_large(backend, eager_like, shape, dtype, adapter, p):
     tolerance.assert_c2(problem, got, eager_like=eager_like)
 
 
+@pytest.mark.parametrize("wide", ["lora_a", "lora_b"])
+def test_adapters_of_two_dtypes(backend, eager_like, wide):
+    """Each gradient has the dtype of its own parameter, alone and in a group."""
+    problem = problems.make((65, 40, 130, 12), torch.bfloat16, dropout_p=0.3)
+    problem = replace(problem, **{wide: getattr(problem, wide).float()})
+    got = problem.run(backend)
+    tolerance.assert_c1(problem, got, eager_like=eager_like)
+    a, b = (t.clone().requires_grad_() for t in (problem.lora_a, problem.lora_b))
+    (y,) = lk.fused_lora_linear_group(
+        problem.x, [problem.weight], [a], [b], [problem.bias], scalings=problem.scaling,
+        dropout_p=0.3, seeds=[problem.seed], backend=backend,
+    )  # fmt: skip
+    grads = dict(zip(("lora_a", "lora_b"), torch.autograd.grad(y, (a, b), problem.dy), strict=True))
+    tolerance.assert_c1(problem, grads, eager_like=eager_like)
+    for name in grads:
+        assert grads[name].dtype == got[name].dtype == getattr(problem, name).dtype
+
+
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT.values(), ids=SIXTEEN_BIT)
 def test_c3_at_most_eagers_error(backend, dtype, p):
