@@ -27,6 +27,7 @@ SHAPES = {
     "rank_64": (40, 72, 80, 64),
     "rank_130": (30, 40, 50, 130),
     "rank_300": (12, 20, 24, 300),
+    "few_columns_of_many_rows": (230, 9, 12, 3),
     "no_rank": (9, 10, 11, 0),
 }
 # Large enough that the C++ path leaves the small-problem branch and that norms are meaningful.

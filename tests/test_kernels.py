@@ -104,6 +104,20 @@ def test_fused_gemm(kernels, eager, m, k, r, bias, dtype, seed):
     close(y, base + term, base_size + size, k + r + 4, eager * 2 * UNIT[dtype])
 
 
+def test_panels_of_a_16bit_operand():
+    """So deep that y is made in two panels of rows by two of columns, each with its own mask."""
+    m, n, k, r = 130, 70, 33000, 3
+    x, w, h, up = (
+        normal(*size, dtype=torch.bfloat16, seed=i)
+        for i, size in enumerate(((m, k), (n, k), (m, r), (n, r)))
+    )
+    h *= 64  # the term is as large as the product
+    y = OPS.fused_gemm(x, w, h, up, None, SEED, THRESHOLD, 1.0)
+    keep = dropped(torch.ones(m, n), SEED)
+    product, size = x.double() @ w.double().T, x.double().abs() @ w.double().abs().T
+    close(y, product + keep * (h.double() @ up.double().T), size, k + r)
+
+
 @pytest.mark.parametrize("kernels, eager", variants())
 @pytest.mark.parametrize("seed", [None, SEED], ids=["p0", "dropped"])
 @pytest.mark.parametrize("transpose", [False, True], ids=["rK", "Kr"])
