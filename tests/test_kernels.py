@@ -165,6 +165,11 @@ def test_conversions_are_exact(dtype):
         1.0,
     )[:, 0]
     assert ((rounded == h) | h.isnan()).all()
+    # weight_grad of one row is an outer product, exact in fp32 and then rounded: ties too
+    left, right = h[:400], h[-400:]
+    got = OPS.weight_grad(left[None], right[None], None, 0, 1.0, False, False)
+    expected = (left.float()[:, None] * right.float()).to(dtype)
+    assert ((got == expected) | (got.isnan() & expected.isnan())).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
