@@ -52,8 +52,10 @@ class Problem:
         """y and the four gradients by one backend."""
         leaves = [
             None if t is None else t.detach().clone().requires_grad_()
-            for t in (x if x is not None else self.x, self.lora_a, self.lora_b, self.bias)
+            for t in (self.x, self.lora_a, self.lora_b, self.bias)
         ]
+        if x is not None:  # as it lies in memory, which a clone may not keep
+            leaves[0] = x.detach().requires_grad_()
         y = lk.fused_lora_linear(
             leaves[0],
             self.weight,

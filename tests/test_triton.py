@@ -179,7 +179,7 @@ def test_split_covers_the_sum(length, others):
 def test_split_sums_are_right(seed):
     """Sums of 520 columns and of 520 rows, in two parts each."""
     from lora_kernels.triton_kernels.down_proj import down_proj
-    from lora_kernels.triton_kernels.weight_grad import weight_grad
+    from lora_kernels.triton_kernels.weight_grad import grad_and_sums
 
     seed, q = None if seed is None else torch.tensor(seed), 1.0
     if seed is not None:
@@ -191,8 +191,9 @@ def test_split_sums_are_right(seed):
             xd = torch.where(dropout.reference_mask(seed, m, k, THRESHOLD), xd, 0)
         got = down_proj(x, a, seed, THRESHOLD, 0.75)
         close(got, 0.75 * xd @ a.double().T, xd.abs() @ a.double().abs().T, torch.float32)
-        got = weight_grad(h, x, seed, THRESHOLD, 0.75, False, False)
+        got, sums = grad_and_sums(h, x, seed, THRESHOLD, 0.75, False, False, True)
         close(got, 0.75 * h.double().T @ xd, h.double().abs().T @ xd.abs(), torch.float32)
+        close(sums, x.double().sum(0), x.double().abs().sum(0), torch.float32)
 
 
 def test_few_tiles_are_smaller_ones():
