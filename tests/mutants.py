@@ -6,7 +6,8 @@ occur in the file exactly once; any white space in it stands for any other.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import re
+from typing import NamedTuple, Protocol
 
 COPY = "csrc/cuda/copy_tile.cuh"
 SM80, SM90 = "csrc/cuda/down_proj_sm80.cuh", "csrc/cuda/down_proj_sm90.cuh"
@@ -25,6 +26,19 @@ class Mutant(NamedTuple):
     replacement: str
     sources: tuple[str, ...]
     suite: str
+
+
+class Planted(Protocol):
+    """A mutant of any kind, as far as its text goes."""
+
+    @property
+    def text(self) -> str: ...
+
+
+def spots(mutant: Planted, source: str) -> list[re.Match]:
+    """Where its text occurs, any white space in it standing for any other."""
+    pattern = r"\s+".join(map(re.escape, mutant.text.split()))
+    return list(re.finditer(pattern, source))
 
 
 # A function of a shared header is one symbol in the library, whichever object it comes from.

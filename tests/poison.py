@@ -19,7 +19,7 @@ import pytest
 
 TESTS = Path(__file__).resolve().parent
 # What runs the CPU kernels on every shape, stride and dtype.
-FILES = ("lora_linear", "kernels", "group", "dropout", "bad_input", "linear")
+FILES = ("lora_linear", "kernels", "group", "dropout", "faults_shapes", "faults_values", "linear")
 FLAGS = ("-O2", "-std=c++17", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror")
 
 

@@ -27,6 +27,7 @@ SHAPES = {
     "rank_64": (40, 72, 80, 64),
     "rank_130": (30, 40, 50, 130),
     "rank_300": (12, 20, 24, 300),
+    "few_columns_of_many_rows": (230, 9, 12, 3),
     "no_rank": (9, 10, 11, 0),
 }
 # Large enough that the C++ path leaves the small-problem branch and that norms are meaningful.
@@ -51,8 +52,10 @@ class Problem:
         """y and the four gradients by one backend."""
         leaves = [
             None if t is None else t.detach().clone().requires_grad_()
-            for t in (x if x is not None else self.x, self.lora_a, self.lora_b, self.bias)
+            for t in (self.x, self.lora_a, self.lora_b, self.bias)
         ]
+        if x is not None:  # as it lies in memory, which a clone may not keep
+            leaves[0] = x.detach().requires_grad_()
         y = lk.fused_lora_linear(
             leaves[0],
             self.weight,

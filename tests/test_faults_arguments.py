@@ -185,6 +185,14 @@ def test_fault_11_dropout_one_is_exactly_the_base(backend, compiled):
     check_a_term_that_is_off(backend, compiled, dropout_p=1.0)
 
 
+@pytest.mark.parametrize("off", [dict(scaling=0.0), dict(dropout_p=1.0)], ids=["s0", "p1"])
+def test_the_bias_of_a_term_that_is_off_has_its_gradient(backend, off):
+    x, w, a, b = off_problem()
+    bias, dy = torch.randn(6, requires_grad=True), torch.randn(5, 6)
+    y = lk.fused_lora_linear(x, w, a, b, bias, backend=backend, **off)
+    torch.testing.assert_close(torch.autograd.grad(y, bias, dy)[0], dy.sum(0))
+
+
 @pytest.mark.parametrize("p", [-0.1, 1.1, float("nan")])
 def test_fault_11_dropout_probability(p):
     refused(f"dropout probability has to be between 0 and 1, but got {p}", dropout_p=p)

@@ -68,9 +68,23 @@ def test_fault_23_a_bad_value_under_a_dropped_element_vanishes(backend, value):
     grad = kernels.weight_grad(h, x.detach(), SEED, 8192, 1.0, False, False)
     assert h.isfinite().all() and grad.isfinite().all()
     weight = torch.zeros(30, 48)
+    b.requires_grad_()
     y = lk.fused_lora_linear(x, weight, a, b, dropout_p=0.5, seed=SEED, backend=backend)
-    da = torch.autograd.grad(y, a, torch.randn(40, 30))[0]
-    assert da.isfinite().all()
+    da, db = torch.autograd.grad(y, (a, b), torch.randn(40, 30))
+    assert da.isfinite().all() and db.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_fault_23_a_bad_value_of_a_vanishes_where_dx_is_dropped(backend, value):
+    p, column = 0.5, 17
+    mask = lk.dropout_mask(SEED, (40, 48), p)[:, column]
+    x, a = torch.randn(40, 48, requires_grad=True), torch.randn(8, 48)
+    a[3, column] = value
+    y = lk.fused_lora_linear(
+        x, torch.randn(30, 48), a, torch.randn(30, 8), dropout_p=p, seed=SEED, backend=backend
+    )
+    dx = torch.autograd.grad(y, x, torch.randn(40, 30))[0][:, column]
+    assert dx[~mask].isfinite().all() and not dx[mask].isfinite().any()
 
 
 # ---- 24: overflow of fp16 ------------------------------------------------------------------------
@@ -113,6 +127,18 @@ def test_fault_24_fp32_gradients_of_fp16_operands_do_not_overflow(backend):
     y = lk.fused_lora_linear(x, torch.zeros(8, 64).half(), a, b, backend=backend)
     da = torch.autograd.grad(y, a, torch.full_like(y, 4.0))[0]
     assert da.dtype == torch.float32 and (da == 4096 * 4 * 16).all()
+
+
+def test_fault_24_dh_does_not_overflow_where_dy_b_does_not(backend):
+    """The same of dh: s = 64 with dy·B = 7168."""
+    if backend == "reference":  # the definition scales before it rounds
+        return
+    x = torch.zeros(4, 64, dtype=torch.float16, requires_grad=True)
+    a = torch.full((2, 64), 2.0**-7, dtype=torch.float16)
+    b = torch.full((64, 2), 14.0, dtype=torch.float16)
+    y = lk.fused_lora_linear(x, torch.zeros(64, 64).half(), a, b, scaling=64.0, backend=backend)
+    dx = torch.autograd.grad(y, x, torch.full_like(y, 8.0))[0]
+    assert dx.isfinite().all() and abs(dx[0, 0].item() - 7168.0) <= 4
 
 
 # ---- 25: subnormals ------------------------------------------------------------------------------

@@ -375,6 +375,36 @@ def test_a_backend_without_group_functions(toy, dtype, p):
     assert toy[:3] == [(True, True, True, i != 1) for i in range(3)]
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_more_projections_than_one_call_takes(size):
+    """In slices: the same results, and the dx of all of them added up."""
+    group = make(p=0.3)
+    parts, sizes = group.parts, []
+
+    def counted(run):
+        def call(x, *lists):
+            sizes.append(len(lists[0]))
+            return run(x, *lists)
+
+        return call
+
+    flow = counted(composed.group_forward), counted(composed.group_backward)
+    forward, backward = composed.sliced_flow(*flow, lambda: size)
+    x, threshold = parts[0].x, 4915
+    ws, a, b, biases, seeds, dys = (
+        [getattr(p, n) for p in parts] for n in ("weight", "lora_a", "lora_b", "bias", "seed", "dy")
+    )
+    scalars = (seeds, threshold, [p.scaling for p in parts], [1.0] * 3)
+    ys, hs = forward(x, ws, a, b, biases, *scalars)
+    flags = [True] * 3
+    dx, *grads = backward(x, dys, ws, a, b, hs, *scalars, flags, flags, True, flags, flags, flags)
+    assert sizes == 2 * {1: [1, 1, 1], 2: [2, 1], 3: [3]}[size]
+    for i, part in enumerate(parts):
+        found = {"y": ys[i]} | {name: g[i] for name, g in zip(OWN, grads, strict=True)}
+        tolerance.assert_c1(part, found, eager_like=True)
+    tolerance.assert_c1_group(parts, dx, eager_like=True)
+
+
 def test_a_backend_that_is_named_serves_or_raises():
     group = make()
     with pytest.raises(ValueError, match="unknown backend 'nonsense'"):

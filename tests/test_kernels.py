@@ -104,6 +104,20 @@ def test_fused_gemm(kernels, eager, m, k, r, bias, dtype, seed):
     close(y, base + term, base_size + size, k + r + 4, eager * 2 * UNIT[dtype])
 
 
+def test_panels_of_a_16bit_operand():
+    """So deep that y is made in two panels of rows by two of columns, each with its own mask."""
+    m, n, k, r = 130, 70, 33000, 3
+    x, w, h, up = (
+        normal(*size, dtype=torch.bfloat16, seed=i)
+        for i, size in enumerate(((m, k), (n, k), (m, r), (n, r)))
+    )
+    h *= 64  # the term is as large as the product
+    y = OPS.fused_gemm(x, w, h, up, None, SEED, THRESHOLD, 1.0)
+    keep = dropped(torch.ones(m, n), SEED)
+    product, size = x.double() @ w.double().T, x.double().abs() @ w.double().abs().T
+    close(y, product + keep * (h.double() @ up.double().T), size, k + r)
+
+
 @pytest.mark.parametrize("kernels, eager", variants())
 @pytest.mark.parametrize("seed", [None, SEED], ids=["p0", "dropped"])
 @pytest.mark.parametrize("transpose", [False, True], ids=["rK", "Kr"])
@@ -151,6 +165,11 @@ def test_conversions_are_exact(dtype):
         1.0,
     )[:, 0]
     assert ((rounded == h) | h.isnan()).all()
+    # weight_grad of one row is an outer product, exact in fp32 and then rounded: ties too
+    left, right = h[:400], h[-400:]
+    got = OPS.weight_grad(left[None], right[None], None, 0, 1.0, False, False)
+    expected = (left.float()[:, None] * right.float()).to(dtype)
+    assert ((got == expected) | (got.isnan() & expected.isnan())).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

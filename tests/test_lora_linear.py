@@ -25,6 +25,11 @@ def test_c1_every_shape(backend, eager_like, shape, dtype, p):
     tolerance.assert_c1(problem, problem.run(backend), eager_like=eager_like)
 
 
+def has_only(t: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether float32 values were rounded to `dtype` on their way."""
+    return torch.equal(t, t.to(dtype).to(t.dtype))
+
+
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("adapter", ["same", "fp32"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -37,6 +42,28 @@ def test_c1_c2_large(backend, eager_like, shape, dtype, adapter, p):
     assert got["lora_a"].dtype == got["lora_b"].dtype == adapter_dtype
     tolerance.assert_c1(problem, got, eager_like=eager_like)
     tolerance.assert_c2(problem, got, eager_like=eager_like)
+    if adapter_dtype != dtype:
+        assert not any(has_only(got[name], dtype) for name in ("lora_a", "lora_b"))
+
+
+@pytest.mark.parametrize("wide", ["lora_a", "lora_b"])
+def test_adapters_of_two_dtypes(backend, eager_like, wide):
+    """Each gradient is rounded to the dtype of its own parameter, alone and in a group."""
+    problem = problems.make((65, 40, 130, 8), torch.bfloat16, dropout_p=0.3)
+    problem = replace(problem, **{wide: getattr(problem, wide).float()})
+    got = problem.run(backend)
+    tolerance.assert_c1(problem, got, eager_like=eager_like)
+    a, b = (t.clone().requires_grad_() for t in (problem.lora_a, problem.lora_b))
+    (y,) = lk.fused_lora_linear_group(
+        problem.x, [problem.weight], [a], [b], [problem.bias], scalings=problem.scaling,
+        dropout_p=0.3, seeds=[problem.seed], backend=backend,
+    )  # fmt: skip
+    grads = dict(zip(("lora_a", "lora_b"), torch.autograd.grad(y, (a, b), problem.dy), strict=True))
+    tolerance.assert_c1(problem, grads, eager_like=eager_like)
+    for found in (got, grads):
+        assert not has_only(found[wide], torch.bfloat16)
+    for name in grads:
+        assert grads[name].dtype == got[name].dtype == getattr(problem, name).dtype
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
@@ -97,6 +124,19 @@ def test_fault_17_any_strides(backend, eager_like, shape, operand, dtype, p):
         changed = replace(problem, **{operand: view})
         got = changed.run(backend, x=view if operand == "x" else None)
         tolerance.assert_c1(problem, got, eager_like=eager_like)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_a_strided_bias(backend, eager_like, dtype, p):
+    problem = problems.make((34, 40, 36, 6), dtype, dropout_p=p)
+    spread = torch.full((80,), torch.nan, dtype=dtype)
+    spread[::2] = problem.bias
+    y = lk.fused_lora_linear(
+        problem.x, problem.weight, problem.lora_a, problem.lora_b, spread[::2],
+        scaling=problem.scaling, dropout_p=p, seed=problem.seed, backend=backend,
+    )  # fmt: skip
+    tolerance.assert_c1(problem, {"y": y}, eager_like=eager_like)
 
 
 @pytest.mark.parametrize("scaling", [2.0**112, -(2.0**112), 2.0**-112])

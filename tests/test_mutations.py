@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +21,7 @@ import numpy as np
 import pytest
 import sm80_problems
 from emulator import build
-from mutants import Mutant
+from mutants import Mutant, spots
 
 FILES = (
     mutants, mutants_forward, mutants_backward, mutants_group, mutants_decode, mutants_sm80_gemm,
@@ -52,12 +51,6 @@ def run_suite(
     command = [sys.executable, "-m", "emulator.suite", str(library), str(problems), *kinds]
     folder = build.EMULATOR.parent
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=folder)
-
-
-def spots(mutant: Mutant, source: str) -> list[re.Match]:
-    """Where its text occurs, any white space in it standing for any other."""
-    pattern = r"\s+".join(map(re.escape, mutant.text.split()))
-    return list(re.finditer(pattern, source))
 
 
 def forget_unused_tiles(plan: Path) -> None:

@@ -27,6 +27,7 @@ def sample_calls():
     h = x2 @ a0.t()
     rows = (x2, w, a0, b0)
     wide = (True, False, True, True, True, True)
+    low = [t.detach().bfloat16() for t in (dy, x, w, a0, b0, h)]
     return {
         "dropout_mask": (OPS.dropout_mask, (SEED, 7, 9, THRESHOLD)),
         "down_proj": (OPS.down_proj, (x2, a0, SEED, THRESHOLD, 0.5)),
@@ -49,6 +50,12 @@ def sample_calls():
                 *wide[1:2],
                 *wide[2:],
             ),
+        ),
+        "weight_grad_wide": (OPS.weight_grad, (low[5], low[1], None, 0, 0.5, True, False)),
+        "backward_wide": (OPS.backward, (*low, None, 0, 0.5, 2.0, *wide)),
+        "lora_linear_backward_wide": (
+            OPS.lora_linear_backward,
+            (*low[:3], a0, b0, low[5], None, 0.5, 0.0, "", *[True] * 4),
         ),
         "lora_linear": (OPS.lora_linear, (x, w, a, b, bias, SEED, 0.5, 0.2, "")),
         "lora_linear_plain": (OPS.lora_linear, (x, w, a, b, None, None, 0.5, 0.0, "composed")),
@@ -222,6 +229,44 @@ def test_fp32_weight_is_saved_uncast_under_autocast():
         lk.fused_lora_linear(x, w, a, b)
     assert any(t.data_ptr() == w.data_ptr() for t in saved)
     assert not any(t.shape == w.shape and t.dtype == torch.bfloat16 for t in saved)
+
+
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None
+
+
+@pytest.mark.parametrize("op", [lk.fused_lora_linear, None], ids=["eager", "op"])
+def test_where_no_gradient_arrives_none_is_computed(op):
+    x, w, a, b, bias, _ = operands()
+    if op is None:
+        y, h = OPS.lora_linear(x, w, a, b, bias, None, 1.0, 0.0, "")
+        assert not h.requires_grad
+    else:
+        y = op(x, w, a, b, bias)
+    y = NoGradient.apply(y)
+    assert torch.autograd.grad(y.sum(), (x, a, b, bias), allow_unused=True) == (None,) * 4
+
+
+def test_the_definition_gives_the_weight_no_gradient():
+    x, w, a, b, _, dy = operands()
+    y = lk.reference.lora_linear(x, w.requires_grad_(), a, b)
+    assert torch.autograd.grad(y, (x, w), dy, allow_unused=True)[1] is None
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_the_definition_under_autocast_is_its_backends(p):
+    """Called by itself, it casts what the op has cast before it comes there."""
+    x, w, a, b, bias, _ = operands()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = lk.reference.lora_linear(x, w, a, b, bias, dropout_p=p, seed=SEED)
+        same = lk.fused_lora_linear(x, w, a, b, bias, dropout_p=p, seed=SEED, backend="reference")
+    assert y.dtype == torch.bfloat16 and torch.equal(y, same)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])

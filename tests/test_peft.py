@@ -152,6 +152,14 @@ def test_autocast(fused, base, x_dtype):
     assert run_under_autocast(layer, x)["y"].dtype == torch.bfloat16
 
 
+def test_16_bit_adapters_on_a_float32_base_are_fused_under_autocast(fused):
+    layer, x = make(), x_of(8, K)
+    layer.lora_A.bfloat16(), layer.lora_B.bfloat16()
+    assert_falls_back(layer, x, fused)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_fused(layer, x, fused, rtol=0.04, atol=0.06)
+
+
 def run_under_autocast(layer, x):
     with torch.autocast("cpu", torch.bfloat16):
         return run(layer, x)

@@ -58,11 +58,11 @@ def test_mask_is_bit_identical(seed):
 
 
 @pytest.mark.parametrize("seed", SEEDS.values(), ids=SEEDS)
-def test_mask_is_alike_in_all_three(seed):
+@pytest.mark.parametrize("m, k", [(61, 75), (64, 128)], ids=["ragged", "whole_tiles"])
+def test_mask_is_alike_in_all_three(m, k, seed):
     from lora_kernels.triton_kernels.down_proj import down_proj
     from lora_kernels.triton_kernels.weight_grad import weight_grad
 
-    m, k = 61, 75
     seed = torch.tensor(seed)
     kept = dropout.reference_mask(seed, m, k, THRESHOLD)
     scale = (dropout.RANGE - THRESHOLD) / dropout.RANGE  # undoes 1/q
@@ -132,13 +132,13 @@ def check_gemm(m, n, k, r, dtype, seed, mn_major):
 @pytest.mark.parametrize("seed", [None, [5, 6], [5, 6, 3, 21]], ids=["p0", "whole", "off_blocks"])
 @pytest.mark.parametrize("kind", configs.KINDS)
 def test_kinds_of_gemm(kind, seed, mn_major, monkeypatch):
-    """17 tiles and ragged edges: more than there are persistent programs."""
+    """20 tiles, ragged edges, a last group of one row: more than there are persistent programs."""
     plan = configs.Config(16, 32, 32, 16, 4, 2, 4, kind, group=2)
     monkeypatch.setattr(configs, "lookup", lambda *about: plan)
     described = []
     real = device.descriptor
     monkeypatch.setattr(device, "descriptor", lambda *a: described.append(a) or real(*a))
-    check_gemm(57, 120, 72, 19, torch.float16, seed and torch.tensor(seed), mn_major)
+    check_gemm(70, 120, 72, 19, torch.float16, seed and torch.tensor(seed), mn_major)
     assert bool(described) == (kind == "descriptors")
 
 
@@ -173,6 +173,27 @@ def test_split_covers_the_sum(length, others):
     span, count = plan.split(length, others, 64)
     assert span % 64 == 0 and (count - 1) * span < length <= count * span
     assert count <= configs.MOST_SPLITS
+
+
+@pytest.mark.parametrize("seed", [None, [5, 6], [5, 6, 3, 21]], ids=["p0", "whole", "off_blocks"])
+def test_split_sums_are_right(seed):
+    """Sums of 520 columns and of 520 rows, in two parts each."""
+    from lora_kernels.triton_kernels.down_proj import down_proj
+    from lora_kernels.triton_kernels.weight_grad import grad_and_sums
+
+    seed, q = None if seed is None else torch.tensor(seed), 1.0
+    if seed is not None:
+        q = 1 / dropout.inverse_keep(THRESHOLD)
+    for m, k in ((20, 520), (520, 20)):
+        x, a, h = normal(m, k), normal(5, k, seed=1), normal(m, 5, seed=2)
+        xd = x.double() / q
+        if seed is not None:
+            xd = torch.where(dropout.reference_mask(seed, m, k, THRESHOLD), xd, 0)
+        got = down_proj(x, a, seed, THRESHOLD, 0.75)
+        close(got, 0.75 * xd @ a.double().T, xd.abs() @ a.double().abs().T, torch.float32)
+        got, sums = grad_and_sums(h, x, seed, THRESHOLD, 0.75, False, False, True)
+        close(got, 0.75 * h.double().T @ xd, h.double().abs().T @ xd.abs(), torch.float32)
+        close(sums, x.double().sum(0), x.double().abs().sum(0), torch.float32)
 
 
 def test_few_tiles_are_smaller_ones():
