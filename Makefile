@@ -1,6 +1,7 @@
 # make test       what CI runs: build, lint, fast tests
 # make test-all   the slow tests too
 # make test-peft  PEFT's own tests, as they are and patched, and ours with the oldest PEFT too
+# make fuzz       random calls for ten minutes: right, or refused; ARGS="--seconds 60 --seed 7"
 # make bench      the microbenchmark against the unfused baseline, on whatever this machine has
 #
 # make gpu        on a machine with a GPU: tests, sanitizers, timings, DRAM bytes, into OUT
@@ -30,7 +31,7 @@ export HF_HUB_OFFLINE := 1
 
 OUT ?= bench/out/gpu
 
-.PHONY: build test test-all test-peft lint bench bench-overhead bench-memory bench-kernels bench-gemm \
+.PHONY: build test test-all test-peft fuzz lint bench bench-overhead bench-memory bench-kernels bench-gemm \
   bench-backward bench-group bench-decode bench-training gpu publish dispatch tune-triton gates example \
   example-peft \
   clean
@@ -65,6 +66,9 @@ build/peft/$(OLDEST_PEFT):
 test-peft: build $(if $(PYTHON),,$(VENV)/.peft) build/peft/$(OLDEST_PEFT)
 	PYTHONPATH=build/peft/$(OLDEST_PEFT) $(PY) -m pytest -n 2 tests/test_peft.py tests/test_peft_adoption.py
 	$(PY) tests/peft_judge.py $(ARGS)
+
+fuzz: build
+	$(PY) tests/fuzz.py $(ARGS)
 
 # Formatters are pinned in .venv; those of another interpreter may disagree with them.
 lint: $(ENV)

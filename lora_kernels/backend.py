@@ -96,6 +96,19 @@ def selected() -> str | None:
     return _selected
 
 
+def requested(name: str | None) -> str:
+    """The backend that a call's argument asks for, else the `selected`; "": it is to be chosen.
+
+    Raises:
+        TypeError: it is no name.
+    """
+    if name is not None and not isinstance(name, str):
+        raise TypeError(
+            f"fused_lora_linear: backend must be a name or None, but got {type(name).__name__}"
+        )
+    return name or _selected or ""
+
+
 class use_backend:
     """Forces a backend for every call that names none, from now on or within a `with` block.
 
@@ -146,7 +159,7 @@ def choose(
 
 
 def _named(name: str) -> Backend:
-    if name not in _REGISTRY:
+    if not isinstance(name, str) or name not in _REGISTRY:
         raise ValueError(
             f"fused_lora_linear: unknown backend {name!r}; expected None or one of "
             f"{', '.join(_REGISTRY)}"

@@ -202,6 +202,52 @@ def test_malformed_seed(seed):
         call(seed=seed, dropout_p=0.1)
 
 
+def test_backend_must_be_a_name():
+    for bad in (3, torch.ones(2), []):
+        with pytest.raises(TypeError, match="backend must be a name or None, but got"):
+            call(backend=bad)
+
+
+@pytest.mark.parametrize("bad", ["0.1", None, True, torch.tensor(0.1)])
+def test_probabilities_must_be_numbers(bad):
+    with pytest.raises(TypeError, match="keep_probability: p must be a number, but got"):
+        lk.keep_probability(bad)
+    with pytest.raises(TypeError, match="dropout_mask: p must be a number, but got"):
+        lk.dropout_mask([1, 2], (5, 8), bad)
+
+
+@pytest.mark.parametrize("bad", [3, "ab", (2.5, 1), torch.tensor(1.0), None])
+def test_shape_and_seed_of_a_mask_must_be_integers(bad):
+    with pytest.raises(TypeError, match="dropout_mask: shape must be a sequence of integers"):
+        lk.dropout_mask([1, 2], bad, 0.5)
+    if not isinstance(bad, torch.Tensor):
+        with pytest.raises(TypeError, match="dropout_mask: seed must be a sequence of integers"):
+            lk.dropout_mask(bad, (5, 8), 0.5)
+
+
+BAD_LAYERS = {
+    "r": [2.5, "4", None, -1],
+    "lora_dropout": ["0.1", None, 1.5, float("nan")],
+    "lora_alpha": ["16", float("nan"), float("inf"), 10**400],
+}
+
+
+@pytest.mark.parametrize("name, value", [(n, v) for n, vs in BAD_LAYERS.items() for v in vs])
+def test_arguments_of_a_layer(name, value):
+    with pytest.raises(ValueError, match=f"LoRALinear: {name} must be .*, but got"):
+        lk.LoRALinear(8, 6, **({"r": 4} | {name: value}))
+
+
+@pytest.mark.parametrize("left", [0, 96], ids=["freed", "cut"])
+@pytest.mark.parametrize("name", ["x", "weight", "lora_a", "lora_b", "bias"])
+def test_a_tensor_without_its_memory_is_refused(name, left):
+    """FSDP frees the storage of a parameter that it has sharded, and its sizes stay."""
+    t = torch.randn(SPEC[name])
+    t.untyped_storage().resize_(min(left, t.nbytes // 2))
+    with pytest.raises(RuntimeError, match="its storage of"):
+        call(**{name: t}, backend="cpu")
+
+
 @pytest.mark.parametrize("name", list(SPEC))
 def test_arguments_that_are_no_tensors(name):
     for bad in ([[1.0]], 3.0) + (() if name == "bias" else (None,)):
