@@ -129,7 +129,8 @@ def extension():
         depends=[*headers, EXPORTS],
         extra_compile_args=dict(
             cxx=["-O3", "-std=c++17", "-fvisibility=hidden", "-g0", TORCH_ABI, *maps],
-            nvcc=[*NVCC_FLAGS, *gencode(ARCHS), *(f"-Xcompiler={m}" for m in maps)],
+            # -objtemp names nvcc's intermediate files after the object, not after the process.
+            nvcc=["-objtemp", *NVCC_FLAGS, *gencode(ARCHS), *(f"-Xcompiler={m}" for m in maps)],
         ),
         # libtorch.so pulls in libtorch_cuda.so where there is one: it resolves the weak stream
         # symbol

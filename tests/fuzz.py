@@ -11,9 +11,10 @@ was made, is named. What fails is made as small as it gets and printed as a line
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import multiprocessing
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -77,40 +78,43 @@ def half(what: str, seconds: float, seed: int, backends: tuple[str, ...], last: 
         print(f"{what}: {made} calls are right, seed {seed}")
         return 0
     print(f"{what}: call {made} of seed {seed}, made as small as it gets, fails:\n    {failed!r},")
-    traceback.print_exception(error, limit=-6)
+    print("".join(traceback.format_exception(error, limit=-6)))
     return 1
 
 
-def main(args: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seconds", type=float, default=600, help="of both halves together")
-    parser.add_argument("--seed", type=int, default=int(time.time()))
-    parser.add_argument("--backend", action="append", help=f"default: {', '.join(ON_CPU)}")
-    parser.add_argument("--what", choices=HALVES, help="default: one after the other")
-    parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
-    asked = parser.parse_args(args)
-    backends = tuple(asked.backend or ON_CPU)
-    if asked.inside is not None:
-        return half(asked.what, asked.seconds, asked.seed, backends, asked.inside)
-    halves = [asked.what] if asked.what else list(HALVES)
-    seconds = asked.seconds / len(halves)
-    return max(apart(what, seconds, asked.seed, backends) for what in halves)
-
-
 def apart(what: str, seconds: float, seed: int, backends: tuple[str, ...]) -> int:
-    """One half in a process of its own, which may crash."""
+    """One half in a process of its own, which may crash; what it says is printed here."""
+    importlib.import_module(HALVES[what])  # before the fork, so that the time goes into calls
     with tempfile.TemporaryDirectory() as folder:
-        last = Path(folder, "last_call")
-        forced = [word for name in backends for word in ("--backend", name)]
-        command = [
-            sys.executable, __file__, "--what", what, "--seconds", str(seconds), "--seed",
-            str(seed), *forced, "--inside", str(last),
-        ]  # fmt: skip
-        code = subprocess.run(command).returncode
+        last, said = Path(folder, "last_call"), Path(folder, "said")
+
+        def child() -> None:
+            with said.open("w") as out, contextlib.redirect_stdout(out):
+                code = half(what, seconds, seed, backends, last)
+            sys.exit(code)
+
+        process = multiprocessing.get_context("fork").Process(target=child)
+        process.start()
+        process.join()
+        print(said.read_text(), end="")
+        code = process.exitcode
+        assert code is not None
         if code < 0:
             name = signal.Signals(-code).name
             print(f"{what}: the process died of {name}, seed {seed}:\n    {last.read_text()}")
     return abs(code)
+
+
+def main(args: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--seconds", type=float, default=600, help="of both halves together")
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--backend", action="append", help=f"default: {', '.join(ON_CPU)}")
+    parser.add_argument("--what", choices=HALVES, help="default: one after the other")
+    asked = parser.parse_args(args)
+    halves = [asked.what] if asked.what else list(HALVES)
+    seconds, backends = asked.seconds / len(halves), tuple(asked.backend or ON_CPU)
+    return max(apart(what, seconds, asked.seed, backends) for what in halves)
 
 
 if __name__ == "__main__":
