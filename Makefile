@@ -1,5 +1,5 @@
 # make test       what CI runs: build, lint, fast tests
-# make test-all   the slow tests too
+# make test-all   the slow tests too, and the numeric ones with the oldest torch (`make test-oldest`)
 # make test-peft  PEFT's own tests, as they are and patched, and ours with the oldest PEFT too
 # make fuzz       random calls for ten minutes: right, or refused; ARGS="--seconds 60 --seed 7"
 # make bench      the microbenchmark against the unfused baseline, on whatever this machine has
@@ -31,17 +31,17 @@ export HF_HUB_OFFLINE := 1
 
 OUT ?= bench/out/gpu
 
-.PHONY: build test test-all test-peft fuzz lint bench bench-overhead bench-memory bench-kernels bench-gemm \
+.PHONY: build test test-all test-oldest test-peft fuzz lint bench bench-overhead bench-memory bench-kernels bench-gemm \
   bench-backward bench-group bench-decode bench-training gpu publish dispatch tune-triton gates example \
   example-peft \
   clean
 
 build: $(STAMP)
 
-$(VENV)/.installed: requirements-dev.txt
+$(VENV)/.installed: requirements-dev.txt constraints.txt
 	python3 -m venv $(VENV)
-	$(PY) -m pip install $(QUIET) --no-compile torch==$(TORCH)
-	$(PY) -m pip install $(QUIET) --no-compile -r requirements-dev.txt
+	$(PY) -m pip install $(QUIET) --no-compile -c constraints.txt torch==$(TORCH)
+	$(PY) -m pip install $(QUIET) --no-compile -c constraints.txt -r requirements-dev.txt
 	touch $@
 
 $(STAMP): $(ENV) $(SOURCES)
@@ -53,6 +53,22 @@ test: build lint
 
 test-all: build lint
 	$(PY) -m pytest -n 2 --dist loadgroup
+	$(MAKE) test-oldest
+
+# The library that was built for TORCH, in the oldest torch that the package accepts.
+OLDEST_TORCH := 2.11.0
+OLDEST := .venv-oldest
+NUMERIC := $(addprefix tests/test_,bad_input.py dropout.py group.py kernels.py linear.py \
+  lora_linear.py ops.py)
+
+$(OLDEST)/.installed: requirements-dev.txt
+	python3 -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install $(QUIET) --no-compile torch==$(OLDEST_TORCH) \
+	  $$(grep -E '^(hypothesis|ninja|numpy|pybind11|pytest|pytest-xdist|rich|safetensors)==' $<)
+	touch $@
+
+test-oldest: build $(OLDEST)/.installed
+	PYTHONPATH=. $(OLDEST)/bin/python -m pytest -n 2 -m "not slow and not gpu" -k "not triton" $(NUMERIC)
 
 OLDEST_PEFT := 0.18.1
 
