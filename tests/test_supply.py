@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
@@ -113,8 +116,6 @@ def test_two_folders_build_the_same_wheel(source, tmp_path, mode):  # noqa: F811
 @pytest.mark.slow
 @pytest.mark.skipif(not NVCC, reason="no CUDA toolkit")
 def test_two_folders_compile_the_same_cuda_object(source, tmp_path):  # noqa: F811
-    import runpy
-
     other = tmp_path / "elsewhere" / "deeper"
     shutil.copytree(source, other)
     setup = (ROOT / "setup.py").read_text()
@@ -158,6 +159,15 @@ def test_the_lock_holds_what_is_required():
     assert required.items() <= lock.items()
     assert "torch" not in lock, "the Makefile pins it, in the build for this machine"
     assert "-c constraints.txt" in (ROOT / "Makefile").read_text()
+
+
+def test_the_bill_of_materials_is_up_to_date():
+    made = runpy.run_path(str(ROOT / "hub/sbom.py"))["sbom"]()
+    assert (ROOT / "sbom.json").read_text() == made, "python hub/sbom.py --write writes it"
+    found = json.loads(made)
+    required = {c["name"] for c in found["components"] if c["scope"] == "required"}
+    assert required == {r.partition(">")[0] for r in requires("lora-kernels") or () if ";" not in r}
+    assert len({c["bom-ref"] for c in found["components"]}) == len(found["components"])
 
 
 # ---- the network ---------------------------------------------------------------------------------
