@@ -116,12 +116,14 @@ class use_backend:
         name: a backend's name, or None for the automatic choice.
 
     Raises:
-        ValueError: there is no such backend. RuntimeError: it cannot run here.
+        TypeError: it is no name. ValueError: there is no such backend. RuntimeError: it cannot
+            run here.
     """
 
     def __init__(self, name: str | None):
         global _selected
         if name is not None:
+            requested(name)
             _named(name)
         self._name, self._outer, self._fresh = name, [_selected], True
         _selected = name
@@ -159,7 +161,7 @@ def choose(
 
 
 def _named(name: str) -> Backend:
-    if not isinstance(name, str) or name not in _REGISTRY:
+    if name not in _REGISTRY:
         raise ValueError(
             f"fused_lora_linear: unknown backend {name!r}; expected None or one of "
             f"{', '.join(_REGISTRY)}"

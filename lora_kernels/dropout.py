@@ -136,7 +136,7 @@ def dropout_mask(
     return mask.view(tuple(shape))
 
 
-def _check_integers(given: Sequence[int], name: str) -> None:
+def _check_integers(given: Any, name: str) -> None:
     if not isinstance(given, Sequence) or not all(isinstance(n, _INTEGERS) for n in given):
         raise TypeError(f"dropout_mask: {name} must be a sequence of integers, but got {given!r}")
 

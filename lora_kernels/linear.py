@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from .checks import MAX_SCALING
 from .functional import fused_lora_linear
 from .state_names import rename_keys
+
+_INTEGER: Any = Integral
+_REAL: Any = Real
 
 
 class LoRALinear(nn.Module):
@@ -89,9 +93,9 @@ class LoRALinear(nn.Module):
         self.register_parameter("bias", frozen_bias)
 
     def _attach(self, r, lora_alpha, lora_dropout, use_rslora, adapter_dtype) -> None:
-        if not isinstance(r, Integral) or r < 0:
+        if not isinstance(r, _INTEGER) or r < 0:
             raise ValueError(f"LoRALinear: r must be >= 0, and an integer, but got {r!r}")
-        if not isinstance(lora_dropout, Real) or not 0.0 <= lora_dropout <= 1.0:
+        if not isinstance(lora_dropout, _REAL) or not 0.0 <= lora_dropout <= 1.0:
             raise ValueError(
                 f"LoRALinear: lora_dropout must be in [0, 1], but got {lora_dropout!r}"
             )
@@ -105,7 +109,7 @@ class LoRALinear(nn.Module):
         self.reset_lora_parameters()
 
     def _scale(self, lora_alpha: float, use_rslora: bool) -> None:
-        if not isinstance(lora_alpha, Real) or not abs(lora_alpha) <= MAX_SCALING:
+        if not isinstance(lora_alpha, _REAL) or not abs(lora_alpha) <= MAX_SCALING:
             raise ValueError(
                 "LoRALinear: lora_alpha must be finite and at most 2**112 in magnitude, but got "
                 f"{lora_alpha!r}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
+import types
 
 import fuzz
 import fuzz_arguments
@@ -60,12 +62,15 @@ def test_a_crash_names_the_call_that_it_died_of(capsys, monkeypatch):
     assert "died of SIGKILL, seed 0:\n    Case(" in capsys.readouterr().out
 
 
-def test_a_search_stops_at_its_time_and_repeats_itself():
+def test_a_search_stops_at_its_time_and_repeats_itself(monkeypatch):
+    """By a clock that one look advances by a second."""
     made: list[list[int]] = [[], []]
-    for calls in made:
-        fuzz.search(st.integers(), calls.append, 0.5, 3, lambda case: None)
-    shorter = min(map(len, made))
-    assert shorter > 10 and made[0][:shorter] == made[1][:shorter]
+    for calls, seconds in zip(made, (150, 250), strict=True):
+        clock = types.SimpleNamespace(monotonic=itertools.count().__next__)
+        monkeypatch.setattr(fuzz, "time", clock)
+        fuzz.search(st.integers(), calls.append, seconds, 3, lambda case: None)
+    fewer, more = made
+    assert 100 < len(fewer) < 150 < len(more) < 250 and more[: len(fewer)] == fewer
 
 
 @pytest.mark.parametrize("y", ["wrong", "wrong_dtype", "shared"])
