@@ -22,6 +22,8 @@ ARGUMENTS = [
     _call(_X, "cut(6, 8)", _A, _B),
     Call("ops.forward_group", (_X, f"[{_W}, freed(6, 8)]", f"[{_A}, {_A}]", f"[{_B}, {_B}]",
          "[None, None]", f"[{SEED}, {SEED}]", "100", "[1.0, 1.5]", "[1.0, 1.5]")),
+    # Took any number for a probability: OverflowError, and from 1 on a mask of no meaning.
+    Call("ops.lora_linear", (_X, _W, _A, _B, "None", SEED, "1.5", "float('inf')", "'composed'")),
     # Walked 2^40 rows of no columns, for hours.
     Call("lk.dropout_mask", ("[1, 2]", "(1 << 40, 0)", "0.5")),
     Call("ops.down_proj", ("torch.empty(1 << 40, 0)", _NOTHING, "None", "0", "1.0")),

@@ -308,3 +308,10 @@ def test_fp16_h_does_not_overflow_where_eager_does_not(backend):
     if backend == "reference":  # the definition scales before it rounds
         return
     assert y.isfinite().all() and abs(y[0, 0].item() - 7168.0) <= 4
+
+
+@pytest.mark.parametrize("p", [float("inf"), 7.0, -1.0])
+def test_the_operator_alone_refuses_what_is_no_probability(p):
+    tensors = [torch.randn(SPEC[n]) for n in ("x", "weight", "lora_a", "lora_b")]
+    with pytest.raises(ValueError, match="lora_linear: dropout probability has to be between"):
+        torch.ops.lora_kernels.lora_linear(*tensors, None, torch.tensor([1, 2]), 1.0, p, "composed")
