@@ -294,6 +294,8 @@ def assert_linear(given: dict, y: Tensor) -> None:
     x, weight, p = given["x"], given["weight"], float(given["dropout_p"])
     assert y.shape == (*x.shape[:-1], weight.shape[0]) and y.dtype == x.dtype, "shape or dtype"
     tensors = [given[name] for name in ("x", "weight", "lora_a", "lora_b", "bias")]
+    if x.dim() > 64:  # torch's own limit for most of what judges
+        return
     if any(type(t) is not Tensor or t.device.type != "cpu" for t in tensors if t is not None):
         return
     if not all(t.isfinite().all() for t in tensors if t is not None):
