@@ -86,6 +86,8 @@ def validate(
     for name, t in tensors.items():
         if not isinstance(t, Tensor):
             raise TypeError(f"{OP}: {name} must be a Tensor, but got {type(t).__name__}")
+        if t.is_nested:
+            raise TypeError(f"{OP}: {name} must not be nested; pass its values()")
     _check_no_mixed_dtensor(tensors, sharded)
     _check_scalars(scaling, dropout_p)
     _check_shapes(x, weight, lora_a, lora_b, bias)

@@ -24,6 +24,8 @@ ARGUMENTS = [
          "[None, None]", f"[{SEED}, {SEED}]", "100", "[1.0, 1.5]", "[1.0, 1.5]")),
     # Took any number for a probability: OverflowError, and from 1 on a mask of no meaning.
     Call("ops.lora_linear", (_X, _W, _A, _B, "None", SEED, "1.5", "float('inf')", "'composed'")),
+    # Went on until torch had no integer for a size: AttributeError.
+    _call("torch.nested.nested_tensor([torch.ones(5, 8)], layout=torch.jagged)", _W, _A, _B),
     # Walked 2^40 rows of no columns, for hours.
     Call("lk.dropout_mask", ("[1, 2]", "(1 << 40, 0)", "0.5")),
     Call("ops.down_proj", ("torch.empty(1 << 40, 0)", _NOTHING, "None", "0", "1.0")),
