@@ -1,7 +1,8 @@
 # make test       what CI runs: build, lint, fast tests
-# make test-all   the slow tests too
+# make test-all   the slow tests too, and the numeric ones with the oldest torch (`make test-oldest`)
 # make test-peft  PEFT's own tests, as they are and patched, and ours with the oldest PEFT too
 # make test-poison  the numeric tests in poisoned, fenced memory, which test-all includes
+# make fuzz       random calls for ten minutes: right, or refused; ARGS="--seconds 60 --seed 7"
 # make bench      the microbenchmark against the unfused baseline, on whatever this machine has
 #
 # make gpu        on a machine with a GPU: tests, sanitizers, timings, DRAM bytes, into OUT
@@ -31,17 +32,16 @@ export HF_HUB_OFFLINE := 1
 
 OUT ?= bench/out/gpu
 
-.PHONY: build test test-all test-peft test-poison lint bench bench-overhead bench-memory bench-kernels \
-  bench-gemm bench-backward bench-group bench-decode bench-training gpu publish dispatch tune-triton gates example \
-  example-peft \
-  clean
+.PHONY: build test test-all test-oldest test-peft test-poison fuzz lint bench bench-overhead \
+  bench-memory bench-kernels bench-gemm bench-backward bench-group bench-decode bench-training gpu \
+  publish dispatch tune-triton gates example example-peft clean
 
 build: $(STAMP)
 
-$(VENV)/.installed: requirements-dev.txt
+$(VENV)/.installed: requirements-dev.txt constraints.txt
 	python3 -m venv $(VENV)
-	$(PY) -m pip install $(QUIET) --no-compile torch==$(TORCH)
-	$(PY) -m pip install $(QUIET) --no-compile -r requirements-dev.txt
+	$(PY) -m pip install $(QUIET) --no-compile -c constraints.txt torch==$(TORCH)
+	$(PY) -m pip install $(QUIET) --no-compile -c constraints.txt -r requirements-dev.txt
 	touch $@
 
 $(STAMP): $(ENV) $(SOURCES)
@@ -53,6 +53,22 @@ test: build lint
 
 test-all: build lint
 	$(PY) -m pytest -n 2 --dist loadgroup
+	$(MAKE) test-oldest
+
+# The library that was built for TORCH, in the oldest torch that the package accepts.
+OLDEST_TORCH := 2.11.0
+OLDEST := .venv-oldest
+NUMERIC := $(addprefix tests/test_,bad_input.py dropout.py group.py kernels.py linear.py \
+  lora_linear.py ops.py)
+
+$(OLDEST)/.installed: requirements-dev.txt
+	python3 -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install $(QUIET) --no-compile torch==$(OLDEST_TORCH) \
+	  $$(grep -E '^(hypothesis|ninja|numpy|pybind11|pytest|pytest-xdist|rich|safetensors)==' $<)
+	touch $@
+
+test-oldest: build $(OLDEST)/.installed
+	PYTHONPATH=. $(OLDEST)/bin/python -m pytest -n 2 -m "not slow and not gpu" -k "not triton" $(NUMERIC)
 
 test-poison: build
 	$(PY) tests/poison.py $(ARGS)
@@ -69,6 +85,9 @@ build/peft/$(OLDEST_PEFT):
 test-peft: build $(if $(PYTHON),,$(VENV)/.peft) build/peft/$(OLDEST_PEFT)
 	PYTHONPATH=build/peft/$(OLDEST_PEFT) $(PY) -m pytest -n 2 tests/test_peft*.py
 	$(PY) tests/peft_judge.py $(ARGS)
+
+fuzz: build
+	$(PY) tests/fuzz.py $(ARGS)
 
 # Formatters are pinned in .venv; those of another interpreter may disagree with them.
 lint: $(ENV)

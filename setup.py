@@ -24,6 +24,9 @@ TORCH_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # loads in any torch fr
 NVCC_FLAGS = [
     "-O3", "-std=c++17", "-Xptxas=-v,-warn-spills", "-Xcompiler=-fvisibility=hidden",
 ]  # fmt: skip
+EXPORTS = "csrc/torch/exports.map"  # of the library: what Python looks up, and nothing else
+# The same sources give the same bytes: a wheel's times come from here, not from the clock.
+os.environ.setdefault("SOURCE_DATE_EPOCH", "315532800")  # 1980, the first that zip knows
 
 
 def cuda_home():
@@ -116,18 +119,26 @@ def extension():
             libraries=["cudart_static", "rt", "dl", "pthread"],
             define_macros=defines,
         )
+    # No path of the machine that builds reaches the library: __FILE__ is in torch's messages.
+    site = Path(torch.__file__).parents[1]
+    maps = [f"-ffile-prefix-map={folder}/=" for folder in (Path.cwd(), site)]
     ext = cpp.CppExtension(
         "lora_kernels._C",
         sources,
         py_limited_api=True,
-        depends=headers,
+        depends=[*headers, EXPORTS],
         extra_compile_args=dict(
-            cxx=["-O3", "-std=c++17", "-fvisibility=hidden", "-g0", TORCH_ABI],
-            nvcc=[*NVCC_FLAGS, *gencode(ARCHS)],
+            cxx=["-O3", "-std=c++17", "-fvisibility=hidden", "-g0", TORCH_ABI, *maps],
+            # -objtemp names nvcc's intermediate files after the object, not after the process.
+            nvcc=["-objtemp", *NVCC_FLAGS, *gencode(ARCHS), *(f"-Xcompiler={m}" for m in maps)],
         ),
         # libtorch.so pulls in libtorch_cuda.so where there is one: it resolves the weak stream
         # symbol
-        extra_link_args=["-Wl,--no-as-needed,-ltorch,--as-needed", "-Wl,--exclude-libs,ALL"],
+        extra_link_args=[
+            "-Wl,--no-as-needed,-ltorch,--as-needed",
+            "-Wl,--exclude-libs,ALL",
+            f"-Wl,--version-script={EXPORTS}",
+        ],
         **options,
     )  # fmt: skip
     return ext, cpp.BuildExtension

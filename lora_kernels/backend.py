@@ -99,6 +99,19 @@ def selected() -> str | None:
     return _selected
 
 
+def requested(name: str | None) -> str:
+    """The backend that a call's argument asks for, else the `selected`; "": it is to be chosen.
+
+    Raises:
+        TypeError: it is no name.
+    """
+    if name is not None and not isinstance(name, str):
+        raise TypeError(
+            f"fused_lora_linear: backend must be a name or None, but got {type(name).__name__}"
+        )
+    return name or _selected or ""
+
+
 class use_backend:
     """Forces a backend for every call that names none, from now on or within a `with` block.
 
@@ -106,12 +119,14 @@ class use_backend:
         name: a backend's name, or None for the automatic choice.
 
     Raises:
-        ValueError: there is no such backend. RuntimeError: it cannot run here.
+        TypeError: it is no name. ValueError: there is no such backend. RuntimeError: it cannot
+            run here.
     """
 
     def __init__(self, name: str | None):
         global _selected
         if name is not None:
+            requested(name)
             _named(name)
         self._name, self._outer, self._fresh = name, [_selected], True
         _selected = name

@@ -17,7 +17,6 @@ MAX_SCALING = 2.0**112  # times 1/q, at most 2**14, it is still finite in fp32
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 CAST = DTYPES[:3]  # by autocast, which leaves fp64 alone
 _PLAIN = (Tensor, Parameter)
-_REALS: Any = (Real, torch.SymFloat)
 _NUMBERS: Any = (Real, torch.SymFloat, torch.SymInt)
 
 
@@ -87,6 +86,8 @@ def validate(
     for name, t in tensors.items():
         if not isinstance(t, Tensor):
             raise TypeError(f"{OP}: {name} must be a Tensor, but got {type(t).__name__}")
+        if t.is_nested:
+            raise TypeError(f"{OP}: {name} must not be nested; pass its values()")
     _check_no_mixed_dtensor(tensors, sharded)
     _check_scalars(scaling, dropout_p)
     _check_not_packed(weight, lora_a, lora_b)
@@ -122,11 +123,9 @@ def _check_scalars(scaling, dropout_p) -> None:
         raise ValueError(
             f"{OP}: scaling must be finite and at most 2**112 in magnitude, but got {scaling}"
         )
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, _REALS):
-        raise TypeError(f"{OP}: dropout_p must be a number, but got {type(dropout_p).__name__}")
     from .dropout import check_probability
 
-    check_probability(dropout_p, OP)
+    check_probability(dropout_p, OP, "dropout_p")
 
 
 def _check_not_packed(weight, lora_a, lora_b) -> None:

@@ -34,6 +34,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +44,8 @@ from ._ops import ops as OPS
 
 RANGE = 1 << 14
 _WORD = 0xFFFFFFFF
+_REALS: Any = (Real, torch.SymFloat)
+_INTEGERS: Any = (int, torch.SymInt)
 
 
 def drop_threshold(p: float) -> int:
@@ -61,7 +65,7 @@ def keep_probability(p: float) -> float:
         p: drop probability, in [0, 1].
 
     Raises:
-        ValueError: p is not in [0, 1].
+        TypeError: p is no number. ValueError: it is not in [0, 1].
 
     Equivalent to::
 
@@ -77,7 +81,9 @@ def inverse_keep(threshold: int) -> float:
     return RANGE / max(RANGE - threshold, 1)
 
 
-def check_probability(p: float, op: str) -> None:
+def check_probability(p: float, op: str, name: str = "p") -> None:
+    if isinstance(p, bool) or not isinstance(p, _REALS):
+        raise TypeError(f"{op}: {name} must be a number, but got {type(p).__name__}")
     if not 0.0 <= p <= 1.0:  # NaN fails the comparison too
         raise ValueError(f"{op}: dropout probability has to be between 0 and 1, but got {p}")
 
@@ -106,6 +112,7 @@ def dropout_mask(
         bool tensor of `shape`, True where an element is kept. Bit-identical on every backend.
 
     Raises:
+        TypeError: p is no number, or seed or shape no sequence of integers.
         ValueError: p outside [0, 1], an empty shape, or a malformed seed.
 
     Equivalent to (see the module docstring for `philox` and the two groups)::
@@ -114,17 +121,24 @@ def dropout_mask(
         mask = bits >= round(p * 16384)
     """
     check_probability(p, "dropout_mask")
+    _check_integers(shape, "shape")
     if len(shape) == 0 or min(shape) < 0:
         raise ValueError(
             f"dropout_mask: shape must have one dimension or more, none negative, but got {shape}"
         )
     if not isinstance(seed, Tensor):
+        _check_integers(seed, "seed")
         seed = torch.tensor(list(seed), dtype=torch.int64)
     check_seed(seed, "dropout_mask")
     seed = seed.to(device).contiguous()
     rows, cols = math.prod(shape[:-1]), shape[-1]
     mask = OPS.dropout_mask(seed, rows, cols, drop_threshold(p))
     return mask.view(tuple(shape))
+
+
+def _check_integers(given: Any, name: str) -> None:
+    if not isinstance(given, Sequence) or not all(isinstance(n, _INTEGERS) for n in given):
+        raise TypeError(f"dropout_mask: {name} must be a sequence of integers, but got {given!r}")
 
 
 def check_seed(seed: Tensor, op: str) -> None:

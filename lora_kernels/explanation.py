@@ -61,8 +61,7 @@ def explain(
     reason = f"first in the fixed order that serves {x.dtype} on {x.device}"
     if (evidence := backends._REGISTRY[name].evidence) is not None:
         reason += f"; {evidence(x.device).find(x.dtype, call).why}"
-    forced = backend or backends.selected()
-    if forced is not None:
+    if forced := backends.requested(backend):
         name = backends.choose(forced, x.device, x.dtype).name
         source = "the backend argument" if backend else f"use_backend or {backends.ENV}"
         reason = f"forced by {source}"

@@ -86,7 +86,7 @@ def fused_lora_linear(
     elif x.dtype is not dtype or (bias is not None and bias.dtype is not dtype):  # by autocast
         # The weight is cast inside, so that backward saves the parameter and not a 16-bit copy.
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-    name = backend or backends.selected() or ""
+    name = backends.requested(backend)
     if not dropout.drops(dropout_p):
         seed = None
     elif seed is None:

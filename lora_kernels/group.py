@@ -81,7 +81,7 @@ def fused_lora_linear_group(
     dropped = dropout.drops(dropout_p)
     seeds = [_seed(seed, x) if dropped else None for seed in seeds]
 
-    name = backend or backends.selected() or ""
+    name = backends.requested(backend)
     if name == "reference" or (name == "" and x.dtype == torch.float64):
         return [
             reference.lora_linear(x, *operands, scaling=scaling, dropout_p=dropout_p, seed=seed)

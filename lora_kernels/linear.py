@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .checks import MAX_SCALING
 from .functional import fused_lora_linear
 from .state_names import rename_keys
+
+_INTEGER: Any = Integral
+_REAL: Any = Real
 
 
 class LoRALinear(nn.Module):
@@ -30,7 +36,7 @@ class LoRALinear(nn.Module):
     starts Kaiming-uniform (PEFT's default), lora_b zero, so a new layer equals the frozen linear.
 
     Raises:
-        ValueError: r < 0 or lora_dropout outside [0, 1].
+        ValueError: r < 0, lora_dropout outside [0, 1], or a lora_alpha that is not finite.
 
     Equivalent to::
 
@@ -87,10 +93,12 @@ class LoRALinear(nn.Module):
         self.register_parameter("bias", frozen_bias)
 
     def _attach(self, r, lora_alpha, lora_dropout, use_rslora, adapter_dtype) -> None:
-        if r < 0:
-            raise ValueError(f"LoRALinear: r must be >= 0, but got {r}")
-        if not 0.0 <= lora_dropout <= 1.0:
-            raise ValueError(f"LoRALinear: lora_dropout must be in [0, 1], but got {lora_dropout}")
+        if not isinstance(r, _INTEGER) or r < 0:
+            raise ValueError(f"LoRALinear: r must be >= 0, and an integer, but got {r!r}")
+        if not isinstance(lora_dropout, _REAL) or not 0.0 <= lora_dropout <= 1.0:
+            raise ValueError(
+                f"LoRALinear: lora_dropout must be in [0, 1], but got {lora_dropout!r}"
+            )
         self.r = r
         self.lora_dropout = float(lora_dropout)
         self._scale(r if lora_alpha is None else lora_alpha, use_rslora)
@@ -101,6 +109,11 @@ class LoRALinear(nn.Module):
         self.reset_lora_parameters()
 
     def _scale(self, lora_alpha: float, use_rslora: bool) -> None:
+        if not isinstance(lora_alpha, _REAL) or not abs(lora_alpha) <= MAX_SCALING:
+            raise ValueError(
+                "LoRALinear: lora_alpha must be finite and at most 2**112 in magnitude, but got "
+                f"{lora_alpha!r}"
+            )
         r = self.r
         self.lora_alpha = lora_alpha
         self.use_rslora = use_rslora

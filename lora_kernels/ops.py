@@ -53,6 +53,9 @@ def make_plan(
 ) -> Plan:
     """`name`: of the backend, "" for the automatic choice. `dropped`: whether there is a mask."""
     backend = backends.choose(name, device, dtype)
+    dropout.check_probability(
+        dropout_p, "lora_linear", "dropout_p"
+    )  # of the operator, called alone
     threshold = dropout.drop_threshold(dropout_p) if dropped else 0
     h_scale, up_scale = split_scaling(scaling, dtype)
     off = is_off(scaling, threshold)

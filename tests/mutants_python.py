@@ -44,7 +44,7 @@ AUTOCAST = "test_ops.py test_faults_autograd.py -k autocast"
 
 OVERFLOW = "test_faults_values.py -k does_not_overflow_where"
 MIXED = "test_lora_linear.py::test_adapters_of_two_dtypes"
-OFF_BIAS = "test_faults_arguments.py -k bias_of_a_term_that_is_off"
+OFF_BIAS = "test_faults_arguments.py -k exactly_the_base"
 SAVED = "test_ops.py::test_what_is_saved_for_backward"
 UNDEFINED = "test_ops.py -k no_gradient_arrives"
 SUBSETS = "test_faults_shapes.py::test_fault_19_requires_grad_subsets -k composed"

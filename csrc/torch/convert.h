@@ -29,6 +29,20 @@ inline Dtype dtype_of(const Tensor& t, const char* op, const char* name) {
   STD_TORCH_CHECK(false, op, ": ", name, " must be float32, bfloat16 or float16");
 }
 
+// The memory of t, which must be there: FSDP frees that of a parameter whose sizes stay.
+inline void* data_of(const Tensor& t, const char* op, const char* name) {
+  int64_t bytes, end = t.storage_offset() + 1;
+  for (int64_t i = 0; i < t.dim(); ++i) {
+    if (t.size(i) == 0) return nullptr;
+    end += (t.size(i) - 1) * t.stride(i);
+  }
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+  STD_TORCH_CHECK(end * static_cast<int64_t>(t.element_size()) <= bytes, op, ": ", name,
+                  " lies beyond its storage of ", bytes,
+                  " bytes, which was freed or cut; unshard the parameter first");
+  return const_cast<void*>(t.const_data_ptr());
+}
+
 // A matrix in memory together with the tensor that owns it.
 struct Operand {
   Tensor tensor;
@@ -43,8 +57,7 @@ inline Operand transposed(const Operand& a) {
 
 inline Operand operand(const Tensor& t, const char* op, const char* name) {
   STD_TORCH_CHECK(t.dim() == 2, op, ": ", name, " must have two dimensions, but has ", t.dim());
-  const Matrix matrix{const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1),
-                      dtype_of(t, op, name)};
+  const Matrix matrix{data_of(t, op, name), t.stride(0), t.stride(1), dtype_of(t, op, name)};
   return {t, matrix, t.size(0), t.size(1)};
 }
 
@@ -64,8 +77,7 @@ inline Operand flatten_rows(const Tensor& t, const char* op, const char* name) {
     rows *= t.size(i);
   }
   if (in_place || rows == 0) {
-    const Matrix matrix{const_cast<void*>(t.const_data_ptr()), row_stride, t.stride(dim - 1),
-                        dtype_of(t, op, name)};
+    const Matrix matrix{data_of(t, op, name), row_stride, t.stride(dim - 1), dtype_of(t, op, name)};
     return {t, matrix, rows, width};
   }
   return operand(torch::stable::reshape(t, std::vector<int64_t>{rows, width}), op, name);
@@ -82,7 +94,7 @@ inline Dropout dropout_of(const OptionalTensor& seed, int64_t threshold, const c
                   op, ": seed must be a contiguous int64 tensor [2] or [4]");
   STD_TORCH_CHECK(threshold >= 0 && threshold <= kMaskRange, op, ": threshold must be in 0..",
                   kMaskRange);
-  return {static_cast<const int64_t*>(seed->const_data_ptr()), static_cast<int>(seed->size(0)),
+  return {static_cast<const int64_t*>(data_of(*seed, op, "seed")), static_cast<int>(seed->size(0)),
           static_cast<uint32_t>(threshold)};
 }
 
@@ -108,7 +120,7 @@ inline Matrix bias_row(const OptionalTensor& bias, int64_t N, Dtype dtype, const
   STD_TORCH_CHECK(dtype_of(*bias, op, "bias") == dtype, op, ": bias has dtype ",
                   name_of(dtype_of(*bias, op, "bias")), " but must have that of x, ",
                   name_of(dtype));
-  return {const_cast<void*>(bias->const_data_ptr()), 0, bias->stride(0), dtype};
+  return {data_of(*bias, op, "bias"), 0, bias->stride(0), dtype};
 }
 
 // The sizes of x with the last one replaced.

@@ -68,6 +68,7 @@ Operand join_down_proj(std::vector<DownProjArgs>& group, const Operand& x, const
                        const Dropout& dropout, double scale) {
   check_size(down.cols, x.cols, "down_proj", "down.size(1)");
   Operand h = operand(empty_cpu({x.rows, down.rows}, x.tensor.scalar_type()), "down_proj", "h");
+  if (h.rows == 0 || h.cols == 0) return h;  // 2^40 rows of nothing are not to be walked
   if (few_rows(x, down.rows, dropout) && down.matrix.dtype == Dtype::f32) {
     addmm_out(h.tensor, h.tensor, as_tensor(x), as_tensor(transposed(down)), 0.0, scale);
     return h;
@@ -239,6 +240,7 @@ Tensor join_weight_grad(std::vector<WeightGradArgs>& group, const Operand& h, co
   const ScalarType dtype = wide ? ScalarType::Float : x.tensor.scalar_type();
   Operand grad = operand(transpose ? empty_cpu({K, r}, dtype) : empty_cpu({r, K}, dtype),
                          "weight_grad", "grad");
+  if (r == 0 || K == 0) return grad.tensor;
   if (few_rows(x, r, dropout) && h.matrix.dtype == Dtype::f32) {
     const Operand &left = transpose ? x : h, &right = transpose ? h : x;
     addmm_out(grad.tensor, grad.tensor, as_tensor(transposed(left)), as_tensor(right), 0.0, scale);
@@ -406,6 +408,7 @@ Tensor group_dx(const Tensor& dy, const std::vector<Share>& shares) {
 Tensor dropout_mask_op(const Tensor& seed, int64_t rows, int64_t cols, int64_t threshold) {
   STD_TORCH_CHECK(rows >= 0 && cols >= 0, "dropout_mask: rows and cols must not be negative");
   Tensor mask = empty_cpu({rows, cols}, ScalarType::Bool);
+  if (cols == 0) return mask;
   DropoutMaskArgs args{static_cast<bool*>(mask.mutable_data_ptr()), rows, cols,
                        dropout_of(seed, threshold, "dropout_mask")};
   parallel(rows, 16, 16 * 8 * cols,
