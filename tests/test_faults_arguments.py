@@ -278,7 +278,7 @@ def test_fault_42_a_weight_without_memory_is_never_read(backend):
         call(weight=weight, backend=backend)
 
 
-# ---- arguments of other calls, and of none of the numbers ------------------------------------------
+# ---- arguments of other calls, and what is not numbered ------------------------------------------
 
 
 def test_backend_must_be_a_name():
