@@ -174,11 +174,11 @@ KILLED = [
     ops("off: bias gets no gradient", "on, need_x, False, False, need_bias )",
         "on, need_x, False, False, False\n    )", OFF_BIAS),
     ops("off: gradient of A absent", "lora_a.new_zeros(lora_a.shape) if need_a else da", "da", OFF),
-    ops("a copy of x is saved", "ctx.save_for_backward(x, weight, lora_a, lora_b, h, seed)",
-        "ctx.save_for_backward(x.clone(), weight, lora_a, lora_b, h, seed)", SAVED),
+    ops("a copy of x is saved", "ctx.save_for_backward(kept, weight, lora_a, lora_b, h, seed)",
+        "ctx.save_for_backward(kept.clone(), weight, lora_a, lora_b, h, seed)", SAVED),
     ops("a cast of the weight is saved",
-        "ctx.save_for_backward(x, weight, lora_a, lora_b, h, seed)",
-        "ctx.save_for_backward(x, weight.to(x.dtype), lora_a, lora_b, h, seed)",
+        "ctx.save_for_backward(kept, weight, lora_a, lora_b, h, seed)",
+        "ctx.save_for_backward(kept, weight.to(x.dtype), lora_a, lora_b, h, seed)",
         "test_ops.py::test_fp32_weight_is_saved_uncast_under_autocast"),
     ops("double backward in silence",
         "return (None,) * 7 if torch.is_grad_enabled(): _no_double_backward()",
@@ -236,8 +236,8 @@ KILLED = [
     group("group op: empty bias added", "b if b.numel() else None for b", "b for b",
           "test_group.py -k compiled_equals"),
     group("group: x is saved for each",
-          "ctx.save_for_backward(x, *weights, *lora_as, *lora_bs, *hs, *seeds) ctx.plan",
-          "ctx.save_for_backward(x, *weights, *lora_as, *lora_bs, *hs, *seeds, x)\n"
+          "ctx.save_for_backward(kept, *weights, *lora_as, *lora_bs, *hs, *seeds) ctx.plan",
+          "ctx.save_for_backward(kept, *weights, *lora_as, *lora_bs, *hs, *seeds, x)\n"
           "        ctx.plan", "test_group.py -k saved_for"),
     # the layer
     layer("dropout in eval", "self.lora_dropout if self.training else 0.0", "self.lora_dropout"),

@@ -79,6 +79,18 @@ def test_the_vendor_multiplies(dtype):
     assert torch.equal(y, torch.nn.functional.linear(p.x, p.weight, p.bias))
 
 
+def test_one_dtype_alone_is_the_vendors(dtype):
+    """The other goes by way of float32, as its strict bound tells."""
+    backends.multiply_natively(dtype)
+    (other,) = set(DTYPES.values()) - {dtype}
+    p = problems.make((150, 300, 200, 4), other)
+    tolerance.assert_c1(p, p.run("cpu"))
+    assert not backends.eager_like("cpu", other)
+    p = problems.make((150, 300, 200, 4), dtype)
+    with pytest.raises(AssertionError, match="C1"):
+        tolerance.assert_c1(p, p.run("cpu"))
+
+
 def test_the_automatic_choice_is_cpu(dtype):
     p = problems.make((5, 8, 8, 2), dtype)
     found = lk.explain(p.x, p.weight, p.lora_a, p.lora_b)

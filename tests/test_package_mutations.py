@@ -40,10 +40,10 @@ def forks() -> Iterator[Forks]:
 
 
 def arguments(tests: str) -> list[str]:
-    file, *rest = shlex.split(tests)
+    words = [str(TESTS / w) if w.startswith("test_") else w for w in shlex.split(tests)]
     # Of the cases in Triton's interpreter `make test` runs a sample: no sample of theirs is a hole.
     markers = "not gpu" if "triton" in tests else "not gpu and not slow"
-    return ["-m", markers, str(TESTS / file), *rest]
+    return ["-m", markers, *words]
 
 
 def copy_of(tree: Path, in_library: bool) -> None:
