@@ -16,11 +16,11 @@ def of(file: str, tests: str):
 
 EVERY_SHAPE = "test_lora_linear.py::test_c1_every_shape -k cpu"
 LARGE = "test_lora_linear.py::test_c1_c2_large -k cpu"
-STRIDES = "test_lora_linear.py::test_any_strides -k cpu"
+STRIDES = "test_lora_linear.py::test_fault_17_any_strides -k cpu"
 SAME_BITS = "test_dropout.py -k specification_element"
 CONVERSIONS = "test_kernels.py -k conversions"
 THREADS = "test_dropout.py -k threads_do_not"
-SUBSETS = "test_lora_linear.py::test_requires_grad_subsets -k cpu"
+SUBSETS = "test_faults_shapes.py::test_fault_19_requires_grad_subsets -k cpu"
 MANY_RANKS = "test_kernels.py::test_fused_gemm -k cpp"
 DEEP = "test_kernels.py::test_panels_of_a_16bit_operand"
 PANELS = "test_group.py::test_panels_of_a_16bit_dx"

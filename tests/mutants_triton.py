@@ -28,6 +28,7 @@ GEMM_MASKS = "test_triton.py::test_mask_is_bit_identical"
 KINDS = "test_triton.py::test_kinds_of_gemm"
 BACKWARD = "test_lora_linear.py::test_c1_c2_large -k 'triton and fp16'"
 SUBSETS = "test_faults_shapes.py::test_fault_19_requires_grad_subsets -k triton"
+MANY_TILES = "test_triton.py::test_one_read_of_many_tiles"
 ONE_READ = "test_lora_linear.py::test_c1_every_shape -k 'triton and fp16 and depth_past_block'"
 SPLIT = "test_triton.py::test_split_sums_are_right"
 BAD = "test_faults_values.py -k 'triton and vanishes'"
@@ -52,7 +53,7 @@ KILLED = [
     down("last columns behind the shift lost", "span, k + col0), DEPTH)", "span, k), DEPTH)",
          MASKS),
     down("column stride ignored", "x_tile += DEPTH * tl.cast(x_col, tl.int64)", "x_tile += DEPTH",
-         "test_lora_linear.py::test_any_strides -k 'triton and large and fp32 and x-'"),
+         "test_lora_linear.py::test_fault_17_any_strides -k 'triton and large and fp32 and x-'"),
     down("mask of the first step", "seed, row, depth, threshold, MASK",
          "seed, row, 0, threshold, MASK"),
     down("h unscaled", "stored = (total * scale)", "stored = total"),
@@ -100,6 +101,12 @@ KILLED = [
          "reduce_parts(grad_parts, grad, h_scale)", ONE_READ),
     both("one read: never wide", "dtype=torch.float32 if wide else dy.dtype) sums",
          "dtype=dy.dtype)\n    sums", MIXED),
+    both("one read: parts of the first block", "place = grad + (block * n + cols)",
+         "place = grad + cols", MANY_TILES),
+    both("one read: sums of the first block", "tl.store(sums + block * n + cols",
+         "tl.store(sums + cols", MANY_TILES),
+    both("one read: down not advanced", "down_tile += COLS * tl.cast(down_col, tl.int64)", "",
+         MANY_TILES),
     mask("row origin ignored", "block_row += tl.load(seed + 2) // 16", ""),
     mask("column origin ignored", "block_col += tl.load(seed + 3) // 16", ""),
     mask("shift ignored", "row = (tl.load(seed + 2) % 16).to(tl.int32)", "row = 0"),

@@ -227,6 +227,23 @@ def test_same_bits_every_time(r):
         assert all(grad.shape == (0,) for grad in grads)
 
 
+def test_one_read_of_many_tiles():
+    """Rows of several blocks, each of which meets columns of several tiles in one program."""
+    from lora_kernels.triton_kernels import weight_grad
+
+    m, n, r = 150, 200, 5
+    dy, h, down = (normal(*s) for s in ((m, n), (m, r), (r, n)))
+    assert weight_grad.one_read(dy, r)
+    dh, grad, sums = weight_grad.down_and_weight_grad(h, dy, down, 0.5, 0.25, False, True, True)
+    wide = (dy.double(), h.double(), down.double())
+    for got, left, right, scale in (
+        (dh, wide[0], wide[2].T, 0.5),
+        (grad, wide[0].T, wide[1], 0.25),
+        (sums[:, None], wide[0].T, torch.ones(m, 1).double(), 1.0),
+    ):
+        close(got, scale * left @ right, left.abs() @ right.abs(), torch.float32)
+
+
 def test_h_of_any_layout():
     """Hooks of saved tensors may give it back in another."""
     from lora_kernels.triton_kernels import flow
