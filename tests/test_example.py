@@ -11,10 +11,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "example, needs",
-    [("finetune_sentiment", ["transformers"]), ("finetune_headlines", ["peft", "gguf"])],
+    [
+        ("finetune_sentiment", ["transformers"]),
+        pytest.param("finetune_headlines", ["peft", "gguf"], marks=pytest.mark.slow),
+    ],
 )
 def test_example(example, needs):
     for package in needs:
