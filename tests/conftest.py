@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import subprocess
+import sys
 import sysconfig
 import zlib
 from pathlib import Path
@@ -42,7 +43,12 @@ TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown():
-    """The emulator's records leave gigabytes of free memory in a heap that only grows."""
+    """The emulator's records leave gigabytes of free memory in a heap that only grows.
+
+    And what one test compiled counts for no other: torch compiles a function a few times only.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
     if TRIM is None:
         return
     pages = int(Path("/proc/self/statm").read_text().split()[1])
