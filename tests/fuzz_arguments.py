@@ -226,6 +226,8 @@ def check(call: Call) -> None:
             args, kwargs = evaluate(call)
         except Exception:  # torch refuses to make the argument
             return
+        if left_to_torch(call, args, kwargs):
+            return
         torch.manual_seed(0)
         try:
             result = eval(call.function, NAMES)(*args, **kwargs)
@@ -240,6 +242,17 @@ def check(call: Call) -> None:
             lk.use_backend(None)
         if call.function.startswith("lk."):
             assert_right(call, args, kwargs, result)
+
+
+def left_to_torch(call: Call, args: list, kwargs: dict) -> bool:
+    """Freed memory that torch's own operators would read, and products that take them hours."""
+    given = [t for a in (*args, *kwargs.values()) for t in (a if isinstance(a, list) else [a])]
+    by_torch = {"'composed'", "'reference'"} & {*call.args, *dict(call.kwargs).values()}
+    if by_torch and any(
+        "freed(" in s or "cut(" in s for s in (*call.args, *dict(call.kwargs).values())
+    ):
+        return True
+    return sum(type(t) is Tensor and t.numel() > 2**32 for t in given) > 1
 
 
 @contextlib.contextmanager
