@@ -58,8 +58,8 @@ test-all: build lint
 # The library that was built for TORCH, in the oldest torch that the package accepts.
 OLDEST_TORCH := 2.11.0
 OLDEST := .venv-oldest
-NUMERIC := $(addprefix tests/test_,faults_arguments.py faults_shapes.py faults_values.py dropout.py group.py kernels.py linear.py \
-  lora_linear.py ops.py)
+NUMERIC := $(addprefix tests/test_,faults_arguments.py faults_shapes.py faults_values.py dropout.py \
+  group.py kernels.py linear.py lora_linear.py ops.py)
 
 $(OLDEST)/.installed: requirements-dev.txt
 	python3 -m venv $(OLDEST)

@@ -247,10 +247,9 @@ def check(call: Call) -> None:
 def left_to_torch(call: Call, args: list, kwargs: dict) -> bool:
     """Freed memory that torch's own operators would read, and products that take them hours."""
     given = [t for a in (*args, *kwargs.values()) for t in (a if isinstance(a, list) else [a])]
-    by_torch = {"'composed'", "'reference'"} & {*call.args, *dict(call.kwargs).values()}
-    if by_torch and any(
-        "freed(" in s or "cut(" in s for s in (*call.args, *dict(call.kwargs).values())
-    ):
+    sources = (*call.args, *dict(call.kwargs).values())
+    lost = any(made in source for source in sources for made in ("freed(", "cut("))
+    if lost and {"'composed'", "'reference'"} & {*sources}:
         return True
     return sum(type(t) is Tensor and t.numel() > 2**32 for t in given) > 1
 
