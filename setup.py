@@ -107,7 +107,8 @@ def extension():
     if torch.version.cuda is None:
         remove_stale_objects(headers)
 
-    sources = ["csrc/torch/module.cpp", "csrc/torch/cpu.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
+    cpu = [*glob("csrc/torch/cpu*.cpp"), *glob("csrc/cpu/*.cpp")]
+    sources = ["csrc/torch/module.cpp", *sorted(cpu)]
     options = {}
     if home:
         defines = [("LK_SM90A", "1")] if "9.0a" in ARCHS else []

@@ -20,7 +20,8 @@ FLAGS = [
 
 
 def _sources(csrc: Path) -> list[Path]:
-    return [csrc / "torch/module.cpp", csrc / "torch/cpu.cpp", *sorted(csrc.glob("cpu/*.cpp"))]
+    cpu = sorted([*csrc.glob("torch/cpu*.cpp"), *csrc.glob("cpu/*.cpp")])
+    return [csrc / "torch/module.cpp", *cpu]
 
 
 def _name(source: Path) -> str:
