@@ -59,7 +59,7 @@ test-all: build lint
 OLDEST_TORCH := 2.11.0
 OLDEST := .venv-oldest
 NUMERIC := $(addprefix tests/test_,faults_arguments.py faults_shapes.py faults_values.py dropout.py \
-  group.py kernels.py linear.py lora_linear.py ops.py)
+  group.py group_arguments.py group_autograd.py kernels.py linear.py lora_linear.py ops.py)
 
 $(OLDEST)/.installed: requirements-dev.txt
 	python3 -m venv $(OLDEST)

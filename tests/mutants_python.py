@@ -32,7 +32,7 @@ composed = of("composed.py", f"{LARGE} -k composed")
 dropout = of("dropout.py", "test_dropout.py -k every_implementation")
 ops = of("ops.py", "test_ops.py")
 call = of("functional.py", "test_ops.py")
-group = of("group.py", "test_group.py")
+group = of("group.py", "test_group.py test_group_arguments.py")
 layer = of("linear.py", "test_linear.py")
 peft = of("peft_linear.py", "test_peft.py")
 OFF = "test_faults_arguments.py -k exactly_the_base"
@@ -230,11 +230,11 @@ KILLED = [
     group("group: wide of A for B", "for ts in (lora_as, lora_bs))",
           "for ts in (lora_as, lora_as))", MIXED),
     group("group: bias not cast", "None if b is None else autocast.cast(b) for b", "b for b",
-          "test_group.py -k autocast_equals"),
+          "test_group_autograd.py -k autocast_equals"),
     group("group op: scalings of the first", "[scalings[i] for i in used], dropout_p",
-          "scalings[: len(used)], dropout_p", "test_group.py -k compiled_equals"),
+          "scalings[: len(used)], dropout_p", "test_group_autograd.py -k compiled_equals"),
     group("group op: empty bias added", "b if b.numel() else None for b", "b for b",
-          "test_group.py -k compiled_equals"),
+          "test_group_autograd.py -k compiled_equals"),
     group("group: x is saved for each",
           "ctx.save_for_backward(kept, *weights, *lora_as, *lora_bs, *hs, *seeds) ctx.plan",
           "ctx.save_for_backward(kept, *weights, *lora_as, *lora_bs, *hs, *seeds, x)\n"

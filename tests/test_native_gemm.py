@@ -6,9 +6,9 @@ as on such a processor, which torch has on any other too, slowly.
 
 from __future__ import annotations
 
+import group_problems
 import problems
 import pytest
-import test_group
 import tolerance
 import torch
 
@@ -65,11 +65,11 @@ def test_c5_each_term_alone(scales, dtype, p):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("shape", test_group.SHAPES)
+@pytest.mark.parametrize("shape", group_problems.SHAPES)
 def test_groups(shape, dtype, p):
     """The bits of separate calls, and a dx that is added up in fp32."""
-    group = test_group.make(shape, dtype, p=p)
-    test_group.assert_like_separate(group, "cpu", eager_like=True, sum_eager_like=True)
+    group = group_problems.make(shape, dtype, p=p)
+    group_problems.assert_like_separate(group, "cpu", eager_like=True, sum_eager_like=True)
 
 
 def test_the_vendor_multiplies(dtype):
