@@ -99,11 +99,11 @@ class Group:
         adapters = [] if forward == self.frozen else [*self.lora_as, *self.lora_bs]
         return lambda: torch.autograd.grad(forward(), [self.x, *adapters], self.dys)
 
-    def backends(self) -> list[str]:
+    def backends(self, named: list[str] | None) -> list[str]:
         problem = contenders.Problem(
             self.x, self.weights[0], self.lora_as[0], self.lora_bs[0], self.dys[0]
         )
-        return contenders.chosen_backends(problem, None, False)
+        return contenders.chosen_backends(problem, named, False)
 
     def wrong(self, backend: str) -> str | None:
         """None, or in what the group differs from separate calls."""
@@ -122,7 +122,7 @@ def measure(group: Group, mode: str, args: argparse.Namespace, timer) -> list[di
     """A row for each contender."""
     forwards: dict[str, Callable] = {"frozen": group.frozen, "eager": group.eager}
     rows: dict[str, dict] = {}
-    for backend in group.backends():
+    for backend in group.backends(args.backend):
         forwards[f"{backend} apart"] = functools.partial(group.apart, backend)
         name = f"{backend} group"
         if (why := group.wrong(backend)) is None:
@@ -153,6 +153,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--model", type=shapes.listed(shapes.one_of("model", shapes.MODELS)), metavar="NAME[,NAME]",
         help=f"of {', '.join(shapes.MODELS)}; default llama-3.1-8b on CUDA, minilm on a CPU",
+    )  # fmt: skip
+    parser.add_argument(
+        "--backend", type=shapes.listed(shapes.one_of("backend", lk.backends())),
+        metavar="NAME[,NAME]", help="default: all of our backends that serve the groups",
     )  # fmt: skip
     parser.add_argument("--json", type=report.output_path, default=report.OUT / "group.json")
     args = shapes.parse(parser, SECONDS)
