@@ -33,7 +33,7 @@ export HF_HUB_OFFLINE := 1
 OUT ?= bench/out/gpu
 
 .PHONY: build test test-all test-oldest test-peft test-poison fuzz lint bench bench-overhead \
-  bench-memory bench-kernels bench-gemm bench-backward bench-group bench-decode bench-training gpu \
+  bench-memory bench-kernels bench-gemm bench-backward bench-group bench-decode bench-model bench-training gpu \
   publish dispatch tune-triton gates example example-peft clean
 
 build: $(STAMP)
@@ -122,6 +122,9 @@ bench-group: build
 
 bench-decode: build
 	$(PY) -m bench.bench_decode $(ARGS)
+
+bench-model: build
+	$(PY) -m bench.bench_model $(ARGS)
 
 bench-training: build
 	$(PY) -m bench.training $(ARGS)

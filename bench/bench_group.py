@@ -194,12 +194,7 @@ def main() -> int:
                 "rank": rank, "dropout": p, "mode": mode, "rows": rows,
             })  # fmt: skip
         report.write(args.json, "group", machine, settings, {"groups": tables})
-    failures = [
-        f"{row['name']}, {table['label']} p={table['dropout']:g}: {row['error']}"
-        for table in tables
-        for row in table["rows"]
-        if "error" in row
-    ]
+    failures = report.failures(tables, lambda table: f"{table['label']} p={table['dropout']:g}")
     report.finish(
         console, args.json, "group", machine, settings, {"groups": tables, "failures": failures}
     )

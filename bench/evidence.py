@@ -160,6 +160,28 @@ def group(finished: Finished, path: Path) -> dict:
     return {"geometric_means": means, "headline": ", ".join(parts)}
 
 
+def model(finished: Finished, path: Path) -> dict:
+    """Of bench_model: means of a step's time over peft's and over frozen, by contender."""
+    exit_code(finished)
+    ratios: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for table in json.loads(path.read_text())["groups"]:
+        for row in table["rows"]:
+            if row["name"] not in ("frozen", "peft"):
+                for key in ("of_peft", "over_frozen"):
+                    ratios[row["name"]][key].append(row[key])
+    if not ratios:
+        raise NotRun("no layer was timed")
+    means = {
+        name: {key: _geometric_mean(values) for key, values in found.items()}
+        for name, found in ratios.items()
+    }
+    parts = [
+        f"{name} {mean['of_peft']:.3f}x peft {mean['over_frozen']:.3f}x frozen"
+        for name, mean in means.items()
+    ]
+    return {"geometric_means": means, "headline": ", ".join(parts)}
+
+
 def layers(finished: Finished, path: Path) -> dict:
     """Of `python -m bench`: its own summary."""
     exit_code(finished)

@@ -10,8 +10,10 @@ OUT (new or empty) receives suite.json (the record), logs.tar.gz (with the tests
 tables of decode), kernels.json, gemm.json, backward.json, group.json, layers.json and
 selfcheck.json. `python -m bench.publish OUT` makes results of it. With --triton it is the Triton
 kernels that are tested, measured and tuned on trial, and OUT receives suite.json, logs.tar.gz and
-selfcheck-triton.json, which publish puts beside what the other run left. In a copy without .git,
-LORA_KERNELS_COMMIT names the commit, with the suffix -dirty if the copy differs from it.
+selfcheck-triton.json; with --model a decoder layer under PEFT is timed, and OUT receives
+suite.json, logs.tar.gz and model.json. Publish puts each beside what the other runs left. In a copy
+without .git, LORA_KERNELS_COMMIT names the commit, with the suffix -dirty if the copy differs from
+it.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ LIMITS = {  # seconds; in all less than 9.5 minutes; timed tables take at most h
 TRITON_LIMITS = {  # of --triton, where tests and selfcheck compile most of the time
     "probe": 20, "build": 85, "triton": 190, "selfcheck-triton": 130, "tune-triton": 140,
 }  # fmt: skip
-PROFILES = {"cuda": LIMITS, "triton": TRITON_LIMITS}
+MODEL_LIMITS = {"probe": 20, "build": 85, "model": 240}  # of --model
+PROFILES = {"cuda": LIMITS, "triton": TRITON_LIMITS, "model": MODEL_LIMITS}
 # What rows of dispatch.json are made of. The tests and sanitizers check the operators.
 SELFCHECK = [
     "lora_kernels", "selfcheck", "--shapes", "few", "--dtype", "bf16", "--no-operators",
@@ -58,7 +61,20 @@ SELFCHECK_TRITON = [
     "lora_kernels", "selfcheck", "--backend", "triton", "--shapes", "few", "--dtype", "bf16,fp16",
     "--no-operators", "--no-store", "--seconds", "95",
 ]  # fmt: skip
+MODEL = [
+    "bench.bench_model",
+    "--backend",
+    "cuda,composed",
+    "--adapters",
+    "same,fp32",
+    "--seconds",
+    "12",
+]
 TUNE = ["bench.tune_triton", "--dry-run", "--seconds", "100"]
+OTHERS = {  # profiles beside that of the CUDA kernels
+    "triton": "the Triton kernels instead",
+    "model": "a decoder layer under PEFT instead",
+}
 WIDE = {"COLUMNS": "120"}  # rich takes a file for 80 columns wide and cuts the tables
 
 # ---- what is examined ----------------------------------------------------------------------------
@@ -118,8 +134,8 @@ _PROBE = """
 import importlib.util, json, platform, torch
 found = {"python": platform.python_version(), "torch": torch.__version__}
 found["cuda"] = torch.version.cuda
-found["modules"] = [name for name in ("rich", "matplotlib", "pytest", "hypothesis", "numpy")
-                    if importlib.util.find_spec(name)]
+used = "rich", "matplotlib", "pytest", "hypothesis", "numpy", "peft", "transformers"
+found["modules"] = [name for name in used if importlib.util.find_spec(name)]
 if importlib.util.find_spec("triton"):
     import importlib.metadata
     found["triton"] = importlib.metadata.version("triton")
@@ -163,7 +179,8 @@ class Suite:
                 {"LORA_KERNELS_BUILD": "cuda", "MAX_JOBS": str(os.cpu_count() or 1)},
             ),
         ]  # fmt: skip
-        return first + (self._of_cuda() if self.profile == "cuda" else self._of_triton())
+        rest = {"cuda": self._of_cuda, "triton": self._of_triton, "model": self._of_model}
+        return first + rest[self.profile]()
 
     def _of_cuda(self) -> list[Stage]:
         return [
@@ -204,6 +221,9 @@ class Suite:
                 environment=WIDE, sampled=True,
             ),
         ]  # fmt: skip
+
+    def _of_model(self) -> list[Stage]:
+        return [self._timing("model", MODEL, evidence.model, modules=("peft", "transformers"))]
 
     def _triton_tests(self) -> list[str]:
         self._need_triton("pytest", "hypothesis", "numpy")
@@ -298,11 +318,14 @@ class Suite:
             {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, needs=("build",),
         )  # fmt: skip
 
-    def _timing(self, name: str, arguments: list[str], judge, folder: Path | None = None) -> Stage:
+    def _timing(
+        self, name: str, arguments: list[str], judge, folder: Path | None = None,
+        modules: tuple[str, ...] = (),
+    ) -> Stage:  # fmt: skip
         path = (folder or self.out) / f"{name}.json"
 
         def command() -> list[str]:
-            self._need_binary("rich", "matplotlib")
+            self._need_binary("rich", "matplotlib", *modules)
             return [sys.executable, "-m", *arguments, "--device", "cuda", "--json", str(path)]
 
         return Stage(
@@ -351,8 +374,10 @@ def run(
         "sources_sha256": sources_hash(),
         "finished": False,
     }
+    if profile != "cuda":
+        head["profile"] = profile
     if profile == "triton":
-        head |= {"profile": profile, "triton_sha256": triton_hash()}
+        head["triton_sha256"] = triton_hash()
     with tempfile.TemporaryDirectory() as scratch:
         logs = Path(scratch) / "logs"
         logs.mkdir()
@@ -389,18 +414,22 @@ def _stages(known: dict[str, float], text: str) -> list[str]:
     return names
 
 
-def _profile() -> str:
-    """What the command line asks for: it says which stages there are."""
+def _profile() -> argparse.ArgumentParser:
+    """Of what the command line asks for: it says which stages there are."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--triton", action="store_true")
-    return "triton" if parser.parse_known_args()[0].triton else "cuda"
+    which = parser.add_mutually_exclusive_group()
+    for name, what in OTHERS.items():
+        which.add_argument(f"--{name}", dest="profile", action="store_const", const=name, help=what)
+    which.set_defaults(profile="cuda")
+    return parser
 
 
 def main() -> int:
-    profile = _profile()
+    profile = _profile().parse_known_args()[0].profile
     known = PROFILES[profile]
     parser = argparse.ArgumentParser(
         prog="bench/gpu_suite.sh",
+        parents=[_profile()],
         description=__doc__.partition("\n\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -409,7 +438,6 @@ def main() -> int:
         "--stages", type=functools.partial(_stages, known), metavar="NAME[,NAME]",
         help="only these",
     )  # fmt: skip
-    parser.add_argument("--triton", action="store_true", help="the Triton kernels instead")
     parser.add_argument(
         "--use-carried", action="store_true",
         help="take lora_kernels/_C.abi3.so as it is, even if the sources are newer",

@@ -81,6 +81,16 @@ def table(title: str, rows: Iterable[Mapping], columns: Columns) -> Table:
     return found
 
 
+def failures(tables: Iterable[Mapping], describe: Callable[[Mapping], str]) -> list[str]:
+    """A line for each row with an error, of tables that hold rows."""
+    return [
+        f"{row['name']}, {describe(table)}: {row['error']}"
+        for table in tables
+        for row in table["rows"]
+        if "error" in row
+    ]
+
+
 def progress(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -112,8 +122,8 @@ def environment(device: str) -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "triton": _version("triton"),
-        "peft": _version("peft"),
+        "triton": version("triton"),
+        "peft": version("peft"),
         "lora_kernels": lk.__version__,
         "backends": {name: missing or "usable" for name, missing in lk.backends().items()},
         "git_commit": _git("rev-parse", "HEAD"),
@@ -147,7 +157,7 @@ def _git(*arguments: str) -> str | None:
     return _output("git", *arguments)
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
     return None

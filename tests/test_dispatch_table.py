@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench import dispatch as generator  # noqa: E402
-from bench import gpu_suite, publish  # noqa: E402
+from bench import gpu_suite  # noqa: E402
 
 BF16 = torch.bfloat16
 TRITON = "3.7.1"
@@ -133,10 +133,7 @@ def entry(tmp_path) -> Path:
     suite = {
         "schema": gpu_suite.SCHEMA, "finished": True, "commit": "abc", "dirty": False,
         "device": {"device_name": GPU.device, "capability": [9, 0], "triton": TRITON},
-        "stages": [
-            {"name": name, "status": "passed"}
-            for name in {**gpu_suite.LIMITS, publish.SELFCHECKS["triton"]: 0}
-        ],
+        "stages": [{"name": name, "status": "passed"} for name in gpu_suite.LIMITS],
     }  # fmt: skip
     (folder / "suite.json").write_text(json.dumps(suite))
     content = records.dump(record([*points(), *slow]))
@@ -199,9 +196,15 @@ def test_evidence_that_proves_nothing_gives_no_row(entry, file, edit, why):
 
 @pytest.fixture
 def both(entry) -> Path:
-    """The entry, where Triton's kernels were measured too."""
+    """The entry, where Triton's kernels were measured too, by a run of their own."""
     found = record(points(dtype="float32"), machine=OF_TRITON, backend="triton")
     (entry / "selfcheck-triton.json").write_text(json.dumps(records.dump(found)))
+    suite = json.loads((entry / "suite.json").read_text())
+    suite |= {
+        "profile": "triton", "triton_sha256": OF_TRITON.sources, "commit": "def",
+        "stages": [{"name": name, "status": "passed"} for name in gpu_suite.TRITON_LIMITS],
+    }  # fmt: skip
+    (entry / "suite-triton.json").write_text(json.dumps(suite))
     return entry
 
 
@@ -226,10 +229,15 @@ def test_each_file_gives_rows_of_its_backend(both):
 @pytest.mark.parametrize(
     ("file", "edit", "why"),
     [
-        ("suite", stage("selfcheck-triton", "not run"), "stage selfcheck-triton not run"),
-        ("suite", lambda s: s["stages"].pop(), "stage selfcheck-triton is missing"),
-        ("suite", lambda s: s["device"].update(triton="3.8.0"), "not those of this tree"),
-        ("suite", lambda s: s["device"].pop("triton"), "KeyError: 'triton'"),
+        ("suite-triton", stage("triton", "not run"), "stage triton was not run"),
+        ("suite-triton", stage("triton", "failed"), "stage triton failed"),
+        ("suite-triton", stage("tune-triton", "failed"), "stage tune-triton failed"),
+        ("suite-triton", stage("selfcheck-triton", "not run"), "selfcheck-triton not run"),
+        ("suite-triton", lambda s: s["stages"].pop(3), "stage selfcheck-triton is missing"),
+        ("suite-triton", lambda s: s.update(dirty=None), "not that of a commit"),
+        ("suite-triton", lambda s: s.update(profile="cuda"), "stage tests was not run"),
+        ("suite-triton", lambda s: s["device"].update(triton="3.8.0"), "not those of this tree"),
+        ("suite-triton", lambda s: s["device"].pop("triton"), "KeyError: 'triton'"),
         ("selfcheck-triton", lambda r: r["machine"].update(sources=SOURCES), "not those of this"),
         ("selfcheck-triton", lambda r: r.update(backend="cuda"), "of backend 'cuda'"),
         ("selfcheck-triton", lambda r: r["points"][0].update(right=False), "wrong: fused_lora"),
@@ -244,50 +252,18 @@ def test_what_refuses_triton_leaves_the_rows_of_cuda(both, file, edit, why):
     assert any(why in text for text in refused), refused
 
 
-@pytest.fixture
-def apart(both) -> Path:
-    """The entry, where Triton's kernels were measured by a run of their own."""
-    suite = json.loads((both / "suite.json").read_text())
-    suite |= {
-        "profile": "triton", "triton_sha256": OF_TRITON.sources, "commit": "def",
-        "stages": [{"name": name, "status": "passed"} for name in gpu_suite.TRITON_LIMITS],
-    }  # fmt: skip
-    (both / "suite-triton.json").write_text(json.dumps(suite))
-    change(both / "suite.json", lambda s: s["stages"].pop())  # selfcheck-triton
-    return both
-
-
-def test_a_run_of_triton_alone_gives_its_rows_without_sanitizers(apart):
-    table, refused = generator.generate(apart.parent, SOURCES)
+def test_a_run_of_triton_alone_gives_its_rows_without_sanitizers(both):
+    table, refused = generator.generate(both.parent, SOURCES)
     assert not refused
     commits = {row["backend"]: row["evidence"]["commit"] for row in table["rows"]}
     assert commits == {"cuda": "abc", "triton": "def"}
-    change(apart / "suite.json", stage("racecheck", "failed"))
-    table, refused = generator.generate(apart.parent, SOURCES)
+    change(both / "suite.json", stage("racecheck", "failed"))
+    table, refused = generator.generate(both.parent, SOURCES)
     assert {row["backend"] for row in table["rows"]} == {"triton"} and "racecheck" in refused[0]
     for name in ("suite", "selfcheck"):
-        (apart / f"{name}.json").unlink()
-    table, refused = generator.generate(apart.parent, SOURCES)
+        (both / f"{name}.json").unlink()
+    table, refused = generator.generate(both.parent, SOURCES)
     assert not refused and {row["backend"] for row in table["rows"]} == {"triton"}
-
-
-@pytest.mark.parametrize(
-    ("edit", "why"),
-    [
-        (stage("triton", "not run"), "stage triton was not run"),
-        (stage("triton", "failed"), "stage triton failed"),
-        (stage("selfcheck-triton", "not run"), "stage selfcheck-triton not run"),
-        (stage("tune-triton", "failed"), "stage tune-triton failed"),
-        (lambda s: s.update(dirty=None), "not that of a commit"),
-        (lambda s: s.update(profile="cuda"), "stage tests was not run"),
-        (lambda s: s["device"].update(triton="3.8.0"), "not those of this tree"),
-    ],
-)
-def test_a_run_of_triton_that_proves_nothing_leaves_the_rows_of_cuda(apart, edit, why):
-    change(apart / "suite-triton.json", edit)
-    table, refused = generator.generate(apart.parent, SOURCES)
-    assert {row["backend"] for row in table["rows"]} == {"cuda"}
-    assert any(why in text for text in refused), refused
 
 
 def test_what_refuses_cuda_leaves_the_rows_of_triton(both):

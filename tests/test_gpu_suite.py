@@ -26,6 +26,7 @@ from bench import (  # noqa: E402
     evidence,
     gpu_state,
     gpu_suite,
+    plots,
     publish,
     stages,
     traffic,
@@ -140,6 +141,15 @@ def commands(profile: str, facts: dict) -> dict[str, str]:
         except NotRun as why:
             said[stage.name] = f"not run: {why}"
     return said
+
+
+def test_a_decoder_layer_needs_peft_and_transformers():
+    modules = ["rich", "matplotlib", "peft", "transformers"]
+    facts = {"device_name": "NVIDIA Test", "modules": modules}
+    assert commands("model", facts)["model"].startswith("-m bench.bench_model --backend cuda,")
+    for name in ("peft", "transformers"):
+        left = facts | {"modules": [m for m in modules if m != name]}
+        assert f"no module {name}" in commands("model", left)["model"]
 
 
 def test_tests_of_triton_run_with_triton_alone():
@@ -268,7 +278,7 @@ def test_gemm_json_is_what_the_judge_reads(tmp_path, monkeypatch):
     found = evidence.gemm(finished(tmp_path, ""), path)
     assert all(name in found["headline"] for name in bench_gemm.OURS)
     result = json.loads(path.read_text())
-    publish.plot_gemm(tmp_path / "gemm.png", result["groups"], result["environment"])
+    plots.plot_gemm(tmp_path / "gemm.png", result["groups"], result["environment"])
     assert (tmp_path / "gemm.png").stat().st_size > 0
 
 
@@ -290,7 +300,7 @@ def test_backward_json_is_what_the_judge_reads(tmp_path, monkeypatch):
     assert all(name in found["headline"] for name in bench_backward.OURS)
     assert "alone" not in found["headline"]
     result = json.loads(path.read_text())
-    publish.plot_backward(tmp_path / "b.png", result["groups"], result["environment"])
+    plots.plot_backward(tmp_path / "b.png", result["groups"], result["environment"])
     assert (tmp_path / "b.png").stat().st_size > 0
 
 
@@ -322,7 +332,26 @@ def test_gpu_state_is_sampled_and_a_dead_nvidia_smi_asked_once(tmp_path, monkeyp
     assert gpu_state.Monitor(program="no-such-smi").facts() == {"problem": "no no-such-smi"}
 
 
+def test_means_of_a_decoder_layer_are_over_peft_and_frozen(tmp_path):
+    path = tmp_path / "model.json"
+
+    def judge(*rows: dict, code: int = 0) -> dict:
+        path.write_text(json.dumps({"groups": [{"rows": list(rows)}]}))
+        return evidence.model(finished(tmp_path, "", code), path)
+
+    peft = {"name": "peft", "of_peft": 1.0, "over_frozen": 1.5}
+    found = judge(peft, {"name": "applied", "of_peft": 0.8, "over_frozen": 1.2})
+    assert found["headline"] == "applied 0.800x peft 1.200x frozen"
+    with pytest.raises(NotRun, match="no layer"):
+        judge(peft)
+    with pytest.raises(Failed, match="exit code 1"):
+        judge(peft, code=1)
+
+
 # ---- the command ---------------------------------------------------------------------------------
+
+
+PATIENT = ["--limit", "probe=90"]  # where other tests keep the processors busy
 
 
 def suite(*args: str) -> subprocess.CompletedProcess:
@@ -334,7 +363,7 @@ def suite(*args: str) -> subprocess.CompletedProcess:
 
 
 def test_without_a_gpu_nothing_passes_and_nothing_fails(tmp_path):
-    done = suite(str(tmp_path / "out"))
+    done = suite(str(tmp_path / "out"), *PATIENT)
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((tmp_path / "out/suite.json").read_text())
     assert [stage["name"] for stage in record["stages"]] == list(gpu_suite.LIMITS)
@@ -349,15 +378,18 @@ def test_without_a_gpu_nothing_passes_and_nothing_fails(tmp_path):
         publish.publish(tmp_path / "out", tmp_path / "results", allow_dirty=True)
 
 
-def test_the_profile_of_triton_without_a_gpu(tmp_path):
-    done = suite(str(tmp_path / "out"), "--triton")
+@pytest.mark.parametrize("profile", gpu_suite.OTHERS)
+def test_another_profile_without_a_gpu(profile, tmp_path):
+    done = suite(str(tmp_path / "out"), f"--{profile}", *PATIENT)
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((tmp_path / "out/suite.json").read_text())
-    assert [stage["name"] for stage in record["stages"]] == list(gpu_suite.TRITON_LIMITS)
+    assert [stage["name"] for stage in record["stages"]] == list(gpu_suite.PROFILES[profile])
     assert {stage["status"] for stage in record["stages"]} == {"not run"}
-    assert record["profile"] == "triton" and record["triton_sha256"] == digest.sources()
+    assert record["profile"] == profile
+    if profile == "triton":
+        assert record["triton_sha256"] == digest.sources()
     assert len(list((tmp_path / "out").iterdir())) <= 8
-    with pytest.raises(SystemExit, match="triton was not run"):
+    with pytest.raises(SystemExit, match=f"{profile} was not run"):
         publish.publish(tmp_path / "out", tmp_path / "results", allow_dirty=True)
 
 
@@ -366,6 +398,7 @@ def test_bad_arguments_and_the_list():
     assert "selfcheck-triton  " in suite("--list", "--triton").stdout
     assert "unknown stage racecheck" in suite("--triton", "--stages", "racecheck", "out").stderr
     assert "unknown stage x" in suite("--stages", "x", "out").stderr
+    assert "not allowed with" in suite("--triton", "--model", "out").stderr
     assert suite().returncode == 2
 
 

@@ -43,10 +43,7 @@ def out(tmp_path):
         "schema": gpu_suite.SCHEMA, "finished": True, "commit": "abc", "dirty": False,
         "sources_sha256": gpu_suite.sources_hash(), "binary_sha256": "0",
         "device": {"device_name": machine["device_name"]},
-        "stages": [
-            {"name": name, "status": "passed"}
-            for name in {**gpu_suite.LIMITS, publish.SELFCHECKS["triton"]: 0}
-        ],
+        "stages": [{"name": name, "status": "passed"} for name in gpu_suite.LIMITS],
     }  # fmt: skip
     groups = [gemm_group(4, one_launch=1.01, two_launches=1.1), gemm_group(8, two_launches=1.2)]
     gemm = {"environment": machine, "groups": groups}
@@ -54,8 +51,7 @@ def out(tmp_path):
     backward = {"environment": machine, "groups": groups}
     group = {"environment": machine, "groups": [group_table(p) for p in (0.0, 0.1)]}
     files = {"kernels": kernels, "layers": layers, "gemm": gemm, "backward": backward}
-    files |= {"group": group, "suite": record}
-    files |= {name: {"of": backend} for backend, name in publish.SELFCHECKS.items()}
+    files |= {"group": group, "suite": record, "selfcheck": {"of": "cuda"}}
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     return folder
@@ -77,16 +73,15 @@ def set_status(name: str, status: str):
 def test_publish(out, tmp_path):
     folder = publish.publish(out, tmp_path / "results")
     assert folder.name == "cuda-nvidia-test-1"
-    assert {path.name for path in folder.iterdir()} == set(publish.ENTRY)
+    assert {path.name for path in folder.iterdir()} == set(publish.ENTRIES["cuda"])
     with pytest.raises(SystemExit, match="--replace"):
         publish.publish(out, tmp_path / "results")
-    for backend, name in publish.SELFCHECKS.items():
-        assert json.loads((folder / f"{name}.json").read_text()) == {"of": backend}
+    assert json.loads((folder / "selfcheck.json").read_text()) == {"of": "cuda"}
     edit(out, set_status("layers", "not run"))
-    edit(out, set_status(publish.SELFCHECKS["triton"], "not run"))
+    edit(out, set_status("selfcheck", "not run"))
     publish.publish(out, tmp_path / "results", replace=True)
     assert not (folder / "layers.json").exists() and (folder / "kernels.png").exists()
-    assert not (folder / "selfcheck-triton.json").exists() and (folder / "selfcheck.json").exists()
+    assert not (folder / "selfcheck.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -119,48 +114,66 @@ def test_a_missing_tool_can_be_allowed(out, tmp_path):
     publish.publish(out, tmp_path / "results", allow_not_run=["racecheck"])
 
 
-# ---- publishing what was found of Triton ---------------------------------------------------------
+# ---- publishing the other profiles ---------------------------------------------------------------
+
+
+def other_out(folder: Path, profile: str, files: dict[str, dict], **more) -> Path:
+    """An OUT of another profile, on the device of `out`, in which every stage passed."""
+    folder.mkdir()
+    record = {
+        "schema": gpu_suite.SCHEMA, "finished": True, "commit": "abc", "dirty": False,
+        "sources_sha256": gpu_suite.sources_hash(), "binary_sha256": None, "profile": profile,
+        "device": {"device_name": "NVIDIA Test (1)", "triton": "3.7.1"},
+        "stages": [{"name": name, "status": "passed"} for name in gpu_suite.PROFILES[profile]],
+    }  # fmt: skip
+    for name, content in {"suite": record | more, **files}.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
 
 
 @pytest.fixture
 def out_triton(tmp_path):
-    """An OUT of --triton, on the device of `out`, in which every stage passed."""
-    folder = tmp_path / "out-triton"
-    folder.mkdir()
-    record = {
-        "schema": gpu_suite.SCHEMA, "finished": True, "commit": "abc", "dirty": False,
-        "sources_sha256": "0", "binary_sha256": None, "profile": "triton",
-        "triton_sha256": digest.of_version("3.7.1"),
-        "device": {"device_name": "NVIDIA Test (1)", "triton": "3.7.1"},
-        "stages": [{"name": name, "status": "passed"} for name in gpu_suite.TRITON_LIMITS],
-    }  # fmt: skip
-    (folder / "suite.json").write_text(json.dumps(record))
-    (folder / "selfcheck-triton.json").write_text(json.dumps({"of": "the suite of triton"}))
-    return folder
+    files = {"selfcheck-triton": {"of": "the suite of triton"}}
+    digests = {"sources_sha256": "0", "triton_sha256": digest.of_version("3.7.1")}
+    return other_out(tmp_path / "out-triton", "triton", files, **digests)
 
 
-def test_triton_is_published_beside_cuda(out, out_triton, tmp_path):
-    """In either order; each replaces its own files alone."""
-    own, of_cuda = set(publish.ENTRY_TRITON), set(publish.ENTRY) - {"selfcheck-triton.json"}
-    for first, second in ((out_triton, out), (out, out_triton)):
-        results = tmp_path / f"results-{first.name}"
-        edit(out, set_status(publish.SELFCHECKS["triton"], "not run"))
-        folder = publish.publish(first, results)
-        assert publish.publish(second, results) == folder
-        assert {path.name for path in folder.iterdir()} == own | of_cuda
-        suites = [
-            json.loads((folder / f"{name}.json").read_text()) for name in ("suite-triton", "suite")
-        ]
-        assert [publish.profile_of(suite) for suite in suites] == ["triton", "cuda"]
-        assert publish.suite_of(folder, "triton").name == "suite-triton.json"
-        assert publish.suite_of(folder, "cuda").name == "suite.json"
-        for again in (out, out_triton):
+@pytest.fixture
+def out_model(tmp_path):
+    rows = [timed(name, 1.0, of_peft=1.0) for name in ("peft", "applied")]
+    case = {"model": "m", "tokens": 8, "dtype": "bf16", "adapters": "same", "rank": 1, "dropout": 0}
+    machine = {"device_name": "NVIDIA Test (1)", "torch": "0"}
+    model = {"environment": machine, "groups": [case | {"rows": rows}]}
+    return other_out(tmp_path / "out-model", "model", {"model": model})
+
+
+def test_profiles_are_published_beside_each_other(out, out_triton, out_model, tmp_path):
+    """In any order; each replaces its own files alone."""
+    outs = {"cuda": out, "triton": out_triton, "model": out_model}
+    every = {name for entry in publish.ENTRIES.values() for name in entry}
+    for first in outs:
+        results = tmp_path / f"results-{first}"
+        for profile in (first, *(other for other in outs if other != first)):
+            folder = publish.publish(outs[profile], results)
+        assert {path.name for path in folder.iterdir()} == every
+        for profile, entry in publish.ENTRIES.items():
+            suite = json.loads((folder / entry[0]).read_text())
+            assert publish.profile_of(suite) == profile
             with pytest.raises(SystemExit, match="--replace"):
-                publish.publish(again, results)
-        edit(out, set_status(publish.SELFCHECKS["triton"], "passed"))
-        publish.publish(out, results, replace=True)
-        found = json.loads((folder / "selfcheck-triton.json").read_text())
-        assert found == {"of": "the suite of triton"}, "not what another run measured"
+                publish.publish(outs[profile], results)
+            before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+            publish.publish(outs[profile], results, replace=True)
+            changed = {path.name for path, at in before.items() if path.stat().st_mtime_ns != at}
+            assert changed == set(entry)
+
+
+def test_a_decoder_layer_is_no_evidence_of_another_binary(out_model, tmp_path):
+    edit(out_model, set_status("build", "not run"))
+    with pytest.raises(SystemExit, match="took a binary"):
+        publish.publish(out_model, tmp_path / "results")
+    edit(out_model, set_status("model", "failed"))
+    with pytest.raises(SystemExit, match="stage model failed"):
+        publish.publish(out_model, tmp_path / "results", allow_dirty=True)
 
 
 @pytest.mark.parametrize(
