@@ -8,6 +8,7 @@
 # make gpu        on a machine with a GPU: tests, sanitizers, timings, DRAM bytes, into OUT
 # make publish    what OUT proves, as an entry of bench/results/
 # make dispatch   what bench/results/ proves, as the automatic choice's table in the package
+# make performance  what bench/results/ proves, as docs/performance.md
 # make tune-triton  on a machine with a GPU: the tile plans of the Triton kernels, measured
 # make gates      registers and instructions of every CUDA kernel, into docs/kernels.md
 #
@@ -34,7 +35,7 @@ OUT ?= bench/out/gpu
 
 .PHONY: build test test-all test-oldest test-peft test-poison fuzz lint bench bench-overhead \
   bench-memory bench-kernels bench-gemm bench-backward bench-group bench-decode bench-model bench-training gpu \
-  publish dispatch tune-triton gates example example-peft clean
+  publish dispatch performance tune-triton gates example example-peft clean
 
 build: $(STAMP)
 
@@ -138,6 +139,9 @@ publish: build
 
 dispatch: build
 	$(PY) -m bench.dispatch $(ARGS)
+
+performance: build
+	$(PY) -m bench.performance $(ARGS)
 
 tune-triton: build
 	$(PY) -m bench.tune_triton $(ARGS)

@@ -14,8 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shutil
 import sys
+import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +32,7 @@ ENTRIES = {  # the files of each profile, its record first
         "suite.json", "selfcheck.json",
         *(f"{name}.{kind}" for name in ("layers", "kernels", "gemm", "backward", "group")
           for kind in ("json", "png")),
+        "decode.json",
     ),
     "triton": ("suite-triton.json", "selfcheck-triton.json"),
     "model": ("suite-model.json", "model.json", "model.png"),
@@ -104,6 +105,15 @@ def doubts(suite: dict, here: Here) -> list[str]:
     return found
 
 
+def result_of(out: Path, name: str) -> str:
+    """What a stage left in OUT, or among its logs."""
+    path = out / f"{name}.json"
+    if path.exists():
+        return path.read_text()
+    with tarfile.open(out / "logs.tar.gz") as tar:
+        return tar.extractfile(f"logs/{name}.json").read().decode()
+
+
 def publish(
     out: Path, results: Path, *, allow_dirty: bool = False, allow_not_run: Sequence[str] = (),
     replace: bool = False,
@@ -128,9 +138,10 @@ def publish(
     (folder / record).write_text(report._dump(suite) + "\n")
     passed = {stage["name"] for stage in suite["stages"] if stage["status"] == PASSED}
     for name in passed.intersection(Path(file).stem for file in files):
-        shutil.copyfile(out / f"{name}.json", folder / f"{name}.json")
+        text = result_of(out, name)
+        (folder / f"{name}.json").write_text(text)
         if name in plots.BY_STAGE:
-            result = json.loads((out / f"{name}.json").read_text())
+            result = json.loads(text)
             plots.BY_STAGE[name](folder / f"{name}.png", result["groups"], result["environment"])
     return folder
 
@@ -158,7 +169,10 @@ def main() -> int:
         args.out, args.results, allow_dirty=args.allow_dirty, allow_not_run=args.allow_not_run,
         replace=args.replace,
     )  # fmt: skip
-    print(f"wrote {folder}; make dispatch takes what it proves into the automatic choice")
+    print(
+        f"wrote {folder}; make dispatch takes what it proves into the automatic choice, "
+        "make performance into docs/performance.md"
+    )
     return 0
 
 

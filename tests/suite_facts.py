@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import sys
+import tarfile
+from pathlib import Path
+
+from lora_kernels.triton_kernels import digest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bench import gpu_suite
+
 
 def gemm_group(rank: int, **over: float) -> dict:
     """A table of bench_gemm: `over` are times over the plain GEMM's, which is 1.1 of vendor's."""
@@ -22,3 +33,69 @@ def group_table(p: float, **more) -> dict:
     ]
     about = {"label": "model q, k, v", "rank": 16, "dtype": "bf16", "dropout": p, "mode": "forward"}
     return about | {"rows": rows} | more
+
+
+def timed(name: str, ms: float, **more) -> dict:
+    return {"name": name, "median_ms": ms, "q1_ms": ms, "q3_ms": ms, **more}
+
+
+def make_out(folder: Path) -> Path:
+    """An OUT in which every stage passed; its numbers are made up."""
+    folder.mkdir()
+    machine = {"device": "cuda", "device_name": "NVIDIA Test (1)", "torch": "0"}
+    shape = {"label": "model q/o", "m": 8, "n": 8, "k": 8, "rank": 1, "dtype": "bf16"}
+    call = {"kernel": "down_proj", "what": "h", "dropout": 0.1, **shape}
+    rows = [timed(name, 1.0) for name in ("kernel", "composed", "torch", "copy")]
+    kernels = {"environment": machine, "groups": [call | {"rows": rows}]}
+    layer = {"mode": "fwd+bwd", "dropout": 0.0, "automatic": "composed", **shape}
+    rows = [timed(name, 1.0) for name in ("frozen", "peft", "composed")]
+    layers = {"environment": machine, "groups": [layer | {"rows": rows}]}
+    record = {
+        "schema": gpu_suite.SCHEMA, "finished": True, "commit": "abc", "dirty": False,
+        "sources_sha256": gpu_suite.sources_hash(), "binary_sha256": "0",
+        "device": {"device_name": machine["device_name"]},
+        "stages": [{"name": name, "status": "passed"} for name in gpu_suite.LIMITS],
+    }  # fmt: skip
+    groups = [gemm_group(4, one_launch=1.01, two_launches=1.1), gemm_group(8, two_launches=1.2)]
+    gemm = {"environment": machine, "groups": groups}
+    groups = [gemm_group(16, passes=1.2, one_grid=1.05), gemm_group(128, passes=1.3)]
+    backward = {"environment": machine, "groups": groups}
+    group = {"environment": machine, "groups": [group_table(p) for p in (0.0, 0.1)]}
+    files = {"kernels": kernels, "layers": layers, "gemm": gemm, "backward": backward}
+    files |= {"group": group, "suite": record, "selfcheck": {"of": "cuda"}}
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    with tarfile.open(folder / "logs.tar.gz", "w:gz") as tar:
+        decode = folder / "decode.json"
+        decode.write_text(json.dumps(backward))
+        tar.add(decode, "logs/decode.json")
+        decode.unlink()
+    return folder
+
+
+def other_out(folder: Path, profile: str, files: dict[str, dict], **more) -> Path:
+    """An OUT of another profile, on the device of `out`, in which every stage passed."""
+    folder.mkdir()
+    record = {
+        "schema": gpu_suite.SCHEMA, "finished": True, "commit": "abc", "dirty": False,
+        "sources_sha256": gpu_suite.sources_hash(), "binary_sha256": None, "profile": profile,
+        "device": {"device_name": "NVIDIA Test (1)", "triton": "3.7.1"},
+        "stages": [{"name": name, "status": "passed"} for name in gpu_suite.PROFILES[profile]],
+    }  # fmt: skip
+    for name, content in {"suite": record | more, **files}.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def make_out_triton(folder: Path) -> Path:
+    files = {"selfcheck-triton": {"of": "the suite of triton"}}
+    digests = {"sources_sha256": "0", "triton_sha256": digest.of_version("3.7.1")}
+    return other_out(folder, "triton", files, **digests)
+
+
+def make_out_model(folder: Path) -> Path:
+    rows = [timed(name, 1.0, of_peft=1.0) for name in ("peft", "applied")]
+    case = {"model": "m", "tokens": 8, "dtype": "bf16", "adapters": "same", "rank": 1, "dropout": 0}
+    machine = {"device_name": "NVIDIA Test (1)", "torch": "0"}
+    model = {"environment": machine, "groups": [case | {"rows": rows}]}
+    return other_out(folder, "model", {"model": model})
