@@ -1,110 +1,161 @@
-"""Groups of projections that the tests of grouped calls share."""
+"""The problems that planted bugs of groups have to fail, as in mutation_problems.py."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
 
-import problems
-import tolerance
+import numpy as np
 import torch
-from problems import Problem
-from torch import Tensor
+from emulator.suite import bf16
+from mutation_problems import exact, ternary, value_of
 
-import lora_kernels as lk
+from lora_kernels import dropout
 
-OWN = ("lora_a", "lora_b", "bias")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# (M, K), (N, r, own options) of each projection, options of the call, and what it launches; `turns`
+# is in how many timings it runs. Some have no mask, no rank or no bias, and most scales differ.
+# Together: several tiles of rows, of columns and of a cluster; odd ranks, whose h is copied out; no
+# columns; operands that are copied, one weight that decides how all lie; an h made by itself.
+FORWARD_GROUPS = [
+    (
+        (270, 72),
+        [
+            (136, 16, dict(seed=[5, 6], threshold=4000, bias=True)),
+            (40, 7, dict(scale=(2.0, 4.0))),
+            (24, 0, dict(bias=True)),
+        ],
+        dict(multiprocessors=4, turns=1),
+        ["pack", "down_proj_sm90", "fused_gemm_sm90", "pack"],
+    ),
+    (
+        (70, 136),
+        [
+            (40, 5, dict(scale=(2.0, 4.0), bias=True)),
+            (200, 3, dict(scale=(2.0, 2.0))),
+            (24, 72, dict(scale=(4.0, 1.0), bias=True)),
+        ],
+        dict(multiprocessors=2, transposed=["x", "weight1", "a2"], turns=2),
+        ["pack", "down_proj_sm90", "fused_gemm_sm90", "pack"],
+    ),
+    (
+        (72, 136),
+        [
+            (0, 16, dict(seed=[5, 6], threshold=4000)),
+            (72, 136, dict(seed=[5, 7], threshold=4000)),
+            (24, 8, dict(seed=[5, 8], threshold=9000)),
+            (40, 24, {}),
+        ],
+        dict(multiprocessors=4, transposed=["a3"], turns=3),
+        ["pack", "down_proj_sm80", "down_proj_sm90", "fused_gemm_sm90"],
+    ),
+]
+# Together: dx masked and not, in several tiles of rows and of columns; odd ranks, which leave gaps
+# between the dh; every way to make dh; dA of all, of some, without dx; operands that are copied.
+BACKWARD_GROUPS = [
+    (
+        (270, 72),
+        [
+            (72, 16, dict(seed=[5, 6], threshold=4000)),
+            (24, 0, dict(wanted=["dbias"])),
+            (40, 72, dict(seed=[5, 7], threshold=9000, scale=(4.0, 2.0), wanted=["da"])),
+        ],
+        dict(multiprocessors=4, turns=1),
+        ["weight_grad_sm90", "weight_grad_sm90", "reduce", "down_proj_sm90", "fused_gemm_sm90",
+         "weight_grad_sm90", "weight_grad_sm90", "reduce"],
+    ),
+    (
+        (20, 264),
+        [
+            (40, 16, dict(scale=(2.0, 4.0))),
+            (72, 3, dict(seed=[5, 6], threshold=9000, scale=(2.0, 2.0), wanted=["da"])),
+            (24, 72, dict(seed=[5, 7], threshold=4000, scale=(4.0, 1.0), wanted=["db"])),
+        ],
+        dict(multiprocessors=2, turns=2),
+        ["zero", "weight_grad_sm90", "weight_grad_sm90", "reduce", "down_proj_sm80",
+         "fused_gemm_sm90", "weight_grad_sm90", "reduce"],
+    ),
+    (
+        (20, 67),
+        [
+            (72, 24, {}),
+            (41, 7, dict(scale=(2.0, 4.0), wanted=["da", "db", "dbias"])),
+        ],
+        dict(multiprocessors=2, turns=2),
+        ["pack", "zero", "weight_grad_sm90", "weight_grad_sm90", "reduce", "fused_gemm_sm90",
+         "weight_grad_sm90", "reduce"],
+    ),
+    (
+        (40, 72),
+        [
+            (72, 8, dict(wanted=["db"])),
+            (40, 5, dict(seed=[5, 6], threshold=4000, wanted=["da"])),
+            (24, 16, dict(wanted=["da"])),
+        ],
+        dict(multiprocessors=2, dx=False),
+        ["zero", "weight_grad_sm90", "down_proj_sm80", "down_proj_sm90", "weight_grad_sm90",
+         "reduce"],
+    ),
+]  # fmt: skip
 
-# name -> M, K and (N, r) of each projection
-SHAPES = {
-    "one_projection": (20, 24, [(16, 4)]),
-    "gate_up": (33, 65, [(47, 7), (47, 7)]),
-    "grouped_queries": (101, 96, [(64, 16), (24, 16), (24, 8)]),
-    "no_rank_between": (9, 11, [(10, 3), (10, 0), (7, 2)]),
-    "ranks_past_panels": (20, 30, [(40, 300), (24, 1), (20, 130)]),
-    "vendor_and_own_down_proj": (20, 520, [(24, 16), (24, 2)]),  # either side of `few_rows`
-    "blocks_and_tails": (230, 600, [(70, 16), (140, 33)]),  # of 96 rows and of 256 columns
-    "vendor_beside_small": (40, 60, [(4, 3), (90, 5), (0, 2)]),
-    "no_rows": (0, 12, [(5, 3), (6, 2)]),
-    "no_outputs_first": (6, 10, [(0, 3), (5, 2)]),
-    "no_inputs": (6, 0, [(4, 2), (3, 1)]),
-}
+
+def group_inputs(shape, projections, g: np.random.Generator):
+    """(x, then of each projection weight, A, B, its mask and its options)."""
+    m, k = shape
+    x, found = ternary(g, m, k, keep=min(k // 4, 30)), []
+    for n, r, own in projections:
+        own = dict(scale=(2.0, 1.0)) | own
+        kept = np.ones((m, k), bool)
+        if "seed" in own:
+            kept = dropout.reference_mask(torch.tensor(own["seed"]), m, k, own["threshold"]).numpy()
+        weight, a = (ternary(g, rows, k, keep=min(k // 4, 30)) for rows in (n, r))
+        found.append((weight, a, ternary(g, n, r, keep=4), kept, own))
+    return x, found
 
 
-@dataclass(frozen=True)
-class Group:
-    """Problems that share x and dropout_p."""
-
-    parts: list[Problem]
-
-    def leaves(self) -> tuple[Tensor, list[list[Tensor | None]]]:
-        """x and the lists of A, B and bias, all of which require grad."""
-        x = self.parts[0].x.detach().clone().requires_grad_()
-        lists = [
-            [None if t is None else t.detach().clone().requires_grad_() for t in kind]
-            for kind in zip(*((p.lora_a, p.lora_b, p.bias) for p in self.parts), strict=True)
-        ]
-        return x, lists
-
-    def ys(self, backend, x, lists, separate=False, **changes) -> list[Tensor]:
-        weights = [p.weight for p in self.parts]
-        shared = {"dropout_p": self.parts[0].dropout_p, "backend": backend} | changes
-        scalings, seeds = ([getattr(p, n) for p in self.parts] for n in ("scaling", "seed"))
-        if self.parts[0].dropout_p == 0 or changes.get("seeds", 0) is None:
-            seeds = None
-        shared.pop("seeds", None)
-        if not separate:
-            return lk.fused_lora_linear_group(
-                x, weights, *lists, scalings=scalings, seeds=seeds, **shared
-            )
-        each = zip(weights, *lists, strict=True)
-        return [
-            lk.fused_lora_linear(x, *o, scaling=s, seed=seeds[i] if seeds else None, **shared)
-            for i, (o, s) in enumerate(zip(each, scalings, strict=True))
-        ]
-
-    def run(self, backend, separate=False, **changes) -> tuple[list[dict[str, Tensor]], Tensor]:
-        """([y and own gradients of each projection], dx)."""
-        x, lists = self.leaves()
-        ys = self.ys(backend, x, lists, separate, **changes)
-        inputs = [x, *(t for kind in lists for t in kind if t is not None)]
-        dx, *found = torch.autograd.grad(ys, inputs, [p.dy for p in self.parts])
-        grads = iter(found)
-        results = [{"y": y.detach()} for y in ys]
-        for name, kind in zip(OWN, lists, strict=True):
-            for result, t in zip(results, kind, strict=True):
-                if t is not None:
-                    result[name] = next(grads)
-        return results, dx
+def forward_group_problem(shape, projections, options, kernels) -> dict[str, np.ndarray]:
+    g = np.random.default_rng(sum(shape))
+    x, each = group_inputs(shape, projections, g)
+    found, given = {"x": bf16(x)}, []
+    for i, (weight, a, b, kept, own) in enumerate(each):
+        h_scale, up = own["scale"]
+        h = h_scale * (x * kept) @ a.T
+        y = x @ weight.T + up * h @ b.T
+        if own.pop("bias", False):
+            bias = g.integers(-8, 9, len(weight))
+            y, found[f"bias{i}"] = y + bias, bf16(bias)
+        given.append(own)
+        arrays = dict(weight=bf16(weight), a=bf16(a), b=bf16(b), y=exact(y), h=exact(h))
+        found |= {f"{name}{i}": array for name, array in arrays.items()}
+    return found | {"options": np.array(json.dumps(options | dict(each=given, kernels=kernels)))}
 
 
-def make(shape="grouped_queries", dtype=torch.float32, *, p=0.0, lead=None, adapters=()) -> Group:
-    """Projections with scalings, seeds and biases of their own; every second has no bias."""
-    m, k, sizes = SHAPES[shape] if isinstance(shape, str) else shape
-    parts = [
-        problems.make(
-            (m, n, k, r), dtype, dropout_p=p, lead=lead, scaling=1.7 - i, bias=i % 2 == 0,
-            generator_seed=i, adapter_dtype=adapters[i] if adapters else None,
-        )
-        for i, (n, r) in enumerate(sizes)
-    ]  # fmt: skip
-    seeds = [torch.tensor([77 + i, i]) if p > 0 else None for i in range(len(parts))]
-    return Group([replace(q, x=parts[0].x, seed=s) for q, s in zip(parts, seeds, strict=True)])
+def backward_group_problem(shape, projections, options, kernels) -> dict[str, np.ndarray]:
+    g = np.random.default_rng(sum(shape))
+    x, each = group_inputs(shape, projections, g)
+    m, k = shape
+    found, given, dx = {"x": bf16(x)}, [], np.zeros((m, k))
+    for i, (weight, a, b, kept, own) in enumerate(each):
+        h_scale, up = own["scale"]
+        masked_scale = own["masked_scale"] = 2 * up if "seed" in own else up
+        n, r = b.shape
+        dy, h = ternary(g, m, n, keep=min(n // 4, 20)), ternary(g, m, r, keep=r // 2 + 1)
+        dh = h_scale * dy @ b
+        assert np.array_equal(value_of(exact(dh)), dh)
+        dx += dy @ weight + np.where(kept, masked_scale * (dh @ a), 0)
+        da, db = masked_scale * dh.T @ (x * kept), up * dy.T @ h
+        gradients = dict(da=da.astype(np.float32), db=exact(db), dbias=exact(dy.sum(0)))
+        wanted = own.pop("wanted", ["da", "db"])
+        operands = dict(dy=dy, weight=weight, a=a, b=b, h=h)
+        found |= {f"{name}{i}": bf16(array) for name, array in operands.items()}
+        found |= {f"{name}{i}": gradients[name] for name in wanted}
+        given.append(own)
+    if options.get("dx", True):
+        found["dx"] = exact(dx)
+    options = {name: value for name, value in options.items() if name != "dx"}
+    return found | {"options": np.array(json.dumps(options | dict(each=given, kernels=kernels)))}
 
 
-def assert_like_separate(
-    group: Group, backend: str, eager_like: bool, sum_eager_like: bool | None = None
-) -> None:
-    got, dx = group.run(backend)
-    separate, _ = group.run(backend, separate=True)
-    for part, ours, theirs in zip(group.parts, got, separate, strict=True):
-        assert torch.equal(ours["y"], theirs["y"])
-        for name in ours:
-            assert ours[name].dtype == theirs[name].dtype
-            if backend == "cpu":
-                assert torch.equal(ours[name], theirs[name]), name
-        tolerance.assert_c1(part, ours, eager_like=eager_like)
-    # Only the C++ backend rounds the sum once: the reference's calls each round a dx.
-    if sum_eager_like is None:
-        sum_eager_like = backend != "cpu"
-    tolerance.assert_c1_group(group.parts, dx, eager_like=sum_eager_like)
+def all_problems() -> dict[str, dict[str, np.ndarray]]:
+    found = {f"forward_group-{i}": forward_group_problem(*c) for i, c in enumerate(FORWARD_GROUPS)}
+    for i, case in enumerate(BACKWARD_GROUPS):
+        found[f"backward_group-{i}"] = backward_group_problem(*case)
+    return found

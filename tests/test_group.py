@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import tolerance
 import torch
-from group_problems import DTYPES, OWN, SHAPES, Group, assert_like_separate, make
+from group_calls import DTYPES, OWN, SHAPES, Group, assert_like_separate, make
 from torch.utils.flop_counter import FlopCounterMode
 
 import lora_kernels as lk

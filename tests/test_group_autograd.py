@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from group_problems import OWN, Group, make
+from group_calls import OWN, Group, make
 from torch.utils.checkpoint import checkpoint
 
 import lora_kernels as lk

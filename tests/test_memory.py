@@ -15,7 +15,7 @@ import problems
 import pytest
 import torch
 from conftest import USABLE
-from group_problems import make as make_group
+from group_calls import make as make_group
 from torch.utils.checkpoint import checkpoint
 
 import lora_kernels as lk

@@ -6,7 +6,7 @@ as on such a processor, which torch has on any other too, slowly.
 
 from __future__ import annotations
 
-import group_problems
+import group_calls
 import problems
 import pytest
 import tolerance
@@ -65,11 +65,11 @@ def test_c5_each_term_alone(scales, dtype, p):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("shape", group_problems.SHAPES)
+@pytest.mark.parametrize("shape", group_calls.SHAPES)
 def test_groups(shape, dtype, p):
     """The bits of separate calls, and a dx that is added up in fp32."""
-    group = group_problems.make(shape, dtype, p=p)
-    group_problems.assert_like_separate(group, "cpu", eager_like=True, sum_eager_like=True)
+    group = group_calls.make(shape, dtype, p=p)
+    group_calls.assert_like_separate(group, "cpu", eager_like=True, sum_eager_like=True)
 
 
 def test_the_vendor_multiplies(dtype):
