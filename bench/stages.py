@@ -1,4 +1,4 @@
-"""Stages: commands that run one after another, each under its own time limit.
+"""Stages: commands that run one after another, each under a time limit.
 
 Nothing here knows what the stages do, needs a GPU, or imports anything but the standard library: a
 broken torch must not keep the record from being written.
@@ -125,13 +125,13 @@ def execute(
             kill_group(process)
 
 
-def _attempt(stage: Stage, log: Path, cwd: Path) -> tuple[str, str, dict]:
+def _attempt(stage: Stage, limit: float, log: Path, cwd: Path) -> tuple[str, str, dict]:
     """(status, reason, summary)."""
     try:
         command = stage.command()
-        code = execute(command, stage.limit, log, stage.environment, cwd)
+        code = execute(command, limit, log, stage.environment, cwd)
         if code is None:
-            return TIMED_OUT, f"killed after {stage.limit:g} s", {}
+            return TIMED_OUT, f"killed after {round(limit, 1):g} s", {}
         finished = Finished(code, log)
         if (why := finished.skipped()) is not None:
             raise NotRun(why)
@@ -145,16 +145,18 @@ def _attempt(stage: Stage, log: Path, cwd: Path) -> tuple[str, str, dict]:
 
 
 def run_stage(
-    stage: Stage, earlier: Mapping[str, str], logs: Path, cwd: Path, monitor=None
-) -> dict:
-    """Runs one stage, given the status of earlier ones by name.
+    stage: Stage, earlier: Mapping[str, str], logs: Path, cwd: Path, monitor=None,
+    spare: float = 0.0,
+) -> dict:  # fmt: skip
+    """Runs one stage, given the status of earlier ones by name and the seconds that they left.
 
     Returns:
         name, status, seconds, limit_s, reason, summary, and `gpu`: the GPU's state before, after
         and (lowest and highest) meanwhile.
     """
     monitor = monitor or NoMonitor()
-    record = {"name": stage.name, "status": NOT_RUN, "seconds": 0.0, "limit_s": stage.limit}
+    limit = stage.limit + spare
+    record = {"name": stage.name, "status": NOT_RUN, "seconds": 0.0, "limit_s": round(limit, 2)}
     broken = [name for name in stage.needs if earlier.get(name) in (FAILED, TIMED_OUT)]
     if broken:
         why = ", ".join(f"{name} {earlier[name]}" for name in broken)
@@ -163,7 +165,7 @@ def run_stage(
     watch = monitor.sampling() if stage.sampled else contextlib.nullcontext({})
     start = time.monotonic()
     with watch as meanwhile:
-        status, reason, summary = _attempt(stage, logs / f"{stage.name}.log", cwd)
+        status, reason, summary = _attempt(stage, limit, logs / f"{stage.name}.log", cwd)
     seconds = time.monotonic() - start
     gpu |= {"after": monitor.now(), **meanwhile}
     record |= {"status": status, "seconds": round(seconds, 2), "reason": reason}
@@ -177,11 +179,16 @@ def run(
     monitor=None,
     report: Callable[[list[dict]], None] = lambda records: None,
 ) -> list[dict]:
-    """Runs all stages, whatever becomes of any; calls `report` with the records after each."""
+    """Runs all stages, whatever becomes of any; calls `report` with the records after each.
+
+    What a stage leaves of its limit is added to the next one's: all together take no longer.
+    """
     records: list[dict] = []
+    spare = 0.0
     for stage in stages:
         earlier = {record["name"]: record["status"] for record in records}
-        records.append(run_stage(stage, earlier, logs, cwd, monitor))
+        records.append(run_stage(stage, earlier, logs, cwd, monitor, spare))
+        spare = max(0.0, records[-1]["limit_s"] - records[-1]["seconds"])
         report(records)
     return records
 

@@ -87,6 +87,23 @@ def test_a_hang_is_killed_with_its_children_and_loses_no_other_stage(tmp_path):
     assert not alive(int(child.read_text()))
 
 
+def test_what_a_stage_leaves_of_its_limit_is_the_next_ones(tmp_path):
+    def skipped() -> list[str]:
+        raise NotRun("no need")
+
+    wait = "import time; time.sleep(1)"
+    records = run(
+        tmp_path,
+        Stage("skipped", 5, skipped),
+        Stage("long", 0.5, python(wait)),
+        Stage("hang", 0.5, python("import time; time.sleep(60)")),
+        Stage("last", 20, python("")),
+    )
+    assert [r["status"] for r in records] == ["not run", "passed", "timed out", "passed"]
+    assert records[1]["limit_s"] == 5.5 and records[3]["limit_s"] == 20
+    assert records[2]["limit_s"] == pytest.approx(6 - records[1]["seconds"], abs=0.02)
+
+
 def test_status_of_every_kind_of_end(tmp_path):
     def missing() -> list[str]:
         return [traffic.cuda_tool("no-such-tool")]
