@@ -1,7 +1,7 @@
 """`bench/gpu_suite.sh OUT`: all that a GPU has to show about the kernels, in one command.
 
 Builds the CUDA kernels, runs the GPU tests and every compute-sanitizer tool, times the kernels and
-whole layers, counts DRAM bytes, and prints one line per stage. Each stage has its own time limit and
+whole layers, counts DRAM bytes, and prints one line per stage. Each stage has a time limit and
 what the one before it left of its, so a hang costs no other stage; what cannot run here is
 `not run`, with the reason. The exit code is 1 if a stage failed or was killed. No network, no
 privilege, no change of the GPU's settings.
