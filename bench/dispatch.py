@@ -23,16 +23,16 @@ from typing import Any
 from lora_kernels import dispatch, records, shape_classes
 from lora_kernels.triton_kernels import digest
 
-from . import gpu_suite, publish, report
+from . import gpu_suite, provenance, publish, report
 from .stages import PASSED
 
 
-def kernel_sources(root: Path = gpu_suite.ROOT) -> str:
+def kernel_sources(root: Path = provenance.ROOT) -> str:
     """The hash of this tree's CUDA kernels."""
     return runpy.run_path(str(root / "csrc/digest.py"))["kernel_sources"](root / "csrc")
 
 
-def triton_sources(suite: dict, root: Path = gpu_suite.ROOT) -> str:
+def triton_sources(suite: dict, root: Path = provenance.ROOT) -> str:
     """The hash of this tree's Triton kernels with the Triton that a suite ran."""
     return digest.of_version(suite["device"]["triton"], root / "lora_kernels/triton_kernels")
 

@@ -22,23 +22,19 @@ import argparse
 import contextlib
 import datetime
 import functools
-import hashlib
 import json
 import os
-import runpy
 import signal
-import subprocess
 import sys
 import tarfile
 import tempfile
 from pathlib import Path
 
-from . import evidence, stages, traffic
+from . import evidence, provenance, stages, traffic
 from .gpu_state import Monitor
+from .provenance import BINARY, ROOT
 from .stages import Failed, Finished, NotRun, Stage
 
-ROOT = Path(__file__).resolve().parent.parent
-BINARY = ROOT / "lora_kernels" / "_C.abi3.so"
 SCHEMA = 1
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 LIMITS = {  # seconds; in all less than 9.5 minutes; timed tables take at most half
@@ -76,59 +72,6 @@ OTHERS = {  # profiles beside that of the CUDA kernels
     "model": "a decoder layer under PEFT instead",
 }
 WIDE = {"COLUMNS": "120"}  # rich takes a file for 80 columns wide and cuts the tables
-
-# ---- what is examined ----------------------------------------------------------------------------
-
-
-def commit() -> dict:
-    """commit and dirty, by git or LORA_KERNELS_COMMIT; dirty is None where nobody knows."""
-    found = [
-        _output("git", "-C", str(ROOT), *arguments)
-        for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain"))
-    ]
-    if (ROOT / ".git").exists() and None not in found:
-        return {"commit": found[0], "dirty": bool(found[1])}
-    named = os.environ.get("LORA_KERNELS_COMMIT")
-    if not named:
-        return {"commit": "unknown", "dirty": None}
-    return {"commit": named.removesuffix("-dirty"), "dirty": named.endswith("-dirty")}
-
-
-def _output(*command: str) -> str | None:
-    try:
-        ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return ran.stdout.strip()
-
-
-def sources_hash(root: Path = ROOT) -> str:
-    """SHA-256 of every file of csrc, by path and content."""
-    digest = hashlib.sha256()
-    for path in sorted((root / "csrc").rglob("*")):
-        if path.is_file():
-            digest.update(f"{path.relative_to(root).as_posix()}\0".encode())
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()
-
-
-def binary_hash() -> str | None:
-    """SHA-256 of lora_kernels/_C.abi3.so, None if there is none."""
-    return hashlib.sha256(BINARY.read_bytes()).hexdigest() if BINARY.exists() else None
-
-
-def triton_hash() -> str:
-    """Of the Triton kernels and the installed Triton, "" without one; imports neither."""
-    return runpy.run_path(str(ROOT / "lora_kernels/triton_kernels/digest.py"))["sources"]()
-
-
-def is_current(binary: Path = BINARY, root: Path = ROOT) -> bool:
-    """Whether the binary has CUDA kernels and is no older than all that it is built from."""
-    if not binary.exists() or b"nv_fatbin" not in binary.read_bytes():
-        return False
-    sources = [root / "setup.py", *(p for p in (root / "csrc").rglob("*") if p.is_file())]
-    return binary.stat().st_mtime >= max(source.stat().st_mtime for source in sources)
-
 
 _PROBE = """
 import importlib.util, json, platform, torch
@@ -250,7 +193,7 @@ class Suite:
     def _need_binary(self, *modules: str) -> None:
         """Raises NotRun where what would run is not what the sources say."""
         self._need(*modules)
-        if not self.use_carried and not is_current():
+        if not self.use_carried and not provenance.is_current():
             raise NotRun(f"no {BINARY.relative_to(ROOT)} with CUDA kernels that is newer than csrc")
 
     def _probe(self) -> list[str]:
@@ -273,7 +216,7 @@ class Suite:
 
     def _build(self) -> list[str]:
         self._need()
-        if self.use_carried or is_current():
+        if self.use_carried or provenance.is_current():
             why = "--use-carried" if self.use_carried else "it is newer than the sources"
             if not BINARY.exists():
                 raise NotRun(f"{why}, but there is no {BINARY.relative_to(ROOT)}")
@@ -283,7 +226,7 @@ class Suite:
 
     def _built(self, finished: Finished) -> dict:
         stages.exit_code(finished)
-        if not is_current():
+        if not provenance.is_current():
             raise Failed("it left no lora_kernels/_C.abi3.so with CUDA kernels")
         return {"headline": f"{BINARY.stat().st_size >> 10} KiB"}
 
@@ -370,14 +313,14 @@ def run(
     head = {
         "schema": SCHEMA,
         "start": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        **commit(),
-        "sources_sha256": sources_hash(),
+        **provenance.commit(),
+        "sources_sha256": provenance.sources_hash(),
         "finished": False,
     }
     if profile != "cuda":
         head["profile"] = profile
     if profile == "triton":
-        head["triton_sha256"] = triton_hash()
+        head["triton_sha256"] = provenance.triton_hash()
     with tempfile.TemporaryDirectory() as scratch:
         logs = Path(scratch) / "logs"
         logs.mkdir()
@@ -386,7 +329,7 @@ def run(
         def report(records: list[dict]) -> None:
             last = records[-1]
             print(f"{last['name']}: {last['status']} ({last['seconds']:.1f} s)", flush=True)
-            head.update(device=suite.facts, binary_sha256=binary_hash())
+            head.update(device=suite.facts, binary_sha256=provenance.binary_hash())
             write(out, logs, head, records)
 
         wanted = [s for s in suite.stages() if s.name == "probe" or not names or s.name in names]

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from lora_kernels.triton_kernels import digest
 
-from . import gpu_suite, plots, report, shapes
+from . import gpu_suite, plots, provenance, report, shapes
 from .stages import FAILED, NOT_RUN, PASSED, TIMED_OUT
 
 # by backend, the stage whose file bench.dispatch reads
@@ -56,9 +56,9 @@ class Here(NamedTuple):
 
     @classmethod
     def now(cls) -> Here:
-        current = gpu_suite.is_current()
-        binary = gpu_suite.binary_hash() if current else None
-        return cls(gpu_suite.sources_hash(), binary, digest.of_version)
+        current = provenance.is_current()
+        binary = provenance.binary_hash() if current else None
+        return cls(provenance.sources_hash(), binary, digest.of_version)
 
 
 def profile_of(suite: dict) -> str:

@@ -31,7 +31,7 @@ from rich.console import Console
 from lora_kernels.triton_kernels import configs, device, digest
 from lora_kernels.triton_kernels.configs import Config, plan_of
 
-from . import gpu_suite, report, shapes, timing
+from . import provenance, report, shapes, timing
 
 TIE = 0.98  # of the best plan's time, above which another is no better
 HOPELESS = 1.25  # times the best plan's time so far, beyond which a plan is not timed further
@@ -112,7 +112,7 @@ def dump(table: dict[str, Any]) -> str:
 
 def origin(machine: dict[str, Any], rest: list[Row], before: str) -> str:
     """Where rows come from: device, versions, date, commit, and what was not measured."""
-    commit = gpu_suite.commit()
+    commit = provenance.commit()
     name = commit["commit"] + ("-dirty" if commit["dirty"] else "")
     text = (
         f"{machine['device_name']}, Triton {digest.triton_version()}, torch {machine['torch']}, "

@@ -11,7 +11,7 @@ from lora_kernels.triton_kernels import digest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench import gpu_suite
+from bench import gpu_suite, provenance
 
 
 def gemm_group(rank: int, **over: float) -> dict:
@@ -52,7 +52,7 @@ def make_out(folder: Path) -> Path:
     layers = {"environment": machine, "groups": [layer | {"rows": rows}]}
     record = {
         "schema": gpu_suite.SCHEMA, "finished": True, "commit": "abc", "dirty": False,
-        "sources_sha256": gpu_suite.sources_hash(), "binary_sha256": "0",
+        "sources_sha256": provenance.sources_hash(), "binary_sha256": "0",
         "device": {"device_name": machine["device_name"]},
         "stages": [{"name": name, "status": "passed"} for name in gpu_suite.LIMITS],
     }  # fmt: skip
@@ -78,7 +78,7 @@ def other_out(folder: Path, profile: str, files: dict[str, dict], **more) -> Pat
     folder.mkdir()
     record = {
         "schema": gpu_suite.SCHEMA, "finished": True, "commit": "abc", "dirty": False,
-        "sources_sha256": gpu_suite.sources_hash(), "binary_sha256": None, "profile": profile,
+        "sources_sha256": provenance.sources_hash(), "binary_sha256": None, "profile": profile,
         "device": {"device_name": "NVIDIA Test (1)", "triton": "3.7.1"},
         "stages": [{"name": name, "status": "passed"} for name in gpu_suite.PROFILES[profile]],
     }  # fmt: skip

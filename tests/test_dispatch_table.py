@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench import dispatch as generator  # noqa: E402
-from bench import gpu_suite  # noqa: E402
+from bench import gpu_suite, provenance  # noqa: E402
 
 BF16 = torch.bfloat16
 TRITON = "3.7.1"
@@ -55,7 +55,7 @@ def test_the_hash_sees_every_file_that_kernels_and_plans_include(tmp_path):
 @pytest.mark.skipif(not machine.sources(), reason="built without nvcc")
 def test_the_library_says_what_its_kernels_were_built_from():
     assert re.fullmatch("[0-9a-f]{64}", machine.sources())
-    if gpu_suite.is_current():
+    if provenance.is_current():
         assert machine.sources() == generator.kernel_sources()
 
 

@@ -27,6 +27,7 @@ from bench import (  # noqa: E402
     gpu_state,
     gpu_suite,
     plots,
+    provenance,
     publish,
     stages,
     traffic,
@@ -429,11 +430,11 @@ def test_a_failing_stage_makes_the_exit_code(tmp_path, monkeypatch, capsys):
 
 
 def test_commit_where_there_is_no_git(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_suite, "ROOT", tmp_path)
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
     monkeypatch.delenv("LORA_KERNELS_COMMIT", raising=False)
-    assert gpu_suite.commit() == {"commit": "unknown", "dirty": None}
+    assert provenance.commit() == {"commit": "unknown", "dirty": None}
     monkeypatch.setenv("LORA_KERNELS_COMMIT", "abc-dirty")
-    assert gpu_suite.commit() == {"commit": "abc", "dirty": True}
+    assert provenance.commit() == {"commit": "abc", "dirty": True}
 
 
 def test_a_binary_older_than_its_sources_is_not_current(tmp_path):
@@ -441,13 +442,13 @@ def test_a_binary_older_than_its_sources_is_not_current(tmp_path):
     (tmp_path / "csrc/a.cu").write_text("a")
     (tmp_path / "setup.py").write_text("")
     binary = tmp_path / "_C.so"
-    assert not gpu_suite.is_current(binary, tmp_path)
+    assert not provenance.is_current(binary, tmp_path)
     binary.write_bytes(b"no kernels")
-    assert not gpu_suite.is_current(binary, tmp_path)
+    assert not provenance.is_current(binary, tmp_path)
     binary.write_bytes(b"...nv_fatbin...")
-    assert gpu_suite.is_current(binary, tmp_path)
+    assert provenance.is_current(binary, tmp_path)
     os.utime(binary, (1, 1))
-    assert not gpu_suite.is_current(binary, tmp_path)
-    before = gpu_suite.sources_hash(tmp_path)
+    assert not provenance.is_current(binary, tmp_path)
+    before = provenance.sources_hash(tmp_path)
     (tmp_path / "csrc/a.cu").write_text("b")
-    assert gpu_suite.sources_hash(tmp_path) != before
+    assert provenance.sources_hash(tmp_path) != before
