@@ -12,6 +12,7 @@ from lora_kernels.triton_kernels import digest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench import gpu_suite, provenance
+from bench.stages import Finished
 
 
 def gemm_group(rank: int, **over: float) -> dict:
@@ -99,3 +100,10 @@ def make_out_model(folder: Path) -> Path:
     machine = {"device_name": "NVIDIA Test (1)", "torch": "0"}
     model = {"environment": machine, "groups": [case | {"rows": rows}]}
     return other_out(folder, "model", {"model": model})
+
+
+def finished(tmp_path: Path, text: str, code: int = 0) -> Finished:
+    """A stage that printed `text`."""
+    log = tmp_path / "stage.log"
+    log.write_text(text)
+    return Finished(code, log)

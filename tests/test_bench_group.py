@@ -7,8 +7,7 @@ import json
 import sys
 
 import pytest
-from suite_facts import group_table
-from test_gpu_suite import finished
+from suite_facts import finished, group_table
 
 from bench import bench_group, evidence, plots
 from bench.stages import Failed, NotRun

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 import torch
-from test_gpu_suite import CLEAN, ROOT, finished
+from suite_facts import finished
+from test_evidence import CLEAN, ROOT
 
 from bench import evidence, sanitize
 from lora_kernels import composed
