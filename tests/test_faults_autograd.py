@@ -89,6 +89,25 @@ def test_fault_29_forward_mode_is_refused(backend):
             lk.fused_lora_linear(dual, w, a, b, backend=backend)
 
 
+@pytest.mark.parametrize("call", ["one", "group"])
+def test_fault_29_batched_gradients_are_refused_or_right(backend, call):
+    """Of is_grads_batched, which maps a backward pass whose forward pass it did not see."""
+    x, w, a, b, _, dy = operands()
+    kinds = dict(dropout_p=0.3, backend=backend)
+    if call == "group":
+        y = lk.fused_lora_linear_group(x, [w], [a], [b], scalings=1.0, seeds=[SEED], **kinds)[0]
+    else:
+        y = lk.fused_lora_linear(x, w, a, b, seed=SEED, **kinds)
+    dys = torch.stack([dy, -2 * dy])
+    each = [torch.autograd.grad(y, (x, a, b), d, retain_graph=True) for d in dys]
+    try:
+        found = torch.autograd.grad(y, (x, a, b), dys, is_grads_batched=True)
+    except RuntimeError as error:
+        assert backend != "reference" and "Batching rule not implemented" in str(error)
+        return
+    assert all(map(torch.equal, found, map(torch.stack, zip(*each, strict=True))))
+
+
 # ---- 30, 31: modes -------------------------------------------------------------------------------
 
 
