@@ -357,7 +357,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", SPEC)
-def test_a_tensor_that_is_not_strided_is_refused_by_name(name, layout):
+def test_fault_06_a_tensor_that_is_not_strided(name, layout):
     """Of a good call nothing is asked but its shapes and dtypes: the kernels refuse it first."""
     bad = {name: LAYOUTS[layout](torch.randn(SPEC[name]))}
     said = rf"{name} must not be nested; pass its values\(\)"
@@ -370,7 +370,7 @@ def test_a_tensor_that_is_not_strided_is_refused_by_name(name, layout):
 
 
 @pytest.mark.parametrize("name", SPEC)
-def test_fake_tensors_beside_real_ones_are_refused_by_name(name):
+def test_fault_06_fake_tensors_beside_real_ones(name):
     with FakeTensorMode() as mode:
         fake = {k: torch.randn(v) for k, v in SPEC.items()}
     refused(f"got FakeTensor for {name}, but needs all", TypeError, **{name: fake[name]})
