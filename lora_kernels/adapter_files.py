@@ -25,7 +25,7 @@ from .adapter_config import (
     parse_config,
 )
 from .adapter_tensors import MAX_BYTES, PREFIX, read_tensors, write_tensors
-from .injection import obstacle, replace
+from .injection import check_model, obstacle, replace
 from .linear import LoRALinear
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -76,6 +76,7 @@ def load_adapter(
             the model that the file leaves out. The model is left as it was.
         ImportError: safetensors is not installed.
     """
+    check_model(model, "load_adapter")
     config, tensors = read_adapter(path, max_bytes=max_bytes, check_finite=check_finite)
     file = Path(path) / TENSORS
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -118,6 +119,7 @@ def save_adapter(
             above 4096, float64, or a dropout unlike the others'.
         ImportError: safetensors is not installed.
     """
+    check_model(model, "save_adapter")
     root = Path(path)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
     fields = _fields(layers, root)

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from .injection import check_model
 from .linear import LoRALinear
 
 
@@ -239,8 +240,5 @@ def _why(fused: Any, module: nn.Module) -> str:
 
 
 def _modules(model: nn.Module, op: str) -> list[nn.Module]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"lora_kernels.{op}: model must be a torch.nn.Module, but got {type(model).__name__}"
-        )
+    check_model(model, f"lora_kernels.{op}")
     return list(model.modules())

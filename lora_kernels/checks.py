@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 
 from . import autocast
@@ -33,7 +34,8 @@ def compute_dtype(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed) -> 
         n, k = weight.shape
         r, k_a = lora_a.shape
         n_b, r_b = lora_b.shape
-    except (IndexError, ValueError):  # not as many dimensions as expected
+        of_bias = None if bias is None else bias.shape
+    except (IndexError, ValueError, RuntimeError):  # other dimensions, or those of a nested tensor
         return None
     dtype, device, adapter = x.dtype, x.device, lora_a.dtype
     if not (
@@ -45,7 +47,7 @@ def compute_dtype(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed) -> 
         and weight.device == device
         and lora_a.device == device
         and lora_b.device == device
-        and (bias is None or (bias.shape == (n,) and bias.device == device))
+        and (bias is None or (of_bias == (n,) and bias.device == device))
         and not (weight.requires_grad and torch.is_grad_enabled())
         and type(scaling) is float
         and -MAX_SCALING <= scaling <= MAX_SCALING
@@ -88,7 +90,12 @@ def validate(
             raise TypeError(f"{OP}: {name} must be a Tensor, but got {type(t).__name__}")
         if t.is_nested:
             raise TypeError(f"{OP}: {name} must not be nested; pass its values()")
+        if t.layout is not torch.strided:
+            raise TypeError(
+                f"{OP}: {name} must be strided, but got {t.layout}; pass {name}.to_dense()"
+            )
     _check_no_mixed_dtensor(tensors, sharded)
+    _check_no_mixed_fake(tensors)
     _check_scalars(scaling, dropout_p)
     _check_not_packed(weight, lora_a, lora_b)
     _check_shapes(x, weight, lora_a, lora_b, bias)
@@ -117,7 +124,7 @@ def _check_scalars(scaling, dropout_p) -> None:
             f"{OP}: scaling must be a number, but got a Tensor; pass scaling=1.0 and "
             "lora_b * scaling"
         )
-    if not isinstance(scaling, _NUMBERS):
+    if isinstance(scaling, bool) or not isinstance(scaling, _NUMBERS):
         raise TypeError(f"{OP}: scaling must be a number, but got {type(scaling).__name__}")
     if not -MAX_SCALING <= scaling <= MAX_SCALING:  # NaN fails the comparison too
         raise ValueError(
@@ -238,3 +245,18 @@ def _check_no_mixed_dtensor(tensors, sharded: bool) -> None:
         "call it for each projection, or pass local tensors (for example inside "
         "torch.distributed.tensor.experimental.local_map)"
     )
+
+
+def _check_no_mixed_fake(tensors) -> None:
+    """torch's own refusal is an AssertionError from within the operator."""
+    if all(type(t) in _PLAIN for t in tensors.values()):
+        return
+    modes = {name: t.fake_mode for name, t in tensors.items() if isinstance(t, FakeTensor)}
+    some = next(iter(modes.values()), None)
+    if some is None or some.allow_non_fake_inputs:
+        return
+    if len(modes) < len(tensors) or any(mode is not some for mode in modes.values()):
+        raise TypeError(
+            f"{OP}: got FakeTensor for {', '.join(modes)}, but needs all tensors to be fake, of "
+            "one FakeTensorMode, or none; convert the others with its from_tensor"
+        )

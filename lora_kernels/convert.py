@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from .injection import replace
+from .injection import check_model, replace
 from .linear import LoRALinear
 
 SUPPORTED = (
@@ -53,7 +53,8 @@ def convert_layer(layer: nn.Module, adapter: str | None = None) -> LoRALinear:
             f"{_name(layer)}: weight is {type(weight).__name__} of {weight.dtype}, expected "
             "a plain floating-point tensor; dequantise it first"
         )
-    linear = nn.Linear(1, 1, bias=bias is not None, device="meta")
+    n, k = weight.shape
+    linear = nn.Linear(k, n, bias=bias is not None, device="meta")
     linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
@@ -70,8 +71,10 @@ def convert_model(model: nn.Module, adapter: str | None = None) -> list[str]:
     """`convert_layer` on every layer of `model` that is known here; returns their names.
 
     Raises:
+        TypeError: no module.
         ValueError: none is known, or one cannot be converted. The model is left as it was.
     """
+    check_model(model, "convert_model")
     names: list[str] = []
     for name, module in model.named_modules(remove_duplicate=False):
         inside = any(name.startswith(found + ".") for found in names)

@@ -128,7 +128,9 @@ def dropout_mask(
         )
     if not isinstance(seed, Tensor):
         _check_integers(seed, "seed")
-        seed = torch.tensor(list(seed), dtype=torch.int64)
+        if not all(-(2**63) <= word < 2**63 for word in seed):
+            raise ValueError(f"dropout_mask: seed must hold 64-bit integers, but got {seed!r}")
+        seed = torch.tensor(list(seed), dtype=torch.int64, device=device)
     check_seed(seed, "dropout_mask")
     seed = seed.to(device).contiguous()
     rows, cols = math.prod(shape[:-1]), shape[-1]

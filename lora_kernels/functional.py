@@ -109,4 +109,8 @@ def fused_lora_linear(
     if plan.by_shape:
         inputs = (x, lora_a, lora_b, bias)
         plan = plan_of(name, x, weight, lora_a, scaling, dropout_p, seed is not None, inputs)
-    return LoraLinear.apply(x, weight, lora_a, lora_b, bias, seed, plan)
+    try:
+        return LoraLinear.apply(x, weight, lora_a, lora_b, bias, seed, plan)
+    except RuntimeError:  # of a layout, say, which the cheap test does not look at
+        checks.validate(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
+        raise

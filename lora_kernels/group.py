@@ -99,7 +99,11 @@ def fused_lora_linear_group(
     ops.no_transforms(OP)
     operands = (*weights, *lora_as, *lora_bs, *biases, *seeds)
     plan = plan_of(name, x, weights, lora_as, scalings, dropout_p, dropped, operands)
-    return list(LoraLinearGroup.apply(plan, x, *operands))
+    try:
+        return list(LoraLinearGroup.apply(plan, x, *operands))
+    except RuntimeError:  # of a layout, say, which the cheap test does not look at
+        _validate(x, weights, lora_as, lora_bs, biases, scalings, dropout_p, seeds, closely=True)
+        raise
 
 
 # ---- arguments -----------------------------------------------------------------------------------
@@ -139,13 +143,15 @@ def _as_list(name: str, value) -> list[Any]:
     return list(value)
 
 
-def _validate(x, weights, lora_as, lora_bs, biases, scalings, dropout_p, seeds) -> bool:
+def _validate(
+    x, weights, lora_as, lora_bs, biases, scalings, dropout_p, seeds, closely: bool = False
+) -> bool:
     """Raises for a bad projection. Whether one is unusual, or autocast is on: then normalise."""
     unusual = autocast.enabled(x.device.type) if isinstance(x, Tensor) else True
     each = zip(weights, lora_as, lora_bs, biases, scalings, seeds, strict=True)
     for i, (weight, lora_a, lora_b, bias, scaling, seed) in enumerate(each):
         args = (x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
-        if checks.compute_dtype(*args) is not None:
+        if not closely and checks.compute_dtype(*args) is not None:
             continue
         unusual = True
         try:

@@ -29,16 +29,18 @@ def inject(
     parameter of the model is frozen: `for p in model.parameters(): p.requires_grad_(False)` first.
 
     Raises:
-        TypeError: target_modules is a string, not a list.
+        TypeError: target_modules is no list of strings, or model no module.
         ValueError: a suffix names nothing, or a layer that is no plain nn.Linear. The model is
             left as it was.
     """
-    if isinstance(target_modules, str):
+    check_model(model, "inject")
+    given: Any = target_modules
+    suffixes = list(given) if isinstance(given, Iterable) else [given]
+    if isinstance(given, str) or not all(isinstance(suffix, str) for suffix in suffixes):
         raise TypeError(
-            f"inject: target_modules must be a list of names, but got {target_modules!r}; "
-            f"pass [{target_modules!r}]"
+            f"inject: target_modules must be a list of names, but got {target_modules!r}"
+            + (f"; pass [{target_modules!r}]" if isinstance(target_modules, str) else "")
         )
-    suffixes = list(target_modules)
     modules = dict(model.named_modules(remove_duplicate=False))
     for suffix in suffixes:
         if not any(has_suffix(name, suffix) for name in modules if name):
@@ -62,6 +64,11 @@ def inject(
         ),
     )  # fmt: skip
     return names
+
+
+def check_model(model: nn.Module, op: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{op}: model must be a torch.nn.Module, but got {type(model).__name__}")
 
 
 def obstacle(module: nn.Module) -> str | None:

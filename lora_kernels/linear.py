@@ -17,6 +17,11 @@ _INTEGER: Any = Integral
 _REAL: Any = Real
 
 
+def _is(kind: Any, value: object) -> bool:
+    """isinstance, but that True and False are no numbers."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 class LoRALinear(nn.Module):
     """y = x·weightᵀ + bias + scaling · dropout(x)·lora_aᵀ·lora_bᵀ; only lora_a and lora_b train.
 
@@ -79,7 +84,23 @@ class LoRALinear(nn.Module):
         """A LoRALinear on the weight and bias of `linear`: the memory is shared, not copied.
 
         `linear` itself is left as it was, its requires_grad included.
+
+        Raises:
+            TypeError: no nn.Linear, or one whose weight is packed or sharded.
+            ValueError: as for a new layer.
         """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(
+                "LoRALinear.from_linear: linear must be a torch.nn.Linear, but got "
+                f"{type(linear).__name__}"
+            )
+        found, expected = linear.weight.shape, (linear.out_features, linear.in_features)
+        if tuple(found) != expected:
+            raise TypeError(
+                f"LoRALinear.from_linear: weight must be {list(expected)}, but got "
+                f"{linear.weight.dtype} {list(found)}: it looks packed or sharded; dequantise or "
+                "unshard it first"
+            )
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self._take(linear.weight, linear.bias)
@@ -93,9 +114,9 @@ class LoRALinear(nn.Module):
         self.register_parameter("bias", frozen_bias)
 
     def _attach(self, r, lora_alpha, lora_dropout, use_rslora, adapter_dtype) -> None:
-        if not isinstance(r, _INTEGER) or r < 0:
+        if not _is(_INTEGER, r) or r < 0:
             raise ValueError(f"LoRALinear: r must be >= 0, and an integer, but got {r!r}")
-        if not isinstance(lora_dropout, _REAL) or not 0.0 <= lora_dropout <= 1.0:
+        if not _is(_REAL, lora_dropout) or not 0.0 <= lora_dropout <= 1.0:
             raise ValueError(
                 f"LoRALinear: lora_dropout must be in [0, 1], but got {lora_dropout!r}"
             )
@@ -109,11 +130,7 @@ class LoRALinear(nn.Module):
         self.reset_lora_parameters()
 
     def _scale(self, lora_alpha: float, use_rslora: bool) -> None:
-        if not isinstance(lora_alpha, _REAL) or not abs(lora_alpha) <= MAX_SCALING:
-            raise ValueError(
-                "LoRALinear: lora_alpha must be finite and at most 2**112 in magnitude, but got "
-                f"{lora_alpha!r}"
-            )
+        _check_alpha(lora_alpha)
         r = self.r
         self.lora_alpha = lora_alpha
         self.use_rslora = use_rslora
@@ -139,14 +156,24 @@ class LoRALinear(nn.Module):
         """Takes the values of lora_a [r, K] and lora_b [N, r], cast, and their scaling.
 
         Raises:
-            ValueError: a shape other than the layer's.
+            TypeError: lora_a or lora_b is no Tensor.
+            ValueError: a shape other than the layer's, or a lora_alpha that is not finite.
+
+        What is refused leaves the layer as it was.
         """
+        _check_alpha(lora_alpha)
         for name, held, given in (("lora_a", self.lora_a, lora_a), ("lora_b", self.lora_b, lora_b)):
+            if not isinstance(given, Tensor):
+                raise TypeError(
+                    f"LoRALinear.set_adapter: {name} must be a Tensor, but got "
+                    f"{type(given).__name__}"
+                )
             if held.shape != given.shape:
                 raise ValueError(
                     f"LoRALinear.set_adapter: {name} must have shape {list(held.shape)}, "
                     f"but got {list(given.shape)}"
                 )
+        lora_a, lora_b = lora_a.to(self.lora_a), lora_b.to(self.lora_b)  # or raises, of meta
         was_merged = self.merged
         self.unmerge()
         self.lora_a.copy_(lora_a)
@@ -225,4 +252,12 @@ class LoRALinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
             f"scaling={self.scaling:g}, lora_dropout={self.lora_dropout:g}, "
             f"bias={self.bias is not None}" + (", merged" if self.merged else "")
+        )
+
+
+def _check_alpha(lora_alpha: float) -> None:
+    if not _is(_REAL, lora_alpha) or not abs(lora_alpha) <= MAX_SCALING:
+        raise ValueError(
+            "LoRALinear: lora_alpha must be finite and at most 2**112 in magnitude, but got "
+            f"{lora_alpha!r}"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,22 @@ for _name, _default in (
     ("weight_grad", composed.weight_grad),
 ):
     LIBRARY.impl(_name, torch.no_grad()(_default), "CompositeExplicitAutograd")
+
+
+def _resolved(op: Callable) -> Callable:
+    """`op` of tensors whose values are those in memory."""
+
+    def resolve(arg: Any) -> Any:
+        if isinstance(arg, list):
+            return [resolve(one) for one in arg]
+        return arg.resolve_neg() if isinstance(arg, Tensor) else arg
+
+    return lambda *args: op(*map(resolve, args))
+
+
+# torch's own fallback, which does this for every other operator, passes over a Tensor?[].
+for _name in ("forward_group", "backward_group"):
+    LIBRARY.impl(_name, _resolved(getattr(OPS, _name).default), "Negative")
 
 
 # ---- one call, in eager mode and inside the op ---------------------------------------------------

@@ -22,6 +22,7 @@ from lora_kernels.schemas import has_kernel, on_hopper
 
 ON_GPU = {"cuda"} if INTERPRETED else {"cuda", "triton"}  # what serves no CPU tensor
 USABLE = [n for n, missing in lk.backends().items() if missing is None and n not in ON_GPU]
+OPERATORS = [name for name in USABLE if name != "reference"]  # which is plain PyTorch
 INTERPRETED_FAST = 30  # of the cases of backend triton in its interpreter, one in so many is fast
 SAMPLED = {  # the same of tests whose cases are emulated for seconds each
     "test_backward.py::test_shapes": 4,

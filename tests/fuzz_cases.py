@@ -34,6 +34,10 @@ ARGUMENTS = [
     _call("torch.empty(1 << 40, 0)", *[_NOTHING] * 3, backend="'cpu'"),
     # Was held to a mask that no specification gives: its rows begin at 2^63 - 1.
     Call("lk.dropout_mask", ("torch.full((4,), (1 << 63) - 1)", "(5, 8)", "0.5", "None")),
+    # Ended in torch's AssertionError, from within the operator.
+    _call(_X, _W, _A, _B, "fake(6)", dropout_p="0.5", seed=SEED),
+    Call("lk.fused_lora_linear_group", ("fake(5, 8)", f"[{_W}]", f"[{_A}]", f"[{_B}]"),
+         (("scalings", "1.0"),)),
 ]  # fmt: skip
 
 VALUES = [
@@ -44,4 +48,6 @@ VALUES = [
     Case(
         "group", "reference", (7,), 1, ((1, 1), (1, 1), (1, 1)), "bf16", needs=("x",), scaling=1.0
     ),
+    # y of a group had its bias without the sign that torch keeps beside the memory.
+    Case("group", "cpu", layouts=("plain",) * 4 + ("negated", "plain")),
 ]

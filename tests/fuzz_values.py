@@ -30,7 +30,9 @@ DTYPES = {
     "f64": torch.float64,
 }
 SIXTEEN_BIT = ("bf16", "f16")
-LAYOUTS = ("plain", "transposed", "sliced", "columns", "shifted", "expanded")
+LAYOUTS = (
+    "plain", "transposed", "sliced", "columns", "shifted", "expanded", "overlapping", "negated",
+)  # fmt: skip
 MODES = ("grad", "no_grad", "inference", "twice", "checkpoint", "checkpoint_reentrant")
 WORK = 5e5  # largest M·N·K of a projection: a case takes milliseconds
 
@@ -70,12 +72,16 @@ def values(size: tuple[int, ...], dtype: torch.dtype, g: torch.Generator, fp16: 
 
 
 def laid_out(t: Tensor, layout: str) -> Tensor:
-    """The values of t in another place in memory; "expanded" repeats the first of its first dim."""
+    """The values of t in another place in memory; of "expanded" and "overlapping" only some."""
     if layout == "transposed" and t.dim() > 1:
         return t.transpose(-1, -2).contiguous().transpose(-1, -2)
     if layout == "expanded" and t.dim() > 1 and t.shape[0] > 0:
         return t[:1].clone().expand_as(t)
-    if layout == "plain" or t.dim() == 0:
+    if layout == "overlapping" and t.numel() > 0:
+        return t.flatten().as_strided(t.shape, (1,) * t.dim())
+    if layout == "negated":
+        return torch._neg_view(-t)
+    if layout in ("plain", "overlapping") or t.dim() == 0:
         return t.clone()
     pad, step = {"sliced": (3, 1), "columns": (0, 2)}.get(layout, (0, 1))
     if layout == "shifted":  # no vector of more than one element is aligned
@@ -301,7 +307,7 @@ def resolved(case: Case, p: Problem) -> str:
 # ---- the strategy --------------------------------------------------------------------------------
 
 SIDES = (1, 0, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 33, 48, 49, 63, 65, 100, 129, 257)
-RANKS = (1, 0, 2, 3, 4, 7, 8, 9, 16, 17, 33, 64, 130)
+RANKS = (1, 0, 2, 3, 4, 7, 8, 9, 16, 17, 33, 64, 130, 257)
 SCALINGS = (1.0, 1.5, 0.0, -2.0, 0.1, 64.0, 2.0**-60, 2.0**60, -(2.0**100))
 FP16_SCALINGS = SCALINGS[:6]  # a y that does not fit into fp16 proves nothing
 PROBABILITIES = (0.0, 0.1, 0.5, 0.9, 1.0, 2.0**-15, 1e-5, 0.99999, 0.3)

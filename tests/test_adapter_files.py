@@ -260,6 +260,9 @@ def test_inject_refuses_and_changes_nothing(target, problem):
 def test_inject_takes_a_list():
     with pytest.raises(TypeError, match=r"pass \['q_proj'\]"):
         lk.inject(base(), r=2, target_modules="q_proj")
+    for bad in (None, 3, ["q_proj", 3]):
+        with pytest.raises(TypeError, match="inject: target_modules must be a list of names, but"):
+            lk.inject(base(), r=2, target_modules=bad)
     with pytest.raises(ValueError, match="r must be >= 0"):
         lk.inject(model := base(), r=-1, target_modules=["q_proj"])
     assert not any(isinstance(m, lk.LoRALinear) for m in model.modules())

@@ -221,3 +221,9 @@ def test_seed_with_p_zero_changes_nothing(backend):
     assert torch.equal(
         call(p=0.0, seed=torch.tensor([1, 2]), backend=backend), call(p=0.0, backend=backend)
     )
+
+
+def test_a_default_device_does_not_move_the_mask():
+    want = lk.dropout_mask([1, 2], (5, 8), 0.5)
+    with torch.device("meta"):
+        assert torch.equal(lk.dropout_mask([1, 2], (5, 8), 0.5), want)

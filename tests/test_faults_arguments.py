@@ -10,6 +10,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lora_kernels as lk
 
@@ -150,6 +151,7 @@ def test_fault_10_scaling_types():
     message = r"scaling must be a number, but got a Tensor.*lora_b \* scaling"
     refused(message, TypeError, scaling=torch.tensor(2.0))
     refused("scaling must be a number, but got str", TypeError, scaling="2")
+    refused("scaling must be a number, but got bool", TypeError, scaling=True)
     assert call(scaling=2).shape == (5, 6)
 
 
@@ -304,10 +306,16 @@ def test_shape_and_seed_of_a_mask_must_be_integers(bad):
             lk.dropout_mask(bad, (5, 8), 0.5)
 
 
+def test_words_of_a_seed_have_64_bits():
+    for word in (2**63, -(2**63) - 1):
+        with pytest.raises(ValueError, match="dropout_mask: seed must hold 64-bit integers, but"):
+            lk.dropout_mask([1, word], (5, 8), 0.5)
+
+
 BAD_LAYERS = {
-    "r": [2.5, "4", None, -1],
-    "lora_dropout": ["0.1", None, 1.5, float("nan")],
-    "lora_alpha": ["16", float("nan"), float("inf"), 10**400],
+    "r": [2.5, "4", None, -1, True],
+    "lora_dropout": ["0.1", None, 1.5, float("nan"), True],
+    "lora_alpha": ["16", float("nan"), float("inf"), 10**400, True],
 }
 
 
@@ -315,6 +323,61 @@ BAD_LAYERS = {
 def test_arguments_of_a_layer(name, value):
     with pytest.raises(ValueError, match=f"LoRALinear: {name} must be .*, but got"):
         lk.LoRALinear(8, 6, **({"r": 4} | {name: value}))
+
+
+TAKES_A_MODEL = {
+    "convert_model": lk.convert_model,
+    "inject": lambda model: lk.inject(model, r=2, target_modules=["0"]),
+    "load_adapter": lambda model: lk.load_adapter(model, "."),
+    "save_adapter": lambda model: lk.save_adapter(model, "."),
+}
+
+
+@pytest.mark.parametrize("name", TAKES_A_MODEL)
+def test_a_model_must_be_a_module(name):
+    for bad in (None, [nn.Linear(2, 2)], nn.Linear):
+        with pytest.raises(TypeError, match=f"{name}: model must be a torch.nn.Module, but got"):
+            TAKES_A_MODEL[name](bad)
+
+
+def group_call(**changes):
+    """The same as a group of one."""
+    tensors = {k: changes.get(k, torch.randn(v)) for k, v in SPEC.items()}
+    x, *each = tensors.values()
+    return lk.fused_lora_linear_group(x, *([t] for t in each), scalings=1.0)[0]
+
+
+LAYOUTS = {
+    "sparse": torch.Tensor.to_sparse,
+    "mkldnn": torch.Tensor.to_mkldnn,
+    "nested": lambda t: torch.nested.nested_tensor([t]),
+    "jagged": lambda t: torch.nested.nested_tensor([t], layout=torch.jagged),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", SPEC)
+def test_fault_06_a_tensor_that_is_not_strided(name, layout):
+    """Of a good call nothing is asked but its shapes and dtypes: the kernels refuse it first."""
+    bad = {name: LAYOUTS[layout](torch.randn(SPEC[name]))}
+    said = rf"{name} must not be nested; pass its values\(\)"
+    if layout in ("sparse", "mkldnn"):
+        said = rf"{name} must be strided, but got torch\.\w+; pass {name}\.to_dense\(\)"
+    refused(said, TypeError, **bad)
+    refused(said, TypeError, **bad, scaling=2)
+    with pytest.raises(TypeError, match=f"^fused_lora_linear_group: projection 0: {said}"):
+        group_call(**bad)
+
+
+@pytest.mark.parametrize("name", SPEC)
+def test_fault_06_fake_tensors_beside_real_ones(name):
+    with FakeTensorMode() as mode:
+        fake = {k: torch.randn(v) for k, v in SPEC.items()}
+    refused(f"got FakeTensor for {name}, but needs all", TypeError, **{name: fake[name]})
+    with FakeTensorMode():
+        other = torch.randn(SPEC[name])
+    refused("got FakeTensor for .*of one FakeTensorMode", TypeError, **(fake | {name: other}))
+    assert call(**fake).fake_mode is mode
 
 
 @pytest.mark.parametrize("left", [0, 96], ids=["freed", "cut"])

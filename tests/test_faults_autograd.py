@@ -5,6 +5,7 @@ from __future__ import annotations
 import problems
 import pytest
 import torch
+from conftest import OPERATORS
 from test_ops import OPS, SEED, operands
 from torch.utils.checkpoint import checkpoint
 
@@ -34,14 +35,13 @@ def test_fault_27_two_backwards_are_bitwise_equal_and_inputs_unmodified(backend)
     assert all(torch.equal(p, q) for p, q in zip(before, (x, w, a, b, bias, dy, SEED), strict=True))
 
 
-def test_fault_28_double_backward_is_a_clear_error(backend):
-    if backend == "reference":
-        return  # test_ops.py differentiates it twice
+@pytest.mark.parametrize("operator", OPERATORS)  # test_ops.py differentiates the definition twice
+def test_fault_28_double_backward_is_a_clear_error(operator):
     x, w, a, b, _, dy = operands()
-    y = lk.fused_lora_linear(x, w, a, b, backend=backend)
+    y = lk.fused_lora_linear(x, w, a, b, backend=operator)
     with pytest.raises(RuntimeError, match=r"double backward.*backend='reference'"):
         torch.autograd.grad(y, x, dy, create_graph=True)
-    y = OPS.lora_linear(x, w, a, b, None, None, 1.0, 0.0, backend)[0]
+    y = OPS.lora_linear(x, w, a, b, None, None, 1.0, 0.0, operator)[0]
     with pytest.raises(RuntimeError, match="double backward"):
         torch.autograd.grad(y, x, dy, create_graph=True)
 
@@ -79,14 +79,32 @@ def test_fault_29_transforms_are_refused_or_right(backend, transform):
     assert torch.equal(one(x), one(x))
 
 
-def test_fault_29_forward_mode_is_refused(backend):
-    if backend == "reference":
-        return  # plain PyTorch, which differentiates it
+@pytest.mark.parametrize("operator", OPERATORS)  # PyTorch differentiates the definition
+def test_fault_29_forward_mode_is_refused(operator):
     x, w, a, b, _, _ = (t.detach() for t in operands())
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
         with pytest.raises(NotImplementedError, match="jvp"):
-            lk.fused_lora_linear(dual, w, a, b, backend=backend)
+            lk.fused_lora_linear(dual, w, a, b, backend=operator)
+
+
+@pytest.mark.parametrize("call", ["one", "group"])
+def test_fault_29_batched_gradients_are_refused_or_right(backend, call):
+    """Of is_grads_batched, which maps a backward pass whose forward pass it did not see."""
+    x, w, a, b, _, dy = operands()
+    kinds = dict(dropout_p=0.3, backend=backend)
+    if call == "group":
+        y = lk.fused_lora_linear_group(x, [w], [a], [b], scalings=1.0, seeds=[SEED], **kinds)[0]
+    else:
+        y = lk.fused_lora_linear(x, w, a, b, seed=SEED, **kinds)
+    dys = torch.stack([dy, -2 * dy])
+    each = [torch.autograd.grad(y, (x, a, b), d, retain_graph=True) for d in dys]
+    try:
+        found = torch.autograd.grad(y, (x, a, b), dys, is_grads_batched=True)
+    except RuntimeError as error:
+        assert backend != "reference" and "Batching rule not implemented" in str(error)
+        return
+    assert all(map(torch.equal, found, map(torch.stack, zip(*each, strict=True))))
 
 
 # ---- 30, 31: modes -------------------------------------------------------------------------------

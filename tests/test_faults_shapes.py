@@ -13,6 +13,7 @@ import problems
 import pytest
 import tolerance
 import torch
+from conftest import OPERATORS, USABLE
 from test_ops import OPS, SEED, operands
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -32,13 +33,13 @@ def test_fault_12_every_rank(backend, eager_like, r):
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("empty", ["M", "N", "K", "r", "MK"])
-def test_fault_13_zero_sizes(backend, dtype, empty):
+def test_fault_13_zero_sizes(backend, eager_like, dtype, empty):
     m, n, k, r = (0 if d in empty else size for d, size in zip("MNKr", (4, 6, 5, 3), strict=True))
     problem = problems.make((m, n, k, r), dtype, dropout_p=0.3)
     got = problem.run(backend)
     assert got["y"].shape == (m, n) and got["x"].shape == (m, k)
     assert got["lora_a"].shape == (r, k) and got["lora_b"].shape == (n, r)
-    tolerance.assert_c1(problem, got, eager_like=True)
+    tolerance.assert_c1(problem, got, eager_like=eager_like)
 
 
 @pytest.mark.parametrize("dim", ["M", "N", "K"])
@@ -137,15 +138,15 @@ class Undefined(torch.autograd.Function):
         return (None,) * len(ctx.needs_input_grad)
 
 
-@pytest.mark.parametrize("way", ["eager", "operator"])
-def test_fault_18_a_gradient_that_is_undefined(backend, way):
+@pytest.mark.parametrize(
+    "way, name", [("eager", n) for n in USABLE] + [("operator", n) for n in OPERATORS]
+)
+def test_fault_18_a_gradient_that_is_undefined(way, name):
     x, w, a, b, bias, _ = operands()
     if way == "eager":
-        y = lk.fused_lora_linear(x, w, a, b, bias, backend=backend)
-    elif backend != "reference":  # which has no operator
-        y = OPS.lora_linear(x, w, a, b, bias, None, 1.0, 0.0, backend)[0]
+        y = lk.fused_lora_linear(x, w, a, b, bias, backend=name)
     else:
-        return
+        y = OPS.lora_linear(x, w, a, b, bias, None, 1.0, 0.0, name)[0]
     grads = torch.autograd.grad(Undefined.apply(y), (x, a, b, bias), allow_unused=True)
     assert all(grad is None or not grad.any() for grad in grads)
 
@@ -189,13 +190,12 @@ def test_fault_19_requires_grad_subsets(backend, needs):
             assert torch.equal(leaf.grad, full[name]), f"{name} depends on what else is asked for"
 
 
+@pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("needs", SUBSETS, ids=str)
-def test_fault_19_unneeded_gradients_take_no_memory(backend, needs):
-    if backend == "reference":
-        return  # it has no operator
+def test_fault_19_unneeded_gradients_take_no_memory(operator, needs):
     x, w, a, b, bias, dy = (t.detach() for t in operands())
     h = torch.ones(15, 4)
-    grads = OPS.lora_linear_backward(dy, x, w, a, b, h, SEED, 0.5, 0.2, backend, *needs)
+    grads = OPS.lora_linear_backward(dy, x, w, a, b, h, SEED, 0.5, 0.2, operator, *needs)
     for grad, like, need in zip(grads, (x, a, b, bias), needs, strict=True):
         assert grad.untyped_storage().nbytes() == (like.nbytes if need else 0)
 

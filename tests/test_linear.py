@@ -39,6 +39,49 @@ def test_a_new_layer_equals_the_linear_it_came_from():
         assert lk.LoRALinear.from_linear(linear.train(mode), 4).training == mode
 
 
+class PackedLinear(nn.Linear):
+    """As bitsandbytes' Linear4bit: two weights a byte."""
+
+    def __init__(self):
+        super().__init__(20, 12)
+        self.weight = nn.Parameter(torch.zeros(120, 1, dtype=torch.uint8), requires_grad=False)
+
+
+@pytest.mark.parametrize("bad", [None, nn.Embedding(12, 20), nn.Conv1d(20, 12, 1), trained()])
+def test_from_linear_takes_a_linear_alone(bad):
+    """An adapter that another layer has would be lost in silence."""
+    with pytest.raises(TypeError, match=r"linear must be a torch\.nn\.Linear, but got"):
+        lk.LoRALinear.from_linear(bad, 4)
+
+
+def test_from_linear_refuses_a_packed_weight():
+    with pytest.raises(TypeError, match=r"must be \[12, 20\], but got torch.uint8 \[120, 1\]: it"):
+        lk.LoRALinear.from_linear(PackedLinear(), 4)
+
+
+GOOD_ADAPTER = dict(lora_a=torch.ones(4, 20), lora_b=torch.ones(12, 4), lora_alpha=3.0)
+BAD_ADAPTERS = {
+    "alpha": (dict(lora_alpha=math.nan), ValueError, "lora_alpha must be finite"),
+    "list": (dict(lora_b=[1.0]), TypeError, "set_adapter: lora_b must be a Tensor, but got list"),
+    "shape": (dict(lora_b=torch.ones(12, 5)), ValueError, r"lora_b must have shape \[12, 4\], but"),
+    "meta": (dict(lora_b=torch.ones(12, 4, device="meta")), NotImplementedError, "meta"),
+}
+
+
+@pytest.mark.parametrize("change, error, said", BAD_ADAPTERS.values(), ids=BAD_ADAPTERS)
+def test_an_adapter_that_is_refused_leaves_the_layer_as_it_was(change, error, said):
+    layer, x = trained(), torch.randn(5, 20)
+    layer.merge()
+    merged = layer(x)
+    with pytest.raises(error, match=said):
+        layer.set_adapter(**(GOOD_ADAPTER | change))
+    assert layer.merged and torch.equal(layer(x), merged)
+    layer.unmerge()
+    assert torch.equal(layer(x), trained()(x))
+    layer.set_adapter(**GOOD_ADAPTER)
+    assert not torch.equal(layer(x), trained()(x))
+
+
 @pytest.mark.parametrize("rslora", [False, True])
 def test_scaling(rslora):
     layer = lk.LoRALinear(8, 8, 4, lora_alpha=6, use_rslora=rslora)

@@ -14,7 +14,7 @@ from pathlib import Path
 import problems
 import pytest
 import torch
-from conftest import USABLE
+from conftest import OPERATORS, USABLE
 from group_calls import make as make_group
 from torch.utils.checkpoint import checkpoint
 
@@ -34,7 +34,6 @@ DTYPES = {
     "fp16_fp32": (torch.float16, torch.float32),
 }
 NEEDS = [n for n in itertools.product((False, True), repeat=3) if any(n)]  # x, A, B
-OPERATORS = [name for name in USABLE if name != "reference"]  # which saves what autograd saves
 
 
 def leaves(dtype=torch.float32, adapter_dtype=None, needs=(True,) * 3, p=0.3):

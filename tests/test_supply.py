@@ -192,7 +192,7 @@ import torch, lora_kernels as lk
 x = torch.ones(4, 4, requires_grad=True)
 lk.fused_lora_linear(x, *[torch.ones(4, 4)] * 3, dropout_p=0.5).sum().backward()
 main()
-main("selfcheck", "--help")
+main("selfcheck", "--device", "cpu", "--shapes", "16x24x32x4", "--no-operators", "--no-store")
 """,
     "build": "main('-q', 'build_py', '-d', sys.argv[1], run=runpy.run_path, of='setup.py')",
 }
