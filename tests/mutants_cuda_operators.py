@@ -53,8 +53,8 @@ CPU_NAMED: list[PackageMutant] = [
     # backward
     backward("rows of h unchecked", 'check_size(ranks.rows, rows.rows, op, "h.size(0)");', ""),
     backward("h of any dtype", 'check_cuda_operand(ranks, x, rows.matrix.dtype, op, "h");', ""),
-    backward("x of float32", 'check_cuda_operand(rows, x, rows.matrix.dtype, op, "x");', ""),
-    backward("seed of any device", "check_seed_device(seed, x, op);", ""),
+    backward("float32", 'check_cuda_operand(rows, x, rows.matrix.dtype, op, "x");', ""),
+    backward("seed of weight_grad of any device", "check_seed_device(seed, x, op);", ""),
     backward("gradient transposed or not", "transpose ? transposed(to).matrix : to.matrix",
              "to.matrix"),
     backward("no 1/q in weight_grad", "static_cast<float>(scale * inverse_keep(dropout)),",
@@ -95,22 +95,22 @@ CPU_NAMED: list[PackageMutant] = [
           "call.needs(need_x, need_a[0],"),
     group("dB as wide as the first", "need_b[i], {a.N, a.r}, wide_b[i])",
           "need_b[i], {a.N, a.r}, wide_b[0])"),
-    group("dx as wide as dy", "a.dx = {dx.mutable_data_ptr(), a.K, 1,",
+    group("dx of a group as wide as dy", "a.dx = {dx.mutable_data_ptr(), a.K, 1,",
           "a.dx = {dx.mutable_data_ptr(), a.N, 1,"),
     group("no workspace of backward",
           "const Workspace workspace(plan.workspace_bytes, x); check_launch( launch_backward",
           "const Workspace workspace(0, x);\n  check_launch(\n      launch_backward"),
-    group("another device", "check_count(count, op);\n  OnDeviceOf device(x);\n  const Operand rows = "
-          "flatten_rows(x, op, \"x\");\n  std", "check_count(count, op);\n  const Operand rows = "
-          "flatten_rows(x, op, \"x\");\n  std"),
+    group("another device", "OnDeviceOf device(x); const Operand rows = flatten_rows(x, op, \"x\"); "
+          "std", "const Operand rows = flatten_rows(x, op, \"x\");\n  std"),
     # operands
     operands("width of A unchecked",
              "check_size(down.cols, x.cols, op, (std::string(name) + \".size(1)\").c_str());", ""),
     operands("x of float32", 'check_cuda_operand(x, x.tensor, x.matrix.dtype, op, "x");', ""),
     operands("A of any device", "check_cuda_operand(down, x.tensor, x.matrix.dtype, op, name);",
              ""),
-    operands("seed of any device", "check_seed_device(seed, x.tensor, op); const Dropout dropout "
-             "= dropout_of(seed, threshold, op); const Matrix h",
+    operands("seed of h of any device",
+             "check_seed_device(seed, x.tensor, op); const Dropout dropout = dropout_of(seed, "
+             "threshold, op); const Matrix h",
              "const Dropout dropout = dropout_of(seed, threshold, op);\n  const Matrix h"),
     operands("no 1/q in h", "static_cast<float>(scale * inverse_keep(dropout)),",
              "static_cast<float>(scale),"),
@@ -128,7 +128,7 @@ CPU_NAMED: list[PackageMutant] = [
     operands("width of A unchecked in backward",
              'check_size(a.cols, x.cols, op, "lora_a.size(1)");', ""),
     operands("ranks of A unchecked", 'check_size(a.rows, b.cols, op, "lora_a.size(0)");', ""),
-    operands("dy of any device", "{{&dy, \"dy\"}, {&x, \"x\"},", "{{&x, \"x\"},"),
+    operands("dy of any device", '{&dy, "dy"}, {&x, "x"},', '{&x, "x"},'),
     operands("h of any device", '{&b, "lora_b"}, {&h, "h"}};', '{&b, "lora_b"}};'),
     operands("1/q on one gradient alone", "static_cast<float>(up_scale * inverse_keep(dropout));",
              "static_cast<float>(up_scale);"),

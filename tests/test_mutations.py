@@ -70,11 +70,8 @@ def plant(mutant: Mutant, tree: Path) -> Path:
     (spot,) = spots(mutant, source)
     path.write_text(source[: spot.start()] + mutant.replacement + source[spot.end() :])
     # What the suite does not use costs time: fp16, and some tiles.
-    for kernel in (tree / "tests/emulator").glob("*_sm*.cpp"):
-        text = kernel.read_text().replace("F16>", "Bf16>").replace("F16{}", "Bf16{}")
-        kernel.write_text(text)
-    encode = tree / "tests/emulator/encode.h"
-    encode.write_text(encode.read_text().replace("F16{}", "Bf16{}"))
+    for launcher in (tree / "csrc/cuda").glob("*.cu"):
+        launcher.write_text(launcher.read_text().replace("<ptx::f16>", "<ptx::bf16>"))
     if mutant.suite in ("sm80", "sm90", "group"):  # else down_proj takes what its plan says
         forget_unused_tiles(tree / "csrc/cuda/down_proj_plan.h")
     return build.build_mutant(tree, mutant.sources)

@@ -1,7 +1,7 @@
 """The CUDA operators, compiled by g++ to run on CPU tensors: `load()` registers them.
 
-csrc/torch, the plans and `device_target` are those of the package that is imported. A launch is done by
-the CPU kernels, and what was asked of the device stands in a journal.
+csrc/torch, the plans and `device_target` are those of the package that is imported. A launch is
+done by the CPU kernels, and what was asked of the device stands in a journal.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import lora_kernels
 from lora_kernels.schemas import SCHEMAS
 
 HERE = Path(__file__).parent
+RUNTIME = HERE.parent / "emulator" / "runtime"
 CACHE = ROOT / "build" / "cuda_ops"
 NAMESPACE = "cuda_ops"
 FLAGS = [
@@ -31,9 +32,9 @@ FLAGS = [
 
 def _object(source: Path, root: Path) -> str:
     """Of one source; a changed copy of csrc keeps its own beside it."""
-    folders = [root, HERE]
+    folders = [root, HERE, RUNTIME]
     parts = [" ".join(FLAGS).encode(), *map(Path.read_bytes, closure(source, folders))]
-    parts.append((HERE / "cuda_runtime_api.h").read_bytes())
+    parts.append((RUNTIME / "cuda_runtime_api.h").read_bytes())  # which csrc names in <>
     name = f"{source.stem}.{_digest(parts)}.o"
     target = CACHE / name
     if root != ROOT and not target.exists():

@@ -1,7 +1,7 @@
-// As much of the CUDA runtime as csrc/torch and the launchers name, for g++: what they ask of it is
-// written into a journal.
+// As much of the CUDA runtime as csrc names, for g++.
 #pragma once
 #include <cstddef>
+#include <cstdint>
 
 enum cudaError_t {
   cudaSuccess = 0,
@@ -19,11 +19,13 @@ enum cudaLaunchAttributeID {
   cudaLaunchAttributeClusterDimension = 4,
   cudaLaunchAttributeProgrammaticStreamSerialization = 6
 };
-typedef struct FakeStream* cudaStream_t;
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess = 0 };
+constexpr unsigned long long cudaEnableDefault = 0;
+typedef struct EmulatedStream* cudaStream_t;
 
 struct dim3 {
   unsigned x, y, z;
-  explicit dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
@@ -49,3 +51,6 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int device);
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute what, int value);
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function,
                                 void** arguments);
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned version,
+                                             unsigned long long flags,
+                                             cudaDriverEntryPointQueryResult* found);
