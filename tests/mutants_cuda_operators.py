@@ -100,8 +100,9 @@ CPU_NAMED: list[PackageMutant] = [
     group("no workspace of backward",
           "const Workspace workspace(plan.workspace_bytes, x); check_launch( launch_backward",
           "const Workspace workspace(0, x);\n  check_launch(\n      launch_backward"),
-    group("another device", "OnDeviceOf device(x); const Operand rows = flatten_rows(x, op, \"x\"); "
-          "std", "const Operand rows = flatten_rows(x, op, \"x\");\n  std"),
+    group("another device",
+          "OnDeviceOf device(x); const Operand rows = flatten_rows(x, op, \"x\"); std",
+          "const Operand rows = flatten_rows(x, op, \"x\");\n  std"),
     # operands
     operands("width of A unchecked",
              "check_size(down.cols, x.cols, op, (std::string(name) + \".size(1)\").c_str());", ""),
