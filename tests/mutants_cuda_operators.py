@@ -11,7 +11,6 @@ backward = of("torch/cuda_backward.cpp", FILE)
 group = of("torch/cuda_group.cpp", FILE)
 operands = of("torch/cuda_operands.h", FILE)
 call = of("torch/cuda_call.h", FILE)
-launch = of("cuda/launch.cpp", FILE)
 
 CPU_NAMED: list[PackageMutant] = [
     # forward
@@ -106,7 +105,6 @@ CPU_NAMED: list[PackageMutant] = [
     # operands
     operands("width of A unchecked",
              "check_size(down.cols, x.cols, op, (std::string(name) + \".size(1)\").c_str());", ""),
-    operands("x of float32", 'check_cuda_operand(x, x.tensor, x.matrix.dtype, op, "x");', ""),
     operands("A of any device", "check_cuda_operand(down, x.tensor, x.matrix.dtype, op, name);",
              ""),
     operands("seed of h of any device",
@@ -116,54 +114,11 @@ CPU_NAMED: list[PackageMutant] = [
     operands("no 1/q in h", "static_cast<float>(scale * inverse_keep(dropout)),",
              "static_cast<float>(scale),"),
     operands("gemm unchecked", "check_gemm(x, weight, h, up, op);", ""),
-    operands("up of any device", '{&h, "h"}, {&up, "up"}})', '{&h, "h"}})'),
-    operands("bias of any device", "STD_TORCH_CHECK(bias->device() == x.tensor.device(), op,",
-             "STD_TORCH_CHECK(true, op,"),
-    operands("h as wide as y", "h{x.tensor, {nullptr, a.rows, 1, x.matrix.dtype}, x.rows, a.rows}",
-             "h{x.tensor, {nullptr, weight.rows, 1, x.matrix.dtype}, x.rows, a.rows}"),
-    operands("scales of forward exchanged", "seed, threshold, h_scale, op, \"lora_a\"),",
-             "seed, threshold, up_scale, op, \"lora_a\"),"),
-    operands("gradient of a size that nobody wants", "if (!wanted) sizes = {0};", ""),
-    operands("rows of dy unchecked", 'check_size(dy.rows, x.rows, op, "rows of dy");', ""),
-    operands("width of dy unchecked", 'check_size(dy.cols, weight.rows, op, "dy.size(-1)");', ""),
-    operands("width of A unchecked in backward",
-             'check_size(a.cols, x.cols, op, "lora_a.size(1)");', ""),
-    operands("ranks of A unchecked", 'check_size(a.rows, b.cols, op, "lora_a.size(0)");', ""),
-    operands("dy of any device", '{&dy, "dy"}, {&x, "x"},', '{&x, "x"},'),
-    operands("h of any device", '{&b, "lora_b"}, {&h, "h"}};', '{&b, "lora_b"}};'),
     operands("1/q on one gradient alone", "static_cast<float>(up_scale * inverse_keep(dropout));",
              "static_cast<float>(up_scale);"),
-    operands("1/q on dB too", "args.up_scale = static_cast<float>(up_scale);",
-             "args.up_scale = static_cast<float>(up_scale * inverse_keep(dropout_of(seed, "
-             "threshold, op)));"),
-    operands("N for K", "args.N = weight.rows, args.K = x.cols,",
-             "args.N = x.cols, args.K = weight.rows,"),
     operands("wide of A for B", "wide_b ? Dtype::f32 : dtype};", "wide_a ? Dtype::f32 : dtype};"),
-    operands("rows of dB as wide as those of dA", "{db.mutable_data_ptr(), args.r, 1,",
-             "{db.mutable_data_ptr(), args.K, 1,"),
-    operands("one bias gradient for all", "{dbias.mutable_data_ptr(), args.N, 1, dtype}",
-             "{dbias.mutable_data_ptr(), args.N, 0, dtype}"),
     # around a launch
-    call("guard of the first device", "guard_(t.get_device_index())", "guard_(0)"),
-    call("runtime left on the first device", "cudaSetDevice(t.get_device_index());",
-         "cudaSetDevice(0);"),
-    call("error left behind", "if (error != cudaSuccess) cudaGetLastError();", ""),
-    call("launch that failed passed over", 'STD_TORCH_CHECK(error == cudaSuccess, kernel, " ["',
-         'STD_TORCH_CHECK(true, kernel, " ["'),
-    call("any dtype", "STD_TORCH_CHECK(o.matrix.dtype == dtype, op,", "STD_TORCH_CHECK(true, op,"),
     call("any device", "STD_TORCH_CHECK(o.tensor.device() == like.device(), op,",
          "STD_TORCH_CHECK(true, op,"),
-    call("seed of any device", "STD_TORCH_CHECK(seed->device() == x.device(), op,",
-         "STD_TORCH_CHECK(true, op,"),
-    call("attributes of the first device", "device_target(x.get_device_index(), &target)",
-         "device_target(0, &target)"),
-    call("sm80 as on this device", 'if (form == "sm80") target.compute = 80;', ""),
-    call("any tile", "with_fused_gemm_tile(static_cast<int>(tile_n), [](auto) {}))", "true)"),
-    call("tile of 32 bits", "(tile_n > 0 && tile_n <= 256 &&", "(tile_n > 0 &&"),
-    call("group below 0", "group >= 0 && group < kTmaLimit", "group < kTmaLimit"),
-    call("tile for group", "{static_cast<int>(tile_n), static_cast<int>(group)}",
-         "{static_cast<int>(group), static_cast<int>(tile_n)}"),
-    launch("minor for major", "10 * major + minor", "10 * minor + major"),
-    launch("no sm_90a", "multiprocessors, kSm90a};", "multiprocessors, false};"),
 ]  # fmt: skip
 KILLED = [m._replace(name=m.name.replace("cpu ", "cuda operators: ", 1)) for m in CPU_NAMED]
