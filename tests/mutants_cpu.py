@@ -25,6 +25,7 @@ MANY_RANKS = "test_kernels.py::test_fused_gemm -k cpp"
 DEEP = "test_kernels.py::test_panels_of_a_16bit_operand"
 PANELS = "test_group.py::test_panels_of_a_16bit_dx"
 GROUP = "test_group.py::test_every_shape -k cpu"
+DIRECT = "test_direct_calls.py"
 
 down = of("cpu/down_proj.inl", EVERY_SHAPE)
 gemm = of("cpu/fused_gemm.inl", EVERY_SHAPE)
@@ -195,6 +196,13 @@ KILLED = [
           GROUP),
     call("group: a column block lost", "std::min(col + kColBlock, end));",
          "std::min(col + kColBlock, end - (end > 512)));", GROUP),
+    # what direct calls alone ask for
+    group("group: fp32 term unscaled", "as_tensor(transposed(s.up)), 1.0, s.scale);",
+          "as_tensor(transposed(s.up)), 1.0, 1.0);", DIRECT),
+    convert("1/q divided by zero", "d.seed == nullptr || d.threshold == kMaskRange",
+            "d.seed == nullptr", DIRECT),
+    convert("storage: offset forgotten", "end = t.storage_offset() + 1;", "end = 1;", DIRECT),
+    convert("up rows unchecked", 'check_size(up.rows, weight.rows, op, "up.size(0)");', "", DIRECT),
     # tensors as matrices
     convert("rows taken as evenly apart", "in_place && t.stride(i) == rows * row_stride",
             "in_place", "test_faults_shapes.py::test_fault_15_expanded_x_and_dy -k cpu"),

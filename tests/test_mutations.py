@@ -14,6 +14,7 @@ import mutants_backward
 import mutants_decode
 import mutants_forward
 import mutants_group
+import mutants_launch
 import mutants_sm80_gemm
 import mutants_sm80_grad
 import mutation_problems
@@ -25,7 +26,7 @@ from mutants import Mutant, spots
 
 FILES = (
     mutants, mutants_forward, mutants_backward, mutants_group, mutants_decode, mutants_sm80_gemm,
-    mutants_sm80_grad,
+    mutants_sm80_grad, mutants_launch,
 )  # fmt: skip
 KILLED = [mutant for file in FILES for mutant in file.KILLED]
 SURVIVORS = [known for file in FILES for known in file.SURVIVORS]
@@ -70,11 +71,8 @@ def plant(mutant: Mutant, tree: Path) -> Path:
     (spot,) = spots(mutant, source)
     path.write_text(source[: spot.start()] + mutant.replacement + source[spot.end() :])
     # What the suite does not use costs time: fp16, and some tiles.
-    for kernel in (tree / "tests/emulator").glob("*_sm*.cpp"):
-        text = kernel.read_text().replace("F16>", "Bf16>").replace("F16{}", "Bf16{}")
-        kernel.write_text(text)
-    encode = tree / "tests/emulator/encode.h"
-    encode.write_text(encode.read_text().replace("F16{}", "Bf16{}"))
+    for launcher in (tree / "csrc/cuda").glob("*.cu"):
+        launcher.write_text(launcher.read_text().replace("<ptx::f16>", "<ptx::bf16>"))
     if mutant.suite in ("sm80", "sm90", "group"):  # else down_proj takes what its plan says
         forget_unused_tiles(tree / "csrc/cuda/down_proj_plan.h")
     return build.build_mutant(tree, mutant.sources)
@@ -111,6 +109,7 @@ def is_slow(mutant: Mutant) -> bool:
     counts = {
         mutants: 8, mutants_forward: 13, mutants_backward: 22, mutants_group: 20,
         mutants_decode: 20, mutants_sm80_gemm: 24, mutants_sm80_grad: 20,
+        mutants_launch: 20,
     }  # fmt: skip
     for many, fast in ((file.KILLED, n) for file, n in counts.items()):
         if mutant in many:

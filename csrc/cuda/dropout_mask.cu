@@ -1,6 +1,7 @@
 // The launcher of dropout_mask.cuh.
 #include "dropout_mask.cuh"
 #include "dropout_mask.h"
+#include "launch.h"
 
 namespace lora_kernels {
 
@@ -11,8 +12,7 @@ cudaError_t launch_dropout_mask(const DropoutMaskArgs& args, cudaStream_t stream
   const int64_t groups = (args.rows / 16 + 2) * (args.cols / 16 + 2) * 32;
   const int64_t blocks = (groups + kMaskThreads - 1) / kMaskThreads;
   const dim3 grid(static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks));
-  dropout_mask_kernel<<<grid, kMaskThreads, 0, stream>>>(args);
-  return cudaGetLastError();
+  return launch_kernel(dropout_mask_kernel, grid, kMaskThreads, 0, stream, false, args);
 }
 
 }  // namespace lora_kernels

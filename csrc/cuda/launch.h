@@ -40,9 +40,10 @@ cudaError_t launch_clusters(int cluster, void (*kernel)(Parameters...), dim3 gri
   config.attrs = attributes;
   config.numAttrs = count;
   const void* pointers[] = {&arguments...};
-  // More than 48 KB have to be asked for.
-  cudaError_t error =
-      cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > 48 << 10)  // more than that has to be asked for
+    error =
+        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error == cudaSuccess)
     error = cudaLaunchKernelExC(&config, function, const_cast<void**>(pointers));
   if (error != cudaSuccess) cudaGetLastError();

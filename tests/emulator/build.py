@@ -39,7 +39,8 @@ def sources(root: Path = ROOT) -> list[Path]:
 
 
 def _folders(root: Path) -> list[Path]:
-    return [root / f for f in ("csrc", "csrc/cuda", "tests", "tests/emulator")]
+    folders = ("csrc", "csrc/cuda", "tests", "tests/emulator", "tests/emulator/runtime")
+    return [root / folder for folder in folders]
 
 
 def _digest(parts: list[bytes]) -> str:

@@ -1,5 +1,6 @@
 // What nvcc knows by itself, for g++.
 #pragma once
+#include "async.h"
 #include "machine.h"
 
 #define __global__
@@ -13,12 +14,16 @@
 namespace emu {
 inline Dim thread_index() { return {static_cast<unsigned>(warp().index * 32 + self().lane), 0, 0}; }
 inline Dim block_index() { return {block().index_x, block().index_y, 0}; }
-inline Dim grid_size() {
-  const Launch& l = *block().grid->launch;
-  return {l.grid_x, l.grid_y, 1};
-}
+// No macro, for a launch has a member of that name.
+struct GridSize {
+  struct {
+    operator unsigned() const { return block().grid->launch->grid_x; }
+  } x;
+};
+inline GridSize gridDim;
 }  // namespace emu
 
 #define threadIdx (::emu::thread_index())
 #define blockIdx (::emu::block_index())
-#define gridDim (::emu::grid_size())
+using emu::gridDim;
+using CUtensorMap = emu::TensorMap;

@@ -1,19 +1,23 @@
+#include "cuda/forward.cpp"
+
 #include "cuda/forward_plan.cpp"
 #include "cuda/fused_gemm_plan.cpp"
 #include "recorder.h"
 
 namespace emu {
 
+using namespace lora_kernels;
+
 void add_forward(const ForwardArgs& args, const ForwardPlan& plan, const Target& target,
                  void* workspace, std::vector<Launch>& launches, int fails) {
-  Recorder recorder{target, launches, fails};
-  run_forward(args, plan, workspace, recorder);
+  Recording to(launches, fails);
+  done(launch_forward(args, plan, workspace, target, to.stream()), fails);
 }
 
 void add_fused_gemm(const FusedGemmArgs& args, const FusedGemmPlan& plan, const Target& target,
                     void* workspace, std::vector<Launch>& launches) {
-  Recorder recorder{target, launches};
-  run_fused_gemm(args, plan, workspace, recorder);
+  Recording to(launches);
+  done(launch_fused_gemm(args, plan, workspace, target, to.stream()));
 }
 
 }  // namespace emu

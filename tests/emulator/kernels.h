@@ -36,29 +36,6 @@ void add_weight_grad(const lora_kernels::WeightGradPass& pass,
                      const lora_kernels::WeightGradPlan& plan, const lora_kernels::Target& target,
                      void* workspace, std::vector<Launch>& launches);
 
-// The kernel on such arguments; empty if no tile was built for the plan.
-std::function<void()> down_proj_sm80_body(const lora_kernels::DownProjArgs& args,
-                                          const lora_kernels::DownProjPlan& plan);
-std::function<void()> down_proj_sm90_body(const lora_kernels::DownProjArgs* each, int count,
-                                          const lora_kernels::DownProjGroupPlan& plan);
-std::function<void()> fused_gemm_body(const lora_kernels::FusedGemmGroup& group, void* workspace);
-std::function<void()> fused_gemm_sm80_body(const lora_kernels::FusedGemmGroup& group,
-                                           void* workspace);
-std::function<void()> forward_body(const lora_kernels::ForwardArgs& args,
-                                   const lora_kernels::ForwardPlan& plan, void* workspace);
-std::function<void()> decode_body(const lora_kernels::ForwardArgs& args,
-                                  const lora_kernels::DecodePlan& plan);
-std::function<void()> weight_grad_body(const lora_kernels::WeightGradPass& pass,
-                                       const lora_kernels::WeightGradPlan& plan, void* workspace);
-std::function<void()> weight_grad_sm80_body(const lora_kernels::WeightGradPass& pass,
-                                            const lora_kernels::WeightGradPlan& plan,
-                                            void* workspace);
-std::function<void()> backward_body(const lora_kernels::BackwardArgs& args,
-                                    const lora_kernels::BackwardPlan& plan, void* workspace);
-std::function<void()> reduce_body(const lora_kernels::ReduceJobs& jobs);
-std::function<void()> pack_body(const lora_kernels::PackJobs& jobs);
-std::function<void()> zero_body(uint32_t* words, uint32_t count);
-
 // c [M, N] = a b^T in bf16 by probes.cuh; a is [M, K], or [K, M] if trans_a; b the same with N.
 Launch gemm_probe_launch(const uint16_t* a, const uint16_t* b, uint16_t* c, int M, int N, int K,
                          int tile_n, bool trans_a, bool trans_b, int clusters);

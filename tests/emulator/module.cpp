@@ -7,7 +7,6 @@
 #include "calls.h"
 #include "instructions.h"
 #include "misuse.h"
-#include "recorder.h"
 
 namespace {
 
@@ -98,10 +97,7 @@ py::dict down_proj_group(const Array& x, const std::vector<Array>& down,
   const auto count = static_cast<int>(each.size());
   const DownProjGroupPlan plan = plan_down_proj_group(each.data(), count, s.target);
   if (!plan.served) throw py::value_error(plan.reason);
-  std::vector<emu::Launch> launches;
-  emu::Recorder recorder{s.target, launches};
-  recorder.down_proj_group(each.data(), count, plan);
-  py::dict found = run(launches, s.options);
+  py::dict found = run(emu::down_proj_group_launches(each.data(), count, plan), s.options);
   found["rank"] = plan.tile.rank;
   found["blocks"] = plan.tile.blocks;
   found["parts"] = plan.tile.rank_blocks;
