@@ -195,9 +195,10 @@ def test_fault_19_unneeded_gradients_take_no_memory(backend, needs):
         return  # it has no operator
     x, w, a, b, bias, dy = (t.detach() for t in operands())
     h = torch.ones(15, 4)
-    grads = OPS.lora_linear_backward(dy, x, w, a, b, h, SEED, 0.5, 0.2, backend, *needs)
-    for grad, like, need in zip(grads, (x, a, b, bias), needs, strict=True):
-        assert grad.untyped_storage().nbytes() == (like.nbytes if need else 0)
+    for scaling in (0.5, 0.0):  # 0: the adapter is off
+        grads = OPS.lora_linear_backward(dy, x, w, a, b, h, SEED, scaling, 0.2, backend, *needs)
+        for grad, like, need in zip(grads, (x, a, b, bias), needs, strict=True):
+            assert grad.untyped_storage().nbytes() == (like.nbytes if need else 0)
 
 
 class Products(TorchDispatchMode):
