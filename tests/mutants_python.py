@@ -282,6 +282,10 @@ KILLED = [
          "test_peft_fallback.py::test_falls_back"),
     peft("autocast overlooked", 'return torch.get_autocast_dtype(x.device.type), ""',
          'return dtype, ""', "test_peft.py -k fused_under_autocast"),
+    layer("merged weight trains", "nn.Parameter(merged.to(self.weight.dtype), requires_grad=False)",
+          "nn.Parameter(merged.to(self.weight.dtype))"),
+    layer("state dict of a merged layer is attached", "frozen if keep_vars else frozen.detach()",
+          "frozen"),
     # what the choice by shape takes a call for
     ops("rows of the first dimension", "m = x.numel() // k if k else 0", "m = x.shape[0]",
         f"{CALLS} -k rows"),

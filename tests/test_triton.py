@@ -297,7 +297,7 @@ def test_fault_20_offsets_past_32_bits():
     far = torch.empty(34 << 26, dtype=torch.float16)
     for size, strides, runs in (
         ((3, 40), (1 << 30, 1), (down, grad, gemm, gemm_of_weight, one_read)),
-        ((3, 66), (1, 1 << 25), (down, one_read)),  # in steps of 64 columns
+        ((3, 66), (1, 1 << 25), (down, grad, one_read)),  # in steps or tiles of 64 columns
         ((66, 3), (1 << 25, 1), (grad,)),  # of 64 rows
         ((3, 34), (1, 1 << 26), (gemm, gemm_of_weight)),  # of 32
     ):

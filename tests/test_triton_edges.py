@@ -55,7 +55,8 @@ ADDENDS = torch.tensor([[256, 1, -256], [256, 1, 0], [256, 1, 1]], dtype=torch.b
 SUMS = torch.tensor([1.0, 256.0, 258.0], dtype=torch.bfloat16)  # 257 is a tie
 SUMS_BY_SCALE = torch.tensor([1.5, 386.0, 388.0], dtype=torch.bfloat16)  # of 385.5 and 387
 SCALE = 1.5
-ONE_PART, TWO_PARTS = (200, [10, 70, 130]), (520, [10, 70, 330])
+# In steps of 64: two addends in one, or each in a step of its own, and those in two parts.
+ONE_PART, TWO_PARTS = (200, [10, 50, 130]), (520, [10, 70, 330])
 
 
 def spread(length: int, places: list[int]) -> torch.Tensor:
