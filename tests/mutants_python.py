@@ -286,6 +286,12 @@ KILLED = [
           "nn.Parameter(merged.to(self.weight.dtype))"),
     layer("state dict of a merged layer is attached", "frozen if keep_vars else frozen.detach()",
           "frozen"),
+    group("group op: x kept only if every A trains",
+          "kept = x if any(a.requires_grad for a in lora_as) else None ctx.save_for_backward(kept, "
+          "*weights, *lora_as, *lora_bs, *hs, *seeds) ctx.mark",
+          "kept = x if all(a.requires_grad for a in lora_as) else None\n    ctx.save_for_backward("
+          "kept, *weights, *lora_as, *lora_bs, *hs, *seeds)\n    ctx.mark",
+          "test_faults_shapes.py -k keeps_x_for_any"),
     # what the choice by shape takes a call for
     ops("rows of the first dimension", "m = x.numel() // k if k else 0", "m = x.shape[0]",
         f"{CALLS} -k rows"),
