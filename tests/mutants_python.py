@@ -29,6 +29,7 @@ def of(file: str, tests: str = ""):
 LARGE = "test_lora_linear.py::test_c1_c2_large"
 reference = of("reference.py", f"{LARGE} -k reference")
 explained = of("explanation.py", "test_dispatch_calls.py -k explain")
+backend = of("backend.py", "test_native_gemm.py -k one_dtype_alone")
 composed = of("composed.py", f"{LARGE} -k composed")
 dropout = of("dropout.py", "test_dropout.py -k every_implementation")
 ops = of("ops.py", "test_ops.py")
@@ -292,6 +293,9 @@ KILLED = [
           "kept = x if all(a.requires_grad for a in lora_as) else None\n    ctx.save_for_backward("
           "kept, *weights, *lora_as, *lora_bs, *hs, *seeds)\n    ctx.mark",
           "test_faults_shapes.py -k keeps_x_for_any"),
+    backend("16-bit part not told", "_native = dtypes", "pass"),
+    backend("16-bit part not told to C++",
+            "OPS.use_16bit_gemm(torch.bfloat16 in dtypes, torch.float16 in dtypes)", "pass"),
     # what the choice by shape takes a call for
     ops("rows of the first dimension", "m = x.numel() // k if k else 0", "m = x.shape[0]",
         f"{CALLS} -k rows"),
