@@ -28,6 +28,8 @@ def of(file: str, tests: str = ""):
 
 LARGE = "test_lora_linear.py::test_c1_c2_large"
 reference = of("reference.py", f"{LARGE} -k reference")
+explained = of("explanation.py", "test_dispatch_calls.py -k explain")
+backend = of("backend.py", "test_native_gemm.py -k one_dtype_alone")
 composed = of("composed.py", f"{LARGE} -k composed")
 dropout = of("dropout.py", "test_dropout.py -k every_implementation")
 ops = of("ops.py", "test_ops.py")
@@ -49,6 +51,10 @@ SAVED = "test_ops.py::test_what_is_saved_for_backward"
 UNDEFINED = "test_ops.py -k no_gradient_arrives"
 SUBSETS = "test_faults_shapes.py::test_fault_19_requires_grad_subsets -k composed"
 OPCHECK = "test_ops.py::test_fault_32_opcheck"
+CALLS = "test_dispatch_calls.py"
+ROUNDED = "test_rounding.py -k reference"
+FAKES = "test_fakes.py"
+DRAWN = "test_dropout.py -k uses_every_bit"
 SLICED = "test_group.py::test_more_projections_than_one_call_takes"
 
 KILLED = [
@@ -277,4 +283,59 @@ KILLED = [
          "test_peft_fallback.py::test_falls_back"),
     peft("autocast overlooked", 'return torch.get_autocast_dtype(x.device.type), ""',
          'return dtype, ""', "test_peft.py -k fused_under_autocast"),
+    layer("merged weight trains", "nn.Parameter(merged.to(self.weight.dtype), requires_grad=False)",
+          "nn.Parameter(merged.to(self.weight.dtype))"),
+    layer("state dict of a merged layer is attached", "frozen if keep_vars else frozen.detach()",
+          "frozen"),
+    group("group op: x kept only if every A trains",
+          "kept = x if any(a.requires_grad for a in lora_as) else None ctx.save_for_backward(kept, "
+          "*weights, *lora_as, *lora_bs, *hs, *seeds) ctx.mark",
+          "kept = x if all(a.requires_grad for a in lora_as) else None\n    ctx.save_for_backward("
+          "kept, *weights, *lora_as, *lora_bs, *hs, *seeds)\n    ctx.mark",
+          "test_faults_shapes.py -k keeps_x_for_any"),
+    backend("16-bit part not told", "_native = dtypes", "pass"),
+    backend("16-bit part not told to C++",
+            "OPS.use_16bit_gemm(torch.bfloat16 in dtypes, torch.float16 in dtypes)", "pass"),
+    # what the choice by shape takes a call for
+    ops("rows of the first dimension", "m = x.numel() // k if k else 0", "m = x.shape[0]",
+        f"{CALLS} -k rows"),
+    ops("plans outlive the evidence", "backends.on_change(make_plan.cache_clear)", "",
+        f"{CALLS} -k comes_later"),
+    group("group: plans outlive the evidence", "backends.on_change(make_plan.cache_clear)", "",
+          f"{CALLS} -k comes_later"),
+    call("training without the bias", "inputs = (x, lora_a, lora_b, bias)",
+         "inputs = (x, lora_a, lora_b)", f"{CALLS} -k single"),
+    call("compiled: forward alone of a trained bias",
+         "not needs_grad(x, lora_a, lora_b, bias): name", "not needs_grad(x, lora_a, lora_b): name",
+         f"{CALLS} -k compiled-bias"),
+    group("group: training of x alone", "training = ops.needs_grad(x, *operands) if operands",
+          "training = ops.needs_grad(x) if operands", f"{CALLS} -k grouped"),
+    group("compiled group: forward alone of trained biases",
+          "not ops.needs_grad(x, *lora_as, *lora_bs, *biases)",
+          "not ops.needs_grad(x, *lora_as, *lora_bs)", f"{CALLS} -k compiled_group"),
+    explained("explain: every call trains",
+              "training = ops.needs_grad(x, lora_a, lora_b, bias)", "training = True"),
+    explained("explain: an adapter that is off has a rank",
+              "off = ops.is_off(scaling, dropout.drop_threshold(dropout_p))", "off = False"),
+    # rounding, seeds, fakes and what is off
+    reference("reference: h not rounded",
+              "h = (scaling * torch.nn.functional.linear(wide_x, a)).to(x.dtype)",
+              "h = scaling * torch.nn.functional.linear(wide_x, a)", ROUNDED),
+    reference("reference: h rounded before it is scaled",
+              "h = (scaling * torch.nn.functional.linear(wide_x, a)).to(x.dtype)",
+              "h = scaling * torch.nn.functional.linear(wide_x, a).to(x.dtype)", ROUNDED),
+    dropout("mask: seeds of 8 bits", "torch.randint(0, 2**63 - 1,", "torch.randint(0, 2**8,",
+            DRAWN),
+    dropout("mask: draws for a threshold of 0", "return p > 0.5 / RANGE",
+            "return p >= 0.5 / RANGE", "test_dropout.py -k draws_nothing"),
+    ops("fake: backward_as wide of A for B",
+        "b = lora_b.float() if wide_b else lora_b return _fake_grads(x, a, b, need_x,",
+        "b = lora_b.float() if wide_a else lora_b\n    return _fake_grads(x, a, b, need_x,",
+        FAKES),
+    group("fake: backward_group wide of A for B", "((lora_as, wide_a), (lora_bs, wide_b))",
+          "((lora_as, wide_a), (lora_bs, wide_a))", FAKES),
+    ops("op: autocast of the CPU alone", '("AutocastCPU", "AutocastCUDA")', '("AutocastCPU",)',
+        FAKES),
+    ops("off: dx although nobody asks", "h, None, on, need_x, False, False, need_bias",
+        "h, None, on, True, False, False, need_bias", "test_faults_shapes.py -k take_no_memory"),
 ]  # fmt: skip

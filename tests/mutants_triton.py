@@ -35,6 +35,13 @@ BAD = "test_faults_values.py -k 'triton and vanishes'"
 BIAS = "test_lora_linear.py::test_a_strided_bias -k triton"
 MIXED = "test_lora_linear.py::test_adapters_of_two_dtypes -k triton"
 
+EDGES = "test_triton_edges.py"
+ONCE = f"{EDGES} -k rounded_once"
+WINDOWS = f"{EDGES} -k windows"
+TILES = f"{EDGES} -k many_tiles"
+WIDTHS = f"{EDGES} -k as_wide"
+FAR = "test_triton.py -k fault_20"
+
 down = of("down_proj.py", kernel("down_proj"))
 gemm = of("fused_gemm.py", kernel("fused_gemm"))
 grad = of("weight_grad.py", kernel("weight_grad"))
@@ -132,4 +139,49 @@ KILLED = [
          "test_triton.py::test_h_of_any_layout"),
     configs("a last part lost", "return span, max(cdiv(length, span), 1)",
             "return span, max(length // span, 1)"),
+    # edges, windows, rounding and far apart memory: one of each kind in every kernel
+    down("a 16-bit accumulator", "total = tl.dot(left, right, total, input_precision=PRECISION)",
+         "total = tl.dot(left, right, total, input_precision=PRECISION)"
+         ".to(left.dtype).to(tl.float32)", ONCE),
+    down("parts of 16 bits", "x.new_empty(splits, m, r, dtype=torch.float32)",
+         "x.new_empty(splits, m, r)", ONCE),
+    down("rounded before it is scaled", "(total * scale).to(h.dtype.element_ty)",
+         "(total.to(h.dtype.element_ty).to(tl.float32) * scale).to(h.dtype.element_ty)", ONCE),
+    down("parts one on another", "h + tl.program_id(1).to(tl.int64) * h_part",
+         "h + tl.program_id(1).to(tl.int64) * 0", ONCE),
+    down("a column too many", "inside = dropout.within(cols, k, MASK)",
+         "inside = dropout.within(cols, k + 1, MASK)", TILES),
+    down("no program for shifted rows", "cdiv(m + shift, config.rows)", "cdiv(m, config.rows)",
+         WINDOWS),
+    down("no part for shifted columns", "config.split(k + shift,", "config.split(k,", WINDOWS),
+    down("one launch for every window", "for mask in dropout.masks_of(seed):",
+         "for mask in dropout.masks_of(seed)[:1]:", WINDOWS),
+    down("steps of 32 bits", "x_tile += DEPTH * tl.cast(x_col, tl.int64)",
+         "x_tile += DEPTH * x_col", FAR),
+    down("launched for nothing", "if h.numel() > 0:", "if True:", f"{EDGES} -k nothing"),
+    gemm("a 16-bit accumulator", "there[None, :], other=0.0) total = tl.dot(left, right, total, "
+         "input_precision=PRECISION) x_tile +=", "there[None, :], other=0.0)\n"
+         "        total = tl.dot(left, right, total, input_precision=PRECISION)"
+         ".to(left.dtype).to(tl.float32)\n        x_tile +=", ONCE),
+    gemm("a term of 16 bits", "term *= scale",
+         "term = (term * scale).to(h.dtype.element_ty).to(tl.float32)", ONCE),
+    grad("sums in 16 bits", "column_sums += tl.sum(left.to(tl.float32), 1)",
+         "column_sums += tl.sum(left, 1).to(left.dtype).to(tl.float32)", ONCE),
+    grad("columns of 32 bits", "cols.to(tl.int64)[:, None] * x_col", "cols[:, None] * x_col", FAR),
+    mask("columns alone are off the blocks",
+         "(tl.load(seed + 2) % 16 != 0) | (tl.load(seed + 3) % 16 != 0)",
+         "tl.load(seed + 3) % 16 != 0", WINDOWS),
+    mask("rows and columns are off the blocks",
+         "(tl.load(seed + 2) % 16 != 0) | (tl.load(seed + 3) % 16 != 0)",
+         "(tl.load(seed + 2) % 16 != 0) & (tl.load(seed + 3) % 16 != 0)", WINDOWS),
+    mask("origins below 8", "(tl.load(seed + 3) % 16).to(tl.int32)",
+         "(tl.load(seed + 3) % 8).to(tl.int32)", WINDOWS),
+    mask("shifts below 15", "return 15 if mask", "return 14 if mask", WINDOWS),
+    reduce("a part lost", "for _ in range(count):", "for _ in range(count - 1):", ONCE),
+    reduce("unscaled", "(total * scale).to(out.dtype.element_ty)",
+           "total.to(out.dtype.element_ty)", ONCE),
+    flow("wide of A for B", "up_scale, wide_b, need_b, need_bias",
+         "up_scale, wide_a, need_b, need_bias", WIDTHS),
+    flow("wide of A for B in two reads", "0, up_scale, wide_b, True, need_bias",
+         "0, up_scale, wide_a, True, need_bias", WIDTHS),
 ]  # fmt: skip

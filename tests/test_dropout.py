@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -203,7 +204,15 @@ def test_drawn_seed_follows_the_default_generator(backend):
     assert torch.equal(call(backend=backend), first) and not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("p", [0.0, 2**-16])
+def test_a_drawn_seed_uses_every_bit():
+    """63 of seed and offset each; a bit that 64 draws leave alone is not drawn."""
+    drawn = [dropout.draw_seed(torch.device("cpu")).tolist() for _ in range(64)]
+    for words in zip(*drawn, strict=True):
+        assert functools.reduce(int.__or__, words) == 2**63 - 1
+        assert functools.reduce(int.__and__, words) == 0
+
+
+@pytest.mark.parametrize("p", [0.0, 2**-16, 2**-15])
 def test_no_dropout_draws_nothing(backend, p):
     state = torch.get_rng_state()
     call(p=p, backend=backend)

@@ -190,14 +190,32 @@ def test_fault_19_requires_grad_subsets(backend, needs):
             assert torch.equal(leaf.grad, full[name]), f"{name} depends on what else is asked for"
 
 
+@pytest.mark.parametrize("trained", [0, 1])
+def test_the_operator_of_a_group_keeps_x_for_any_lora_a(trained):
+    """Backward reads x for dA alone, and gets none where no lora_a requires grad."""
+    parts = [problems.make((9, 12, 14, 3), generator_seed=i) for i in range(2)]
+    weights, lora_as, lora_bs = (
+        [getattr(p, n) for p in parts] for n in ("weight", "lora_a", "lora_b")
+    )
+    lora_as[trained].requires_grad_()
+    x, no_bias = parts[0].x, [torch.empty(0)] * 2
+    ys, _ = OPS.lora_linear_group(
+        x, weights, lora_as, lora_bs, no_bias, [], [1.7] * 2, 0.0, "composed"
+    )
+    (got,) = torch.autograd.grad(ys[trained], lora_as[trained], parts[trained].dy)
+    alone = replace(parts[trained], x=x, bias=None)
+    assert torch.equal(got, alone.run("composed")["lora_a"])
+
+
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("needs", SUBSETS, ids=str)
 def test_fault_19_unneeded_gradients_take_no_memory(operator, needs):
     x, w, a, b, bias, dy = (t.detach() for t in operands())
     h = torch.ones(15, 4)
-    grads = OPS.lora_linear_backward(dy, x, w, a, b, h, SEED, 0.5, 0.2, operator, *needs)
-    for grad, like, need in zip(grads, (x, a, b, bias), needs, strict=True):
-        assert grad.untyped_storage().nbytes() == (like.nbytes if need else 0)
+    for scaling in (0.5, 0.0):  # 0: the adapter is off
+        grads = OPS.lora_linear_backward(dy, x, w, a, b, h, SEED, scaling, 0.2, operator, *needs)
+        for grad, like, need in zip(grads, (x, a, b, bias), needs, strict=True):
+            assert grad.untyped_storage().nbytes() == (like.nbytes if need else 0)
 
 
 class Products(TorchDispatchMode):

@@ -26,6 +26,8 @@ def test_only_adapters_train():
     assert {n for n, p in layer.named_parameters()} == {"weight", "bias", "lora_a", "lora_b"}
     layer(torch.randn(3, 20)).sum().backward()
     assert layer.weight.grad is None and layer.bias.grad is None and layer.lora_b.grad is not None
+    layer.merge()
+    assert not layer.weight.requires_grad
 
 
 def test_a_new_layer_equals_the_linear_it_came_from():
@@ -168,6 +170,14 @@ def test_state_dict_round_trip(saved_merged, loaded_merged):
     assert target.merged == loaded_merged
     target.unmerge()
     assert torch.equal(target(x), expected)
+
+
+def test_state_dict_of_a_merged_layer_is_detached_unless_variables_are_kept():
+    layer = trained()
+    frozen = layer.weight
+    layer.merge()
+    assert layer.state_dict(keep_vars=True)["weight"] is frozen
+    assert not any(isinstance(t, nn.Parameter) for t in layer.state_dict().values())
 
 
 def test_a_merged_layer_can_be_moved_and_copied():

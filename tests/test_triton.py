@@ -145,10 +145,12 @@ def test_kinds_of_gemm(kind, seed, mn_major, monkeypatch):
 def test_descriptors_only_of_what_tma_addresses():
     whole = torch.empty(64, 64, dtype=torch.float16)
     assert device.describable(whole) and device.describable(whole[:7, :5])
-    assert not device.describable(whole[:, 1:])  # begins off 16 bytes
+    assert not device.describable(whole[:, 4:])  # begins off 16 bytes
     assert not device.describable(torch.empty(64, 60, dtype=torch.float16))  # rows off 16 bytes
     assert not device.describable(whole.t()) and not device.describable(whole[:1].expand(9, 64))
     assert not device.describable(whole[:0])
+    for size in ((2**31, 8), (8, 2**31)):
+        assert not device.describable(torch.empty(size, dtype=torch.float16, device="meta"))
 
 
 @pytest.mark.parametrize(
@@ -269,22 +271,40 @@ def test_fault_22_a_row_depends_on_no_other():
 
 
 def test_fault_20_offsets_past_32_bits():
+    """Rows, or the steps of a sum, so far apart that 32 bits do not count the elements between."""
     from lora_kernels.triton_kernels.down_proj import down_proj
     from lora_kernels.triton_kernels.fused_gemm import fused_gemm
-    from lora_kernels.triton_kernels.weight_grad import weight_grad
+    from lora_kernels.triton_kernels.weight_grad import down_and_weight_grad, weight_grad
 
-    apart = torch.empty(3, (1 << 30) + 64, dtype=torch.float16)[:, :40]  # rows 2 GB apart
-    apart.copy_(normal(3, 40, dtype=torch.float16))
-    x, a, h = apart.clone(), normal(5, 40, dtype=torch.float16), normal(3, 5, dtype=torch.float16)
-    weight, up = normal(20, 40, dtype=torch.float16), normal(20, 5, dtype=torch.float16)
-    apart_columns = torch.empty(40, (1 << 25) + 8, dtype=torch.float16).t()[:3]
-    apart_columns.copy_(x)  # 64 of them are 2**31 elements
-    for of in (
-        lambda x: down_proj(x, a, None, 0, 1.0),
-        lambda x: weight_grad(h, x, None, 0, 1.0, False, False),
-        lambda x: fused_gemm(x, weight, h, up, None, None, 0, 1.0),
+    tall, wide, h = (normal(*size, dtype=torch.float16) for size in ((66, 5), (5, 66), (3, 5)))
+
+    def down(x):
+        return [down_proj(x, wide[:, : x.shape[1]], None, 0, 1.0)]
+
+    def grad(x):
+        return [weight_grad(tall[: len(x)], x, None, 0, 1.0, False, False)]
+
+    def gemm(x):
+        return [fused_gemm(x, wide[:, : x.shape[1]], h, tall[:5], None, None, 0, 1.0)]
+
+    def gemm_of_weight(weight):
+        return [fused_gemm(wide[:, : weight.shape[1]], weight, tall[:5], h, None, None, 0, 1.0)]
+
+    def one_read(dy):
+        down = wide[:, : dy.shape[1]]
+        return down_and_weight_grad(h, dy, down, 1.0, 1.0, False, True, True)
+
+    far = torch.empty(34 << 26, dtype=torch.float16)
+    for size, strides, runs in (
+        ((3, 40), (1 << 30, 1), (down, grad, gemm, gemm_of_weight, one_read)),
+        ((3, 66), (1, 1 << 25), (down, grad, one_read)),  # in steps or tiles of 64 columns
+        ((66, 3), (1 << 25, 1), (grad,)),  # of 64 rows
+        ((3, 34), (1, 1 << 26), (gemm, gemm_of_weight)),  # of 32
     ):
-        assert torch.equal(of(apart), of(x)) and torch.equal(of(apart_columns), of(x))
+        near = normal(*size, dtype=torch.float16)
+        apart = far.as_strided(size, strides).copy_(near)
+        for run in runs:
+            assert all(map(torch.equal, run(apart), run(near))), f"{run.__name__} of {strides}"
 
 
 def test_fault_21_more_rows_than_are_counted():
@@ -327,6 +347,19 @@ def test_missing_triton_says_how_to_get_it(version, message, monkeypatch):
 )
 def test_refusals(where, dtype, message):
     assert message in device.refuses(torch.device(where), dtype)
+
+
+@pytest.mark.parametrize(
+    "capability, served, family",
+    [((7, 5), False, "sm80"), ((8, 0), True, "sm80"), ((9, 0), True, "sm90"),
+     ((10, 0), True, "sm100"), ((12, 0), True, "sm80")],
+)  # fmt: skip
+def test_each_device_has_the_plans_of_its_family(capability, served, family, monkeypatch):
+    monkeypatch.setattr(device, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda of: capability)
+    gpu = torch.device("cuda", 0)
+    assert (device.refuses(gpu, torch.float16) is None) == served
+    assert device.family.__wrapped__(gpu) == family
 
 
 def run_python(code: str, **env: str) -> subprocess.CompletedProcess:
