@@ -170,6 +170,7 @@ def train(how: str, steps: int, batch: int, every: int) -> list[float]:
     if rank == 0:
         kept, total = (sum(count(p, whole) for p in model.parameters()) for whole in (False, True))
         print(f"{how} on {world} x {device.type}: rank 0 keeps {kept:,} of {total:,} parameters")
+    dist.barrier()  # gloo's threads let go of our tensors: what is left may hang its destructor
     dist.destroy_process_group()
     return losses
 
