@@ -11,13 +11,13 @@ using namespace lora_kernels;
 void add_backward(const BackwardArgs& args, const BackwardPlan& plan, const Target& target,
                   void* workspace, std::vector<Launch>& launches, int fails) {
   Recording to(launches, fails);
-  done(launch_backward(args, plan, workspace, target, to.stream()), fails);
+  to.done(launch_backward(args, plan, workspace, target, to.stream()));
 }
 
 void add_weight_grad(const WeightGradPass& pass, const WeightGradPlan& plan, const Target& target,
                      void* workspace, std::vector<Launch>& launches) {
   Recording to(launches);
-  done(launch_weight_grad(pass, plan, workspace, target, to.stream()));
+  to.done(launch_weight_grad(pass, plan, workspace, target, to.stream()));
 }
 
 }  // namespace emu

@@ -10,7 +10,7 @@ using namespace lora_kernels;
 std::vector<Launch> down_proj_launches(const DownProjArgs& args, const DownProjPlan& plan) {
   std::vector<Launch> launches;
   Recording to(launches);
-  done(launch_down_proj(args, plan, to.stream()));
+  to.done(launch_down_proj(args, plan, to.stream()));
   return launches;
 }
 
@@ -18,7 +18,7 @@ std::vector<Launch> down_proj_group_launches(const DownProjArgs* each, int count
                                              const DownProjGroupPlan& plan) {
   std::vector<Launch> launches;
   Recording to(launches);
-  done(launch_down_proj_group(each, count, plan, to.stream()));
+  to.done(launch_down_proj_group(each, count, plan, to.stream()));
   return launches;
 }
 

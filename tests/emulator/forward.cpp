@@ -11,13 +11,13 @@ using namespace lora_kernels;
 void add_forward(const ForwardArgs& args, const ForwardPlan& plan, const Target& target,
                  void* workspace, std::vector<Launch>& launches, int fails) {
   Recording to(launches, fails);
-  done(launch_forward(args, plan, workspace, target, to.stream()), fails);
+  to.done(launch_forward(args, plan, workspace, target, to.stream()));
 }
 
 void add_fused_gemm(const FusedGemmArgs& args, const FusedGemmPlan& plan, const Target& target,
                     void* workspace, std::vector<Launch>& launches) {
   Recording to(launches);
-  done(launch_fused_gemm(args, plan, workspace, target, to.stream()));
+  to.done(launch_fused_gemm(args, plan, workspace, target, to.stream()));
 }
 
 }  // namespace emu

@@ -12,14 +12,14 @@ void add_forward_group(const ForwardArgs* args, int count, const ForwardGroupPla
                        const Target& target, void* workspace, std::vector<Launch>& launches,
                        int fails) {
   Recording to(launches, fails);
-  done(launch_forward_group(args, count, plan, workspace, target, to.stream()), fails);
+  to.done(launch_forward_group(args, count, plan, workspace, target, to.stream()));
 }
 
 void add_backward_group(const BackwardArgs* args, int count, const BackwardGroupPlan& plan,
                         const Target& target, void* workspace, std::vector<Launch>& launches,
                         int fails) {
   Recording to(launches, fails);
-  done(launch_backward_group(args, count, plan, workspace, target, to.stream()), fails);
+  to.done(launch_backward_group(args, count, plan, workspace, target, to.stream()));
 }
 
 }  // namespace emu

@@ -18,6 +18,12 @@ class Recording {
   cudaStream_t stream() { return reinterpret_cast<cudaStream_t>(this); }
   cudaError_t add(const cudaLaunchConfig_t& config, const void* function,
                   std::function<void()> body);
+  // Of a launcher, which returns an error if a launch failed and else none.
+  void done(cudaError_t error) const {
+    const bool failed = fails_ >= 0 && last_ == fails_;
+    if ((error != cudaSuccess) != failed)
+      throw Error("the launcher returned error " + std::to_string(error));
+  }
 
  private:
   std::vector<Launch>& launches_;
@@ -25,12 +31,6 @@ class Recording {
 };
 cudaError_t add_launch(const cudaLaunchConfig_t& config, const void* function,
                        std::function<void()> body);
-
-// Of a launcher, which fails if a launch was to fail and else not.
-inline void done(cudaError_t error, int fails = -1) {
-  if ((error != cudaSuccess) != (fails >= 0))
-    throw Error("the launcher returned error " + std::to_string(error));
-}
 
 template <class... Parameters, class... Arguments>
 cudaError_t record(const cudaLaunchConfig_t& config, void (*kernel)(Parameters...),
