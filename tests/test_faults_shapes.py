@@ -96,10 +96,10 @@ def test_fault_16_memory_that_is_not_aligned(backend, eager_like, shape, dtype):
     """Every address that an element may have, but multiples of 16 bytes."""
 
     def moved(t: torch.Tensor, offset: int) -> torch.Tensor:
-        # Memory of torch begins at a multiple of 64 bytes.
-        flat = torch.full((offset + t.numel(),), torch.nan, dtype=t.dtype)
-        flat[offset:] = t.flatten()
-        return flat[offset:].view(t.shape)
+        flat = torch.full((16 + offset + t.numel(),), torch.nan, dtype=t.dtype)
+        begin = -flat.data_ptr() % 16 // dtype.itemsize + offset
+        flat[begin : begin + t.numel()] = t.flatten()
+        return flat[begin : begin + t.numel()].view(t.shape)
 
     problem = problems.make(shape, dtype, dropout_p=0.2, bias=False)
     for offset in range(1, 16 // dtype.itemsize):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tolerance
 import torch
+from conftest import USABLE
 
 import lora_kernels as lk
 from lora_kernels import backend as backends
@@ -145,7 +146,9 @@ def test_the_record_names_the_backend_that_fails(tmp_path, monkeypatch, register
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_200_steps(tmp_path, monkeypatch, dtype):
-    code, result = command(tmp_path, monkeypatch, "--dtype", dtype)
+    # Triton's interpreter would take hours; it trains a few steps above.
+    names = ",".join(name for name in USABLE if name != "triton")
+    code, result = command(tmp_path, monkeypatch, "--dtype", dtype, "--backend", names)
     assert code == 0, result["failures"]
     (group,) = result["groups"]
     assert {row["name"] for row in group["rows"]} >= {"eager", "composed", "reference"}
