@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -170,7 +171,8 @@ def train(how: str, steps: int, batch: int, every: int) -> list[float]:
     if rank == 0:
         kept, total = (sum(count(p, whole) for p in model.parameters()) for whole in (False, True))
         print(f"{how} on {world} x {device.type}: rank 0 keeps {kept:,} of {total:,} parameters")
-    dist.barrier()  # gloo's threads let go of our tensors: what is left may hang its destructor
+    dist.barrier()
+    time.sleep(0.2)  # gloo's threads need Python to let go of our tensors: later may hang or abort
     dist.destroy_process_group()
     return losses
 
