@@ -226,6 +226,12 @@ def measure(case: Case, layer: Layer, args: argparse.Namespace, timer) -> dict:
     }  # fmt: skip
 
 
+def faster(table: dict) -> dict | None:
+    """Of a table, the row of the form with LoRA that took less time."""
+    found = [row for row in table["rows"] if row["name"] in FORMS and row.get("over_plain")]
+    return min(found, key=lambda row: row["over_plain"], default=None)
+
+
 def summarise(groups: list[dict]) -> list[dict]:
     """Geometric means over layers, by contender, rank and dropout."""
     found: dict[tuple, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))

@@ -2,12 +2,12 @@
 
 The kernels are what torch.ops.lora_kernels.{dropout_mask,down_proj,fused_gemm,weight_grad} runs
 on this device. `composed` is lora_kernels.composed: the vendor's GEMMs, the mask by our kernel if
-there is one; for dropout_mask itself, plain PyTorch. On CUDA there are two more: `torch` is the
-vendor's GEMM on what F.dropout leaves of x, as a layer without this package computes it, and
-`copy` moves as many bytes as the kernel has operands from device memory to device memory: `of copy`
-is its time over the contender's, about 1 at the memory's limit. GB/s counts each operand once. The
-results of a kernel are compared with composed's before it is timed. One that this device lacks is
-left out: the op is `composed` there.
+there is one; for dropout_mask itself, plain PyTorch. `frozen` is the vendor's GEMM of fused_gemm
+alone, `copy` moves as many bytes as the kernel has operands from memory to memory: `of copy` is its
+time over the contender's, about 1 at the memory's limit. On CUDA there is one more: `torch` is the
+vendor's GEMM on what F.dropout leaves of x, as a layer without this package computes it. GB/s
+counts each operand once. The results of a kernel are compared with composed's before it is timed.
+One that this device lacks is left out: the op is `composed` there.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def eager(kernel: str, tensors: tuple[Tensor, ...], scale: float, p: float) -> T
     return torch.mm(dy, weight.t()).add_(F.dropout(torch.mm(h, up.t()), p), alpha=scale)
 
 
-def copy_of(size: int) -> Callable[[], object]:
-    """Copies on the GPU, such that `size` bytes are read or written in all."""
-    source = torch.zeros(max(size // 2, 1), dtype=torch.int8, device="cuda")
+def copy_of(size: int, device: str) -> Callable[[], object]:
+    """Copies on the device, such that `size` bytes are read or written in all."""
+    source = torch.zeros(max(size // 2, 1), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 
@@ -67,6 +67,7 @@ class Job(NamedTuple):
     calls: dict[str, Callable[[], object]]
     flops: int
     bytes: int  # of every operand, once
+    frozen_flops: int  # of the frozen GEMM, where the kernel has one
 
 
 def jobs(case: shapes.Case, problem: contenders.Problem, p: float) -> Iterator[Job]:
@@ -85,8 +86,10 @@ def jobs(case: shapes.Case, problem: contenders.Problem, p: float) -> Iterator[J
         }
         if x.is_cuda and seed is not None:
             calls["torch"] = lambda: eager(kernel, tensors, args[2], p)
+        if kernel == "fused_gemm":
+            calls["frozen"] = lambda: torch.mm(tensors[0], tensors[1].t())
         moved = size + sum(t.numel() for t in tensors if t is not None)
-        return Job(kernel, what, calls, flops, moved * x.element_size())
+        return Job(kernel, what, calls, flops, moved * x.element_size(), 2 * m * n * k)
 
     if seed is not None:
         calls = {
@@ -94,7 +97,7 @@ def jobs(case: shapes.Case, problem: contenders.Problem, p: float) -> Iterator[J
             "composed": lambda: dropout.reference_mask(seed, m, k, threshold),
             "bernoulli_": lambda: x.new_empty(m, k, dtype=torch.bool).bernoulli_(1 - p),
         }
-        yield Job("dropout_mask", "mask", calls, 0, m * k)
+        yield Job("dropout_mask", "mask", calls, 0, m * k, 0)
     rank_k, rank_n, frozen = 2 * m * k * r, 2 * m * n * r, 2 * m * n * k
     yield job("down_proj", "h", (x, a), *drop, 2.0, size=m * r, flops=rank_k)
     yield job(
@@ -121,22 +124,21 @@ def measure(job: Job, args: argparse.Namespace, timer) -> list[dict]:
     error = contenders.relative_error(result, (expected,))
     bound = contenders.tolerance(expected.dtype) if expected.is_floating_point() else 0.0
     del result, expected
-    if args.device == "cuda":
-        calls["copy"] = copy_of(job.bytes)
+    calls["copy"] = copy_of(job.bytes, args.device)
     for call in calls.values():
         for _ in range(timing.WARM_UP_CALLS[args.device]):
             call()
     measured = timing.interleave(calls, timer, args.rounds, args.seconds)
-    copy, rows = measured.get("copy"), []
+    rows = []
     for name, summary in measured.items():
-        ms = summary.median_ms
-        copies = name == "copy"
+        ms, same = summary.median_ms, name not in ("copy", "frozen")
+        flops = {"copy": 0, "frozen": job.frozen_flops}.get(name, job.flops)
         rows.append({
             "name": name, **dataclasses.asdict(summary),
-            "speedup_over_composed": None if copies else measured["composed"].median_ms / ms,
-            "tflops": job.flops / ms * 1e-9 if job.flops and not copies else None,
+            "speedup_over_composed": measured["composed"].median_ms / ms if same else None,
+            "tflops": flops / ms * 1e-9 if flops else None,
             "gb_per_s": job.bytes / ms * 1e-6,
-            "of_copy": copy.median_ms / ms if copy else None,
+            "of_copy": measured["copy"].median_ms / ms,
         })  # fmt: skip
         if name == "kernel":
             rows[-1]["relative_error"] = error
@@ -173,7 +175,6 @@ def main() -> int:
     for name in sorted(set(args.kernel) - set(kernels)):
         console.print(f"{name}: no kernel for {args.device} here, the op is composed; left out")
     timer, groups = timing.make_timer(args.device), []
-    columns = {key: c for key, c in COLUMNS.items() if key != "of_copy" or args.device == "cuda"}
     cases = shapes.cases(args)
     with report.progress(console) as bar:
         task = bar.add_task("", total=len(cases))
@@ -191,7 +192,7 @@ def main() -> int:
                         "kernel": job.kernel, "what": job.what, **case.shape._asdict(),
                         "rank": case.rank, "dtype": case.dtype, "dropout": p, "rows": rows,
                     })  # fmt: skip
-                console.print(report.table(f"{case}  dropout {p:g}", lines, columns))
+                console.print(report.table(f"{case}  dropout {p:g}", lines, COLUMNS))
             bar.advance(task)
     settings = {"rounds": args.rounds, "seconds_per_table": args.seconds}
     failures = [

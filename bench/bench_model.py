@@ -89,8 +89,13 @@ def make_base(name: str, dtype: torch.dtype, device: str) -> nn.Module:
     return model.to(dtype).requires_grad_(False).train()
 
 
-def with_peft(base: nn.Module, rank: int, p: float, dtype: torch.dtype) -> nn.Module:
-    """PEFT's layers on the weights of `base`, with A and B in `dtype` and B not zero."""
+def with_peft(
+    base: nn.Module, rank: int, p: float, dtype: torch.dtype, deviation: float = 0.02
+) -> nn.Module:
+    """PEFT's layers on the weights of `base`, with A and B in `dtype`.
+
+    `deviation` is that of B's elements: the zeros with which training starts would hide A.
+    """
     from peft import LoraConfig, inject_adapter_in_model
 
     shared = {id(t): t for t in (*base.parameters(), *base.buffers())}
@@ -103,7 +108,7 @@ def with_peft(base: nn.Module, rank: int, p: float, dtype: torch.dtype) -> nn.Mo
         if "lora_" in name:
             parameter.data = parameter.data.to(dtype)
         if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.02)
+            nn.init.normal_(parameter, std=deviation)
     return model.train()
 
 

@@ -13,6 +13,7 @@ import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
 from pathlib import Path
 
+from . import counters as ncu_counters
 from . import traffic
 from .stages import Failed, Finished, NotRun, exit_code
 
@@ -140,43 +141,66 @@ def gemm(finished: Finished, path: Path) -> dict:
 
 def group(finished: Finished, path: Path) -> dict:
     """Of bench_group: means of a group over frozen and over separate calls, by backend and mode."""
-    exit_code(finished)
-    ratios: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for table in json.loads(path.read_text())["groups"]:
-        for row in table["rows"]:
-            if row.get("of_apart") is not None:
-                for key in ("over_frozen", "of_apart"):
-                    ratios[row["name"], table["mode"]][key].append(row[key])
-    if not ratios:
-        raise NotRun("no backend runs a group")
-    means = {
-        f"{name} {mode}": {key: _geometric_mean(values) for key, values in found.items()}
-        for (name, mode), found in ratios.items()
-    }
-    parts = [
-        f"{what} {mean['over_frozen']:.3f}x frozen {mean['of_apart']:.3f}x apart"
-        for what, mean in means.items()
+    rows = [
+        (f"{row['name']} {table['mode']}", row)
+        for table, row in _rows(finished, path)
+        if row.get("of_apart") is not None
     ]
-    return {"geometric_means": means, "headline": ", ".join(parts)}
+    return _means(rows, {"over_frozen": "frozen", "of_apart": "apart"}, "no backend runs a group")
 
 
 def model(finished: Finished, path: Path) -> dict:
     """Of bench_model: means of a step's time over peft's and over frozen, by contender."""
+    rows = [
+        (row["name"], row)
+        for _, row in _rows(finished, path)
+        if row["name"] not in ("frozen", "peft")
+    ]
+    return _means(rows, {"of_peft": "peft", "over_frozen": "frozen"}, "no layer was timed")
+
+
+def finetune(finished: Finished, path: Path) -> dict:
+    """Of bench_finetune: means of a step's time over peft's, and the losses of the first table."""
+    rows = [(row["name"], row) for _, row in _rows(finished, path) if row["name"] != "peft"]
+    found = _means(rows, {"of_peft": "peft"}, "nothing was trained")
+    tables = json.loads(path.read_text())["groups"]
+    losses = ", ".join(f"{row['name']} {row['last_loss']:.3f}" for row in tables[0]["rows"])
+    about = f"; held-out loss {tables[0]['first_loss']:.3f} -> {losses}"
+    return found | {"headline": found["headline"] + about}
+
+
+def memory(finished: Finished, path: Path) -> dict:
+    """Of bench_memory: means of the peak over that of PEFT's formula, by contender."""
+    rows = []
+    for table, row in _rows(finished, path):
+        (eager,) = (other for other in table["rows"] if other["name"] == "eager")
+        if row["name"] not in ("frozen", "eager") and eager.get("peak_bytes"):
+            rows.append((row["name"], {"peak": row["peak_bytes"] / eager["peak_bytes"]}))
+    return _means(rows, {"peak": "peak of eager"}, "no peak was measured")
+
+
+def _rows(finished: Finished, path: Path) -> list[tuple[dict, dict]]:
+    """(table, row) of all that a benchmark measured."""
     exit_code(finished)
+    return [
+        (table, row) for table in json.loads(path.read_text())["groups"] for row in table["rows"]
+    ]
+
+
+def _means(rows: list[tuple[str, dict]], keys: dict[str, str], nothing: str) -> dict:
+    """The summary of rows by name: geometric means of what `keys` names and calls so."""
     ratios: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for table in json.loads(path.read_text())["groups"]:
-        for row in table["rows"]:
-            if row["name"] not in ("frozen", "peft"):
-                for key in ("of_peft", "over_frozen"):
-                    ratios[row["name"]][key].append(row[key])
+    for name, row in rows:
+        for key in keys:
+            ratios[name][key].append(row[key])
     if not ratios:
-        raise NotRun("no layer was timed")
+        raise NotRun(nothing)
     means = {
         name: {key: _geometric_mean(values) for key, values in found.items()}
         for name, found in ratios.items()
     }
     parts = [
-        f"{name} {mean['of_peft']:.3f}x peft {mean['over_frozen']:.3f}x frozen"
+        " ".join([name, *(f"{mean[key]:.3f}x {what}" for key, what in keys.items())])
         for name, mean in means.items()
     ]
     return {"geometric_means": means, "headline": ", ".join(parts)}
@@ -238,6 +262,26 @@ def dram(finished: Finished, csv: Path) -> dict:
             gigabytes = (row["read_bytes"] + row["written_bytes"]) * 1e-9
             over = f" {row['over_published']:.2f}x published" if "over_published" in row else ""
             parts.append(f"step {row['k']} {row['name']} {gigabytes:.3f} GB{over}")
+    return {"rows": rows, "headline": ", ".join(parts)}
+
+
+def counters(finished: Finished, csv: Path) -> dict:
+    """Of ncu around bench.counters: the rows of `counters.rows`."""
+    text = csv.read_text(errors="replace") if csv.exists() else ""
+    if (why := traffic.refusal(finished.text() + text)) is not None:
+        raise NotRun(why)
+    exit_code(finished)
+    rows = ncu_counters.rows(finished.text(), text)
+    if not rows:
+        raise NotRun("no call was profiled")
+    parts = []
+    for row in rows:
+        longest = max(row["launches"], key=lambda launch: launch["us"] or 0.0)
+        shares = (("tensor", "tensor_percent"), ("L2 hits", "l2_hit_percent"))
+        said = [f"{what} {longest[key]:.0f} %" for what, key in shares if longest[key] is not None]
+        waits = next(iter(longest["stalls"]), None)
+        said += [f"waits for {waits}"] if waits else []
+        parts.append(f"{row['m']}x{row['n']}x{row['k']} {row['name']}: {' '.join(said)}")
     return {"rows": rows, "headline": ", ".join(parts)}
 
 

@@ -8,12 +8,18 @@ privilege, no change of the GPU's settings.
 
 OUT (new or empty) receives suite.json (the record), logs.tar.gz (with the tests' report and the
 tables of decode), kernels.json, gemm.json, backward.json, group.json, layers.json and
-selfcheck.json. `python -m bench.publish OUT` makes results of it. With --triton it is the Triton
-kernels that are tested, measured and tuned on trial, and OUT receives suite.json, logs.tar.gz and
-selfcheck-triton.json; with --model a decoder layer under PEFT is timed, and OUT receives
-suite.json, logs.tar.gz and model.json. Publish puts each beside what the other runs left. In a copy
-without .git, LORA_KERNELS_COMMIT names the commit, with the suffix -dirty if the copy differs from
-it.
+selfcheck.json. `python -m bench.publish OUT` makes results of it.
+
+Three more runs measure what has no room in these ten minutes, each into an OUT of its own, which
+receives suite.json, logs.tar.gz and what is named here; publish puts each beside the others'.
+
+  --sweep    the GEMM with LoRA of three models' layers by length and rank (sweep.json), steps
+             beside PEFT's (steps.json), memory (memory.json), what the GEMMs wait for (the record)
+  --model    a decoder layer (model.json) and a fine-tune (finetune.json) under PEFT
+  --triton   the Triton kernels: tests, selfcheck-triton.json, and a tuning on trial
+
+In a copy without .git, LORA_KERNELS_COMMIT names the commit, with the suffix -dirty if the copy
+differs from it.
 """
 
 from __future__ import annotations
@@ -30,47 +36,12 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from . import evidence, provenance, stages, traffic
+from . import counters, evidence, profiles, provenance, stages, traffic
 from .gpu_state import Monitor
 from .provenance import BINARY, ROOT
 from .stages import Failed, Finished, NotRun, Stage
 
 SCHEMA = 1
-SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
-LIMITS = {  # seconds; in all less than 9.5 minutes; timed tables take at most half
-    "probe": 20, "build": 85, "tests": 85,
-    "memcheck": 35, "racecheck": 35, "initcheck": 35, "synccheck": 35,
-    "kernels": 34, "gemm": 42, "backward": 30, "group": 18, "decode": 12, "layers": 61, "dram": 30,
-    "selfcheck": 12,
-}  # fmt: skip
-TRITON_LIMITS = {  # of --triton, where tests and selfcheck compile most of the time
-    "probe": 20, "build": 85, "triton": 190, "selfcheck-triton": 130, "tune-triton": 140,
-}  # fmt: skip
-MODEL_LIMITS = {"probe": 20, "build": 85, "model": 240}  # of --model
-PROFILES = {"cuda": LIMITS, "triton": TRITON_LIMITS, "model": MODEL_LIMITS}
-# What rows of dispatch.json are made of. The tests and sanitizers check the operators.
-SELFCHECK = [
-    "lora_kernels", "selfcheck", "--shapes", "few", "--dtype", "bf16", "--no-operators",
-    "--no-store", "--seconds", "4.5",
-]  # fmt: skip
-SELFCHECK_TRITON = [
-    "lora_kernels", "selfcheck", "--backend", "triton", "--shapes", "few", "--dtype", "bf16,fp16",
-    "--no-operators", "--no-store", "--seconds", "95",
-]  # fmt: skip
-MODEL = [
-    "bench.bench_model",
-    "--backend",
-    "cuda,composed",
-    "--adapters",
-    "same,fp32",
-    "--seconds",
-    "12",
-]
-TUNE = ["bench.tune_triton", "--dry-run", "--seconds", "100"]
-OTHERS = {  # profiles beside that of the CUDA kernels
-    "triton": "the Triton kernels instead",
-    "model": "a decoder layer under PEFT instead",
-}
 WIDE = {"COLUMNS": "120"}  # rich takes a file for 80 columns wide and cuts the tables
 
 _PROBE = """
@@ -122,13 +93,16 @@ class Suite:
                 {"LORA_KERNELS_BUILD": "cuda", "MAX_JOBS": str(os.cpu_count() or 1)},
             ),
         ]  # fmt: skip
-        rest = {"cuda": self._of_cuda, "triton": self._of_triton, "model": self._of_model}
+        rest = {
+            "cuda": self._of_cuda, "sweep": self._of_sweep, "model": self._of_model,
+            "triton": self._of_triton,
+        }  # fmt: skip
         return first + rest[self.profile]()
 
     def _of_cuda(self) -> list[Stage]:
         return [
             Stage("tests", self.limits["tests"], self._tests, self._tested, needs=("build",)),
-            *map(self._sanitizer, SANITIZERS),
+            *map(self._sanitizer, profiles.SANITIZERS),
             self._timing("kernels", ["bench.bench_kernels"], evidence.kernels),
             self._timing("gemm", ["bench.bench_gemm"], evidence.gemm),
             self._timing("backward", ["bench.bench_backward"], evidence.gemm),
@@ -141,7 +115,20 @@ class Suite:
                 "dram", self.limits["dram"], self._dram,
                 lambda finished: evidence.dram(finished, self.logs / "ncu.csv"), needs=("build",),
             ),
-            self._timing("selfcheck", SELFCHECK, evidence.selfcheck),
+            self._timing("selfcheck", profiles.SELFCHECK, evidence.selfcheck),
+        ]  # fmt: skip
+
+    def _of_sweep(self) -> list[Stage]:
+        steps = [*profiles.STEPS, "--plot", str(self.logs / "steps.png")]
+        return [
+            self._timing("sweep", profiles.SWEEP, evidence.gemm),
+            self._timing("steps", steps, evidence.layers),
+            self._timing("memory", ["bench.bench_memory"], evidence.memory),
+            Stage(
+                "counters", self.limits["counters"], self._counters,
+                lambda finished: evidence.counters(finished, self.logs / "counters.csv"),
+                needs=("build",),
+            ),
         ]  # fmt: skip
 
     def _of_triton(self) -> list[Stage]:
@@ -155,18 +142,22 @@ class Suite:
             Stage(
                 "selfcheck-triton", self.limits["selfcheck-triton"],
                 lambda: self._module(
-                    *SELFCHECK_TRITON, "--device", "cuda", "--json", str(selfcheck)
+                    *profiles.SELFCHECK_TRITON, "--device", "cuda", "--json", str(selfcheck)
                 ),
                 lambda finished: evidence.selfcheck(finished, selfcheck), WIDE, sampled=True,
             ),
             Stage(
-                "tune-triton", self.limits["tune-triton"], lambda: self._module(*TUNE),
+                "tune-triton", self.limits["tune-triton"], lambda: self._module(*profiles.TUNE),
                 environment=WIDE, sampled=True,
             ),
         ]  # fmt: skip
 
     def _of_model(self) -> list[Stage]:
-        return [self._timing("model", MODEL, evidence.model, modules=("peft", "transformers"))]
+        modules = ("peft", "transformers")
+        return [
+            self._timing("model", profiles.MODEL, evidence.model, modules=modules),
+            self._timing("finetune", profiles.FINETUNE, evidence.finetune, modules=modules),
+        ]
 
     def _triton_tests(self) -> list[str]:
         self._need_triton("pytest", "hypothesis", "numpy")
@@ -280,6 +271,10 @@ class Suite:
         self._need_binary("rich", "matplotlib")
         return traffic.ncu_command(self.logs / "ncu.csv")
 
+    def _counters(self) -> list[str]:
+        self._need_binary("rich", "matplotlib")
+        return counters.ncu_command(self.logs / "counters.csv")
+
 
 # ---- the record ----------------------------------------------------------------------------------
 
@@ -324,7 +319,7 @@ def run(
     with tempfile.TemporaryDirectory() as scratch:
         logs = Path(scratch) / "logs"
         logs.mkdir()
-        suite = Suite(out, logs, use_carried, PROFILES[profile] | (limits or {}), profile)
+        suite = Suite(out, logs, use_carried, profiles.PROFILES[profile] | (limits or {}), profile)
 
         def report(records: list[dict]) -> None:
             last = records[-1]
@@ -361,7 +356,7 @@ def _profile() -> argparse.ArgumentParser:
     """Of what the command line asks for: it says which stages there are."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     which = parser.add_mutually_exclusive_group()
-    for name, what in OTHERS.items():
+    for name, what in profiles.OTHERS.items():
         which.add_argument(f"--{name}", dest="profile", action="store_const", const=name, help=what)
     which.set_defaults(profile="cuda")
     return parser
@@ -369,7 +364,7 @@ def _profile() -> argparse.ArgumentParser:
 
 def main() -> int:
     profile = _profile().parse_known_args()[0].profile
-    known = PROFILES[profile]
+    known = profiles.PROFILES[profile]
     parser = argparse.ArgumentParser(
         prog="bench/gpu_suite.sh",
         parents=[_profile()],

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import report
+from . import bench_gemm, goals, report
 
 PAGE = report.ROOT / "docs/performance.md"
 HEAD = """# Performance
@@ -37,6 +37,8 @@ class View(NamedTuple):
     label: Callable[[Table], str]
     cell: Callable[[Table], str | None]  # of a row
     part: Callable[[Table], str] = lambda table: ""  # tables of one value share a heading
+    pictures: tuple[str, ...] = ()  # beside that of the file's own name
+    prepare: Callable[[list[Table]], list[Table]] = list  # what is shown, of the file's tables
 
 
 def _shape(table: Table) -> str:
@@ -72,6 +74,22 @@ def _model(row: Table) -> str | None:
     return speed and f"{speed} / {_number(row, 'of_peft', '{:.3f}')} / {row['peak_mib']:.4g}"
 
 
+def _by_length(groups: list[Table]) -> list[Table]:
+    """Of the sweep, a table a layer, rank and dropout: the faster form, by number of tokens."""
+    found: dict[tuple, Table] = {}
+    for table in groups:
+        key = table["dropout"], table["rank"], table["label"]
+        shown = found.setdefault(key, table | {"rows": []})
+        if (row := bench_gemm.faster(table)) is not None:
+            shown["rows"].append(row | {"name": f"{table['m']} tokens"})
+    return list(found.values())
+
+
+def _trained(row: Table) -> str | None:
+    speed = _number(row, "tokens_per_s", "{:,.0f}")
+    return speed and f"{speed} / {row['last_loss']:.4f} / {row['peak_mib']:.4g}"
+
+
 VIEWS = {  # by the file's name, in the order of the page
     "model": View(
         "A decoder layer under PEFT",
@@ -80,9 +98,26 @@ VIEWS = {  # by the file's name, in the order of the page
         lambda t: f"{t['model']}, {t['tokens']} tokens, r={t['rank']}, adapters {t['adapters']}",
         _model, _dropout,
     ),
+    "finetune": View(
+        "A fine-tune under PEFT",
+        "The same steps of one small model on one text: tokens a second / loss on held-out text "
+        "afterwards / MiB that a step holds at most.",
+        lambda t: f"{t['model']}, {t['steps']} steps, r={t['rank']}, before {t['first_loss']:.4f}",
+        _trained, _dropout,
+    ),
     "layers": View(
         "Layers", "Milliseconds of one linear layer.", _shape, _milliseconds,
         lambda t: f"{t['mode']}, {_dropout(t)}",
+    ),
+    "steps": View(
+        "Steps of other models' layers", "Milliseconds of one linear layer.", _shape, _milliseconds,
+        lambda t: f"{t['mode']}, {_dropout(t)}",
+    ),
+    "sweep": View(
+        "The GEMM with the LoRA term, by layer, length and rank",
+        "Time of the faster form over that of our GEMM without LoRA / over the vendor's.",
+        lambda t: f"{t['label']}, {t['n']} x {t['k']}", _over,
+        lambda t: f"{_dropout(t)}, r={t['rank']}", prepare=_by_length,
     ),
     "gemm": View(
         "The GEMM with the LoRA term",
@@ -105,8 +140,7 @@ VIEWS = {  # by the file's name, in the order of the page
     ),
     "kernels": View(
         "Kernels", "Milliseconds of one kernel.",
-        lambda t: f"{t['kernel']} {t['what']}, {_shape(t)}", _milliseconds,
-        lambda t: f"dropout {t['dropout']:g}",
+        lambda t: f"{t['kernel']} {t['what']}, {_shape(t)}", _milliseconds, _dropout, ("roofline",),
     ),
     "overhead": View(
         "Host time of a call", "Microseconds on an 8 x 8 layer, where nothing but the host counts.",
@@ -182,9 +216,10 @@ def section(path: Path, commit: str | None) -> list[str]:
     dirty = machine.get("git_dirty") if commit is None else False
     found = ["", f"### {view.title}", "", view.about, ""]
     found.append(source(path, machine, commit or machine.get("git_commit"), dirty))
-    if path.with_suffix(".png").exists():
-        found += ["", f"![{view.title}](../bench/results/{path.parent.name}/{path.stem}.png)"]
-    return found + tables(view, result["groups"])
+    for name in (path.stem, *view.pictures):
+        if path.with_name(f"{name}.png").exists():
+            found += ["", f"![{name}](../bench/results/{path.parent.name}/{name}.png)"]
+    return found + tables(view, view.prepare(result["groups"]))
 
 
 def entry(folder: Path) -> list[str]:
@@ -199,6 +234,9 @@ def entry(folder: Path) -> list[str]:
         about += f", {first['cpu_count']} cores, {first['torch_cpu_capability']}"
     found = ["", f"## {about}"]
     commits = {}
+    if folder.name.startswith("cuda-"):
+        lines = [goal.line(folder) for goal in goals.GOALS]
+        found += ["", "### Goals", "", *markdown(goals.HEADER, lines)]
     for path in records:
         found += suite(path)
         record = json.loads(path.read_text())

@@ -1,13 +1,49 @@
-"""The plots of published results, one for each stage that leaves a JSON file."""
+"""`python -m bench.plots FILE.json`: the pictures of published results.
+
+Each is drawn beside its file, which keeps the name of the benchmark that wrote it.
+"""
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import json
+import operator
+import sys
 from pathlib import Path
 
-from . import report
+from . import bench_gemm, report
 
 COLORS = {"kernel": "#1b7f5c", "torch": "#b8b8b8"}
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _tidy(axis, size: int) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=size, length=0)
+
+
+def _contenders(axis, tables: list[dict], names: list[str], value) -> None:
+    """A bar of each name at each table: `value` of its row, none where there is no such row."""
+    for i, name in enumerate(names):
+        rows = [next((r for r in table["rows"] if r["name"] == name), {}) for table in tables]
+        places = [place + (i + 0.5) / len(names) * 0.8 - 0.4 for place in range(len(tables))]
+        axis.bar(places, [value(row) or 0 for row in rows], 0.72 / len(names), label=name)
+
+
+def _save(figure, path: Path, title: str, machine: dict) -> None:
+    about = f"{title} on {machine['device_name']}, torch {machine['torch']}"
+    figure.suptitle(about, x=0.01, ha="left", fontsize=9)
+    figure.savefig(path, dpi=150)
+    _pyplot().close(figure)
 
 
 def plot_kernels(path: Path, groups: list[dict], machine: dict) -> None:
@@ -16,11 +52,7 @@ def plot_kernels(path: Path, groups: list[dict], machine: dict) -> None:
     The black line over a call is a copy of as many bytes: about the limit of what reads and writes
     its operands once, though reads alone may be faster.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = _pyplot()
     kernels = list(dict.fromkeys(group["kernel"] for group in groups))
     most = max(sum(group["kernel"] == kernel for group in groups) for kernel in kernels)
     figure, axes = plt.subplots(
@@ -37,12 +69,7 @@ def plot_kernels(path: Path, groups: list[dict], machine: dict) -> None:
         axis.set_xticks(range(len(shown)), labels)
         axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
         axis.set_title(kernel, loc="left", fontsize=9)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=7, length=0)
-    figure.suptitle(
-        f"Kernels on {machine['device_name']}, torch {machine['torch']}", x=0.01, ha="left",
-        fontsize=9,
-    )  # fmt: skip
+        _tidy(axis, 7)
     figure.supylabel("times faster than composed (higher is better)", fontsize=8)
     handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in COLORS.values()]
     handles.append(plt.Line2D([], [], color="black"))
@@ -50,8 +77,7 @@ def plot_kernels(path: Path, groups: list[dict], machine: dict) -> None:
         handles, ["lora_kernels", "torch, own dropout", "copy of the operands' bytes"],
         loc="outside lower center", ncols=3, frameon=False, fontsize=8,
     )  # fmt: skip
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    _save(figure, path, "Kernels", machine)
 
 
 def _bars(axis, place: int, ms: dict[str, float]) -> None:
@@ -79,11 +105,7 @@ def _plot_added(path: Path, groups: list[dict], machine: dict, title: str) -> No
     A dotted line is what the plan expects. A shape's entry in the legend has its GEMM's time over
     the vendor's, in the mean of its tables.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = _pyplot()
     styles = {"over_plain": "o-", "predicted_over_plain": ":"}
     # panel -> (layer, which of styles) -> by rank
     added: dict[tuple[str, float], dict[tuple[str, str], dict[int, float]]] = {}
@@ -112,30 +134,20 @@ def _plot_added(path: Path, groups: list[dict], machine: dict, title: str) -> No
             axis.plot(places, list(percent.values()), style, markersize=3, color=f"C{i}")
         axis.axhline(0, color="black", linewidth=0.8, linestyle=":")
         axis.set_title(f"{panel[0]}, dropout {panel[1]:g}", loc="left", fontsize=9)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=8, length=0)
+        _tidy(axis, 8)
     axes[-1][0].set_xticks(range(len(ranks)), [f"r={rank}" for rank in ranks])
-    figure.suptitle(
-        f"{title} on {machine['device_name']}, torch {machine['torch']}; dotted: by the model",
-        x=0.01, ha="left", fontsize=9,
-    )  # fmt: skip
     figure.supylabel("time added to our GEMM without LoRA, % (lower is better)", fontsize=8)
     figure.legend(
         [plt.Line2D([], [], color=f"C{i}") for i in range(len(plain))],
         [f"M x N x K {layer}: GEMM {sum(v) / len(v):.3f}x vendor" for layer, v in plain.items()],
         loc="outside lower center", ncols=2, frameon=False, fontsize=7,
     )  # fmt: skip
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    _save(figure, path, f"{title} (dotted: by the model)", machine)
 
 
 def plot_group(path: Path, groups: list[dict], machine: dict) -> None:
     """Time over the frozen linears alone: a panel a mode, bars for each table of bench_group."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = _pyplot()
     modes = list(dict.fromkeys(table["mode"] for table in groups))
     names = list(dict.fromkeys(row["name"] for table in groups for row in table["rows"]))
     names.remove("frozen")
@@ -144,44 +156,24 @@ def plot_group(path: Path, groups: list[dict], machine: dict) -> None:
     )
     for mode, (axis,) in zip(modes, axes, strict=True):
         tables = [table for table in groups if table["mode"] == mode]
-        for i, name in enumerate(names):
-            over = [
-                next((row.get("over_frozen") for row in table["rows"] if row["name"] == name), None)
-                for table in tables
-            ]
-            places = [place + (i + 0.5) / len(names) * 0.8 - 0.4 for place in range(len(tables))]
-            axis.bar(places, [value or 0 for value in over], 0.72 / len(names), label=name)
+        _contenders(axis, tables, names, lambda row: row.get("over_frozen"))
         labels = [f"{t['label']}\nr={t['rank']} p={t['dropout']:g}" for t in tables]
         axis.set_xticks(range(len(tables)), labels)
         axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
         axis.set_title(mode, loc="left", fontsize=9)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=7, length=0)
-    figure.suptitle(
-        f"Projections of one x on {machine['device_name']}, torch {machine['torch']}", x=0.01,
-        ha="left", fontsize=9,
-    )  # fmt: skip
+        _tidy(axis, 7)
     figure.supylabel("time over the frozen linears (lower is better)", fontsize=8)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    _save(figure, path, "Projections of one x", machine)
 
 
 def plot_model(path: Path, groups: list[dict], machine: dict) -> None:
     """Tokens a second, in times of PEFT's: a bar for each contender, by what was timed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = _pyplot()
     names = list(dict.fromkeys(row["name"] for table in groups for row in table["rows"]))
     figure, axis = plt.subplots(layout="constrained", figsize=(8.0, 3.6))
-    for i, name in enumerate(names):
-        rows = [next((r for r in t["rows"] if r["name"] == name), {}) for t in groups]
-        faster = [1 / row["of_peft"] if row.get("of_peft") else 0 for row in rows]
-        places = [place + (i + 0.5) / len(names) * 0.8 - 0.4 for place in range(len(groups))]
-        axis.bar(places, faster, 0.72 / len(names), label=name)
+    _contenders(axis, groups, names, lambda row: row.get("of_peft") and 1 / row["of_peft"])
     labels = [
         f"{t['tokens']} tokens, r={t['rank']}\n{t['dtype']}, adapters {t['adapters']}\n"
         f"dropout {t['dropout']:g}"
@@ -189,19 +181,175 @@ def plot_model(path: Path, groups: list[dict], machine: dict) -> None:
     ]
     axis.set_xticks(range(len(groups)), labels)
     axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.tick_params(labelsize=7, length=0)
-    figure.suptitle(
-        f"A decoder layer of {groups[0]['model']} under PEFT on {machine['device_name']}, torch "
-        f"{machine['torch']}", x=0.01, ha="left", fontsize=9,
-    )  # fmt: skip
+    _tidy(axis, 7)
     figure.supylabel("tokens a second over peft's", fontsize=8)
     figure.legend(loc="outside lower center", ncols=len(names), frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    _save(figure, path, f"A decoder layer of {groups[0]['model']} under PEFT", machine)
 
 
-BY_STAGE = {  # by the stage that leaves what is plotted
-    "layers": report.plot, "kernels": plot_kernels, "gemm": plot_gemm, "backward": plot_backward,
-    "group": plot_group, "model": plot_model,
+def plot_sweep(path: Path, groups: list[dict], machine: dict) -> None:
+    """What the faster form of LoRA adds to our GEMM: a row a dropout, a column a rank.
+
+    Each line is a layer, over the number of tokens.
+    """
+    plt = _pyplot()
+    ranks, dropouts = (sorted({table[key] for table in groups}) for key in ("rank", "dropout"))
+    labels = list(dict.fromkeys(table["label"] for table in groups))
+    tokens = sorted({table["m"] for table in groups})
+    figure, axes = plt.subplots(
+        len(dropouts), len(ranks), squeeze=False, sharex=True, sharey=True, layout="constrained",
+        figsize=(2.6 * len(ranks) + 1.0, 2.6 * len(dropouts) + 1.6),
+    )  # fmt: skip
+    for (row, p), (column, rank) in itertools.product(enumerate(dropouts), enumerate(ranks)):
+        axis = axes[row][column]
+        for i, label in enumerate(labels):
+            ours = [t for t in groups if (t["label"], t["rank"], t["dropout"]) == (label, rank, p)]
+            added = {t["m"]: row["over_plain"] for t in ours if (row := bench_gemm.faster(t))}
+            shown = [(tokens.index(m), 100 * (v - 1)) for m, v in sorted(added.items())]
+            places, percent = zip(*shown, strict=True) if shown else ((), ())
+            axis.plot(places, percent, marker=".", linewidth=0.9, **_line(i))
+        axis.axhline(0, color="black", linewidth=0.8, linestyle=":")
+        axis.set_title(f"r={rank}, dropout {p:g}", loc="left", fontsize=9)
+        axis.set_xticks(range(len(tokens)), [str(m) for m in tokens])
+        _tidy(axis, 7)
+    figure.supxlabel("tokens", fontsize=8)
+    figure.supylabel("time added to our GEMM without LoRA, % (lower is better)", fontsize=8)
+    figure.legend(
+        [plt.Line2D([], [], **_line(i)) for i in range(len(labels))],
+        labels, loc="outside lower center", ncols=4, frameon=False, fontsize=7,
+    )  # fmt: skip
+    _save(figure, path, "LoRA on our GEMM by layer", machine)
+
+
+def _line(place: int) -> dict:
+    """The look of one of many lines."""
+    return {"color": f"C{place % 10}", "linestyle": "-" if place < 10 else "--"}
+
+
+def plot_memory(path: Path, groups: list[dict], machine: dict) -> None:
+    """Bytes a row that autograd keeps, above, and the peak of a step, below, where it was measured.
+
+    A column a dtype and dropout, bars for each layer on a logarithmic scale: none is no bar.
+    """
+    plt = _pyplot()
+    columns = list(dict.fromkeys((table["dtype"], table["dropout"]) for table in groups))
+    names = list(dict.fromkeys(row["name"] for table in groups for row in table["rows"]))
+    what = {"saved_per_row": "bytes a row kept for backward", "peak_mib": "peak of a step, MiB"}
+    most = max(sum((t["dtype"], t["dropout"]) == column for t in groups) for column in columns)
+    figure, axes = plt.subplots(
+        len(what), len(columns), squeeze=False, sharey="row", layout="constrained",
+        figsize=(max(4.0, 0.55 * most) * len(columns) + 0.6, 6.4),
+    )  # fmt: skip
+    for (row, (key, about)), (place, column) in itertools.product(
+        enumerate(what.items()), enumerate(columns)
+    ):
+        axis = axes[row][place]
+        tables = [t for t in groups if (t["dtype"], t["dropout"]) == column]
+        _contenders(axis, tables, names, operator.methodcaller("get", key))
+        axis.set_yscale("log")
+        axis.set_xticks(
+            range(len(tables)), [t["label"] for t in tables], rotation=60, ha="right",
+            rotation_mode="anchor",
+        )  # fmt: skip
+        axis.set_title(f"{about}, {column[0]}, dropout {column[1]:g}", loc="left", fontsize=8)
+        _tidy(axis, 6)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=len(names), frameon=False, fontsize=8
+    )
+    _save(figure, path, "Memory of one layer (lower is better)", machine)
+
+
+def plot_roofline(path: Path, groups: list[dict], machine: dict) -> None:
+    """FLOP/s over FLOP a byte, a panel a dtype: filled is ours, hollow `composed`.
+
+    The roofs are measured beside them: the fastest copy of a call's bytes, and the fastest frozen
+    GEMM of the vendor's.
+    """
+    plt = _pyplot()
+    dtypes = list(dict.fromkeys(table["dtype"] for table in groups))
+    kernels = [k for k in dict.fromkeys(table["kernel"] for table in groups) if k != "dropout_mask"]
+    figure, axes = plt.subplots(
+        1, len(dtypes), squeeze=False, layout="constrained", figsize=(5.2 * len(dtypes) + 0.6, 4.6)
+    )
+    for dtype, axis in zip(dtypes, axes[0], strict=True):
+        tables = [table for table in groups if table["dtype"] == dtype]
+        roofs = {key: _fastest(tables, name, key) for name, key in
+                 (("copy", "gb_per_s"), ("frozen", "tflops"))}  # fmt: skip
+        intensities = []
+        for table in tables:
+            for row in table["rows"]:
+                if row["name"] in ("kernel", "composed") and row.get("tflops"):
+                    intensities.append(row["tflops"] / row["gb_per_s"] * 1e3)
+                    color = f"C{kernels.index(table['kernel'])}"
+                    axis.plot(
+                        intensities[-1], row["tflops"] * 1e3, "o", markersize=5, color=color,
+                        markerfacecolor=color if row["name"] == "kernel" else "none",
+                    )  # fmt: skip
+        if intensities and None not in roofs.values():
+            memory, compute = roofs["gb_per_s"], roofs["tflops"] * 1e3
+            low, high = min(intensities) / 1.5, max(*intensities, compute / memory) * 1.5
+            ridge = compute / memory
+            axis.plot([low, ridge, high], [low * memory, compute, compute], color="black",
+                      linewidth=0.9)  # fmt: skip
+            axis.set_title(
+                f"{dtype}: copy {memory:,.0f} GB/s, frozen GEMM {report.flop_rate(compute / 1e3)}",
+                loc="left", fontsize=9,
+            )  # fmt: skip
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xlabel("FLOP a byte of operands, each once", fontsize=8)
+        _tidy(axis, 7)
+    axes[0][0].set_ylabel("GFLOP/s", fontsize=8)
+    handles = [plt.Line2D([], [], marker="o", linestyle="", color=f"C{i}")
+               for i in range(len(kernels))]  # fmt: skip
+    handles.append(plt.Line2D([], [], marker="o", linestyle="", color="grey", fillstyle="none"))
+    figure.legend(
+        handles, [*kernels, "composed"], loc="outside lower center", ncols=len(handles),
+        frameon=False, fontsize=8,
+    )  # fmt: skip
+    _save(figure, path, "Kernels under measured roofs", machine)
+
+
+def _fastest(tables: list[dict], name: str, key: str) -> float | None:
+    rows = [row for table in tables for row in table["rows"] if row["name"] == name]
+    return max((row[key] for row in rows if row.get(key)), default=None)
+
+
+BY_STAGE = {  # what is drawn of what a stage leaves, by the picture's name
+    "layers": {"layers": report.plot}, "steps": {"steps": report.plot},
+    "kernels": {"kernels": plot_kernels, "roofline": plot_roofline},
+    "gemm": {"gemm": plot_gemm}, "sweep": {"sweep": plot_sweep},
+    "backward": {"backward": plot_backward}, "group": {"group": plot_group},
+    "model": {"model": plot_model}, "memory": {"memory": plot_memory},
 }  # fmt: skip
+
+
+def draw(path: Path) -> list[Path]:
+    """Draws all there is of a result, beside it; the pictures."""
+    result = json.loads(path.read_text())
+    drawn = []
+    for name, plot in BY_STAGE.get(path.stem, {}).items():
+        drawn.append(path.with_name(f"{name}.png"))
+        plot(drawn[-1], result["groups"], result["environment"])
+    return drawn
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.plots",
+        description=__doc__.partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("results", nargs="+", type=Path, metavar="FILE.json")
+    for path in parser.parse_args().results:
+        if path.stem not in BY_STAGE:
+            parser.error(f"argument FILE.json: got {path.name}; expected one of "
+                         f"{', '.join(f'{name}.json' for name in BY_STAGE)}")  # fmt: skip
+        for drawn in draw(path):
+            print(f"wrote {drawn}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

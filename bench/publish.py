@@ -1,8 +1,7 @@
 """`python -m bench.publish OUT`: makes the suite's OUT a result under bench/results/<device>/.
 
-An OUT of `gpu_suite.sh --triton` becomes suite-triton.json and selfcheck-triton.json there, one of
---model suite-model.json, model.json and model.png, each beside what that device has of the others.
-Neither needs the tests or sanitizers of the CUDA kernels.
+An OUT of another profile becomes suite-PROFILE.json and the files of its stages there, beside what
+that device has of the others. None of them needs the tests or sanitizers of the CUDA kernels.
 
 Refuses an OUT whose stages failed, were killed, or did not prove the kernels right, and one from a
 tree that differed from its commit, or whose kernel sources are not those of this tree: a committed
@@ -22,23 +21,21 @@ from typing import NamedTuple
 
 from lora_kernels.triton_kernels import digest
 
-from . import gpu_suite, plots, provenance, report, shapes
+from . import gpu_suite, plots, profiles, provenance, report, shapes
 from .stages import FAILED, NOT_RUN, PASSED, TIMED_OUT
 
 # by backend, the stage whose file bench.dispatch reads
 SELFCHECKS = {"cuda": "selfcheck", "triton": "selfcheck-triton"}
-ENTRIES = {  # the files of each profile, its record first
-    "cuda": (
-        "suite.json", "selfcheck.json",
-        *(f"{name}.{kind}" for name in ("layers", "kernels", "gemm", "backward", "group")
-          for kind in ("json", "png")),
-        "decode.json",
-    ),
-    "triton": ("suite-triton.json", "selfcheck-triton.json"),
-    "model": ("suite-model.json", "model.json", "model.png"),
-}  # fmt: skip
+RESULTS = {  # the stages of each profile whose files are kept
+    "cuda": ("selfcheck", "layers", "kernels", "gemm", "backward", "group", "decode"),
+    "sweep": ("sweep", "steps", "memory"),
+    "model": ("model", "finetune"),
+    "triton": ("selfcheck-triton",),
+}
+RECORDS = {p: "suite.json" if p == "cuda" else f"suite-{p}.json" for p in profiles.PROFILES}
 NEEDED = {  # stages, by profile
-    "cuda": ("tests", *gpu_suite.SANITIZERS), "triton": ("triton",), "model": ("model",),
+    "cuda": ("tests", *profiles.SANITIZERS), "sweep": ("sweep",), "model": ("model",),
+    "triton": ("triton",),
 }  # fmt: skip
 
 
@@ -62,13 +59,19 @@ class Here(NamedTuple):
 
 
 def profile_of(suite: dict) -> str:
-    """Which of gpu_suite.PROFILES a suite ran."""
+    """Which of profiles.PROFILES a suite ran."""
     return suite.get("profile", "cuda")
 
 
 def suite_of(folder: Path, backend: str) -> Path:
     """The record in an entry that speaks for a backend."""
-    return folder / ENTRIES[backend][0]
+    return folder / RECORDS[backend]
+
+
+def entry(profile: str) -> tuple[str, ...]:
+    """The files that a profile leaves in its device's folder, the record first."""
+    drawn = [f"{name}.png" for stage in RESULTS[profile] for name in plots.BY_STAGE.get(stage, {})]
+    return RECORDS[profile], *(f"{stage}.json" for stage in RESULTS[profile]), *drawn
 
 
 def objections(suite: dict, allow_not_run: Sequence[str] = ()) -> list[str]:
@@ -129,7 +132,8 @@ def publish(
     if found:
         raise SystemExit("bench.publish: refused:\n  " + "\n  ".join(found))
     folder = results / slug(suite["device"]["device_name"])
-    record, *files = ENTRIES[profile_of(suite)]
+    profile = profile_of(suite)
+    record, *files = entry(profile)
     if any((folder / name).exists() for name in (record, *files)) and not replace:
         raise SystemExit(f"bench.publish: {folder} has them; pass --replace to overwrite them")
     for stale in files:
@@ -137,12 +141,10 @@ def publish(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / record).write_text(report._dump(suite) + "\n")
     passed = {stage["name"] for stage in suite["stages"] if stage["status"] == PASSED}
-    for name in passed.intersection(Path(file).stem for file in files):
-        text = result_of(out, name)
-        (folder / f"{name}.json").write_text(text)
-        if name in plots.BY_STAGE:
-            result = json.loads(text)
-            plots.BY_STAGE[name](folder / f"{name}.png", result["groups"], result["environment"])
+    for name in passed.intersection(RESULTS[profile]):
+        path = folder / f"{name}.json"
+        path.write_text(result_of(out, name))
+        plots.draw(path)
     return folder
 
 
@@ -161,8 +163,8 @@ def main() -> int:
     )  # fmt: skip
     parser.add_argument(
         "--allow-not-run", metavar="NAME[,NAME]", default=[],
-        type=shapes.listed(shapes.one_of("stage", gpu_suite.SANITIZERS)),
-        help=f"stages that may be missing, of {', '.join(gpu_suite.SANITIZERS)}",
+        type=shapes.listed(shapes.one_of("stage", profiles.SANITIZERS)),
+        help=f"stages that may be missing, of {', '.join(profiles.SANITIZERS)}",
     )  # fmt: skip
     args = parser.parse_args()
     folder = publish(

@@ -1,7 +1,7 @@
 """`ncu ... python -m bench.traffic`: each CUDA kernel and its PyTorch counterpart once, cold.
 
 Then whole steps, forward and backward of a layer, by backend cuda and by eager PyTorch. The calls
-are separated by torch's spin kernel, so that `rows` can tell which launches are whose: an op may
+are separated by torch's spin kernel, so that `grouped` can tell which launches are whose: an op may
 launch several kernels. Run it by `ncu_command`. ncu empties the caches before each launch, so the
 bytes are those of operands that lie in memory.
 """
@@ -58,24 +58,25 @@ def launches(text: str) -> list[dict]:
         launch = {"kernel": row["Kernel Name"], "read": None, "written": None}
         launch = found.setdefault(row["ID"], launch)
         if row["Metric Name"] in names:
-            launch[names[row["Metric Name"]]] = _number(row["Metric Value"])
+            launch[names[row["Metric Name"]]] = number(row["Metric Value"])
     return list(found.values())
 
 
-def _number(text: str) -> float | None:
+def number(text: str) -> float | None:
+    """A value of ncu's CSV, None for "n/a"."""
     try:
         return float(text.replace(",", ""))
-    except ValueError:  # "n/a"
+    except ValueError:
         return None
 
 
-def rows(output: str, text: str) -> list[dict]:
-    """The calls that `main` listed in `output`, with the DRAM bytes that ncu's CSV has for each."""
+def grouped(output: str, launched: list[dict]) -> list[tuple[dict, list[dict]]]:
+    """The calls that the profiled process listed in `output`, each with its launches."""
     listed = [line for line in output.splitlines() if line.startswith(MARK)]
     if not listed:
         raise Failed("the profiled process did not finish")
     groups: list[list[dict]] = []
-    for launch in launches(text):
+    for launch in launched:
         if SEPARATOR in launch["kernel"]:
             groups.append([])
         elif groups:
@@ -83,8 +84,13 @@ def rows(output: str, text: str) -> list[dict]:
     calls = json.loads(listed[0].removeprefix(MARK))
     if len(groups) != len(calls) or not all(groups):
         raise Failed(f"ncu saw {len(groups)} groups of launches, {len(calls)} calls were made")
+    return list(zip(calls, groups, strict=True))
+
+
+def rows(output: str, text: str) -> list[dict]:
+    """The calls that `main` listed in `output`, with the DRAM bytes that ncu's CSV has for each."""
     found = []
-    for call, group in zip(calls, groups, strict=True):
+    for call, group in grouped(output, launches(text)):
         values = [launch[key] for launch in group for key in ("read", "written")]
         if None in values:
             raise Failed(f"ncu has no DRAM bytes for {group[0]['kernel']}")
@@ -159,20 +165,21 @@ def main() -> int:
                     # The mask in plain PyTorch is a hundred launches, and nothing to compare with.
                     mask = job.kernel == "dropout_mask"
                     for who in ("kernel",) if mask else ("kernel", "composed"):
-                        _profile(job.calls[who])
+                        profile(job.calls[who])
                         done.append({
                             "kernel": job.kernel, "what": job.what, "name": who,
                             **case.shape._asdict(), "rank": RANK, "dtype": case.dtype,
                             "dropout": p, "operand_bytes": job.bytes,
                         })  # fmt: skip
     for about, call in steps():
-        _profile(call)
+        profile(call)
         done.append(about)
     print(MARK + json.dumps(done))
     return 0
 
 
-def _profile(call) -> None:
+def profile(call: Callable) -> None:
+    """One call for ncu to see, behind the separator."""
     import torch
 
     call()  # what happens once, such as a library's start, is not the call's traffic

@@ -17,7 +17,7 @@ from lora_kernels import composed
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import bench_backward, bench_decode, bench_gemm, contenders, gpu_suite  # noqa: E402
+from bench import bench_backward, bench_decode, bench_gemm, contenders, profiles  # noqa: E402
 from bench.shapes import Case, Shape  # noqa: E402
 
 
@@ -223,7 +223,7 @@ def test_gemm_shapes_fill_a_gpu_evenly_and_unevenly_within_the_suite_s_limit():
     assert any(even) and not all(even) and max(waves) > 20 and min(waves) < 4
     for stage, ranks in (("gemm", bench_gemm.RANKS), ("backward", bench_backward.RANKS)):
         tables = len(cases) * len(ranks.split(",")) * 2  # dropouts
-        assert tables * bench_gemm.SECONDS["cuda"] < gpu_suite.LIMITS[stage] / 2
+        assert tables * bench_gemm.SECONDS["cuda"] < profiles.LIMITS[stage] / 2
 
 
 def test_a_row_has_what_its_plan_expects():

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bench import dispatch as generator  # noqa: E402
-from bench import gpu_suite, provenance  # noqa: E402
+from bench import gpu_suite, profiles, provenance  # noqa: E402
 
 BF16 = torch.bfloat16
 TRITON = "3.7.1"
@@ -133,7 +133,7 @@ def entry(tmp_path) -> Path:
     suite = {
         "schema": gpu_suite.SCHEMA, "finished": True, "commit": "abc", "dirty": False,
         "device": {"device_name": GPU.device, "capability": [9, 0], "triton": TRITON},
-        "stages": [{"name": name, "status": "passed"} for name in gpu_suite.LIMITS],
+        "stages": [{"name": name, "status": "passed"} for name in profiles.LIMITS],
     }  # fmt: skip
     (folder / "suite.json").write_text(json.dumps(suite))
     content = records.dump(record([*points(), *slow]))
@@ -202,7 +202,7 @@ def both(entry) -> Path:
     suite = json.loads((entry / "suite.json").read_text())
     suite |= {
         "profile": "triton", "triton_sha256": OF_TRITON.sources, "commit": "def",
-        "stages": [{"name": name, "status": "passed"} for name in gpu_suite.TRITON_LIMITS],
+        "stages": [{"name": name, "status": "passed"} for name in profiles.TRITON_LIMITS],
     }  # fmt: skip
     (entry / "suite-triton.json").write_text(json.dumps(suite))
     return entry

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from suite_facts import finished, gemm_group
+from suite_facts import finished, gemm_group, make_out
 
 from lora_kernels import composed, schemas
 
@@ -162,6 +162,31 @@ def test_eager_counterparts_compute_what_the_kernels_do():
     ):
         want = getattr(composed, kernel)(*tensors, None, 0, 1.5, *more)
         torch.testing.assert_close(bench_kernels.eager(kernel, tensors, 1.5, 0.0), want)
+
+
+def test_peaks_of_memory_are_over_eager_s(tmp_path):
+    path = tmp_path / "memory.json"
+
+    def judge(*rows: dict) -> dict:
+        path.write_text(json.dumps({"groups": [{"rows": list(rows)}]}))
+        return evidence.memory(finished(tmp_path, ""), path)
+
+    eager = {"name": "eager", "peak_bytes": 8}
+    found = judge({"name": "frozen", "peak_bytes": 1}, eager, {"name": "cuda", "peak_bytes": 4})
+    assert found["headline"] == "cuda 0.500x peak of eager"
+    with pytest.raises(NotRun, match="no peak"):
+        judge({"name": "eager"}, {"name": "cuda"})
+
+
+def test_pictures_are_drawn_beside_their_file(tmp_path, monkeypatch, capsys):
+    out = make_out(tmp_path / "out")
+    monkeypatch.setattr(sys, "argv", ["plots", str(out / "kernels.json")])
+    assert plots.main() == 0
+    assert {path.name for path in out.glob("*.png")} == {"kernels.png", "roofline.png"}
+    monkeypatch.setattr(sys, "argv", ["plots", str(out / "suite.json")])
+    with pytest.raises(SystemExit):
+        plots.main()
+    assert "got suite.json; expected one of layers.json" in capsys.readouterr().err
 
 
 def test_means_of_a_decoder_layer_are_over_peft_and_frozen(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -15,13 +16,13 @@ from lora_kernels.triton_kernels import digest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import gpu_suite, provenance, publish  # noqa: E402
+from bench import gpu_suite, profiles, provenance, publish, shapes  # noqa: E402
 from bench.stages import NotRun  # noqa: E402
 
 
-@pytest.mark.parametrize("profile", gpu_suite.PROFILES)
+@pytest.mark.parametrize("profile", profiles.PROFILES)
 def test_limits_leave_a_margin_below_ten_minutes(profile):
-    limits = gpu_suite.PROFILES[profile]
+    limits = profiles.PROFILES[profile]
     assert sum(limits.values()) < 9.5 * 60
     suite = gpu_suite.Suite(Path(), Path(), False, limits, profile)
     assert [stage.name for stage in suite.stages()] == list(limits)
@@ -29,15 +30,15 @@ def test_limits_leave_a_margin_below_ten_minutes(profile):
 
 @pytest.mark.parametrize("command", ["SELFCHECK_TRITON", "TUNE"])
 def test_what_stops_by_itself_does_so_within_its_limit(command):
-    arguments = getattr(gpu_suite, command)
+    arguments = getattr(profiles, command)
     seconds = float(arguments[arguments.index("--seconds") + 1])
     stage = {"SELFCHECK_TRITON": "selfcheck-triton", "TUNE": "tune-triton"}[command]
-    assert seconds < 0.8 * gpu_suite.TRITON_LIMITS[stage]
+    assert seconds < 0.8 * profiles.TRITON_LIMITS[stage]
 
 
 def commands(profile: str, facts: dict) -> dict[str, str]:
     """What each stage would run, or why it would not."""
-    found = gpu_suite.Suite(Path("out"), Path("logs"), True, gpu_suite.PROFILES[profile], profile)
+    found = gpu_suite.Suite(Path("out"), Path("logs"), True, profiles.PROFILES[profile], profile)
     found.facts = facts
     said = {}
     for stage in found.stages():
@@ -48,13 +49,41 @@ def commands(profile: str, facts: dict) -> dict[str, str]:
     return said
 
 
-def test_a_decoder_layer_needs_peft_and_transformers():
+def test_a_decoder_layer_and_a_fine_tune_need_peft_and_transformers():
     modules = ["rich", "matplotlib", "peft", "transformers"]
     facts = {"device_name": "NVIDIA Test", "modules": modules}
-    assert commands("model", facts)["model"].startswith("-m bench.bench_model --backend cuda,")
+    found = commands("model", facts)
+    for stage in ("model", "finetune"):
+        assert found[stage].startswith(f"-m bench.bench_{stage} --backend cuda,")
+        assert found[stage].endswith(f"--device cuda --json out/{stage}.json")
     for name in ("peft", "transformers"):
         left = facts | {"modules": [m for m in modules if m != name]}
-        assert f"no module {name}" in commands("model", left)["model"]
+        found = commands("model", left)
+        assert all(f"no module {name}" in found[stage] for stage in ("model", "finetune"))
+
+
+def test_the_sweep_takes_what_the_benchmarks_offer(tmp_path, monkeypatch):
+    """Its arguments name layers, ranks and lengths that are there; ncu's CSV goes to the logs."""
+    (tmp_path / "ncu").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    facts = {"device_name": "NVIDIA Test", "modules": ["rich", "matplotlib"]}
+    found = commands("sweep", facts)
+    assert "--log-file logs/counters.csv" in found["counters"]
+    assert found["counters"].endswith("-m bench.counters")
+    assert "--plot logs/steps.png" in found["steps"]
+    for name, arguments in (("sweep", profiles.SWEEP), ("steps", profiles.STEPS)):
+        assert " ".join(arguments) in found[name]
+        parser = argparse.ArgumentParser()
+        for more in ("--mode", "--skip", "--backend"):
+            parser.add_argument(more)
+        monkeypatch.setattr(sys, "argv", arguments)
+        cases = shapes.cases(shapes.parse(parser, {"cuda": 1.0, "cpu": 1.0}))
+        layers = {(case.shape.n, case.shape.k) for case in cases}
+        assert {(4096, 4096), (5120, 5120), (8192, 8192), (1024, 4096)} <= layers
+        if name == "sweep":
+            assert len(cases) == 12 * 4 * 4
+            assert {case.shape.m for case in cases} == {2048, 4096, 8192, 16384}
+            assert {case.rank for case in cases} == {8, 16, 64, 128}
 
 
 def test_tests_of_triton_run_with_triton_alone():
@@ -67,7 +96,7 @@ def test_tests_of_triton_run_with_triton_alone():
     assert "--json out/selfcheck-triton.json" in of_triton["selfcheck-triton"]
     assert of_triton["tune-triton"].startswith("-m bench.tune_triton --dry-run")
     of_triton = commands("triton", {k: v for k, v in facts.items() if k != "triton"})
-    names = set(gpu_suite.TRITON_LIMITS) - {"probe", "build"}
+    names = set(profiles.TRITON_LIMITS) - {"probe", "build"}
     assert all("has no module triton" in of_triton[name] for name in names)
     assert "no module pytest" in commands("triton", facts | {"modules": []})["triton"]
 
@@ -87,7 +116,7 @@ def test_without_a_gpu_nothing_passes_and_nothing_fails(tmp_path):
     done = suite(str(tmp_path / "out"), *PATIENT)
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((tmp_path / "out/suite.json").read_text())
-    assert [stage["name"] for stage in record["stages"]] == list(gpu_suite.LIMITS)
+    assert [stage["name"] for stage in record["stages"]] == list(profiles.LIMITS)
     assert {stage["status"] for stage in record["stages"]} == {"not run"}
     assert record["finished"] and len(record["sources_sha256"]) == 64 and record["commit"]
     assert not {"profile", "triton_sha256"} & set(record)
@@ -99,12 +128,12 @@ def test_without_a_gpu_nothing_passes_and_nothing_fails(tmp_path):
         publish.publish(tmp_path / "out", tmp_path / "results", allow_dirty=True)
 
 
-@pytest.mark.parametrize("profile", gpu_suite.OTHERS)
+@pytest.mark.parametrize("profile", profiles.OTHERS)
 def test_another_profile_without_a_gpu(profile, tmp_path):
     done = suite(str(tmp_path / "out"), f"--{profile}", *PATIENT)
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((tmp_path / "out/suite.json").read_text())
-    assert [stage["name"] for stage in record["stages"]] == list(gpu_suite.PROFILES[profile])
+    assert [stage["name"] for stage in record["stages"]] == list(profiles.PROFILES[profile])
     assert {stage["status"] for stage in record["stages"]} == {"not run"}
     assert record["profile"] == profile
     if profile == "triton":

@@ -12,7 +12,7 @@ import suite_facts
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import performance, publish  # noqa: E402
+from bench import goals, performance, publish  # noqa: E402
 
 
 def test_the_page_is_what_the_results_say():
@@ -29,16 +29,55 @@ def test_every_file_it_names_exists():
 
 def test_a_device_with_every_result_has_every_section(tmp_path):
     results = tmp_path / "results"
-    for make in (suite_facts.make_out, suite_facts.make_out_triton, suite_facts.make_out_model):
+    for make in suite_facts.MAKERS.values():
         folder = publish.publish(make(tmp_path / make.__name__), results)
     text = performance.page(results)
     assert "No GPU has measured" not in text and text.startswith(performance.HEAD)
-    for name in ("model", "layers", "gemm", "backward", "decode", "group", "kernels"):
+    for name in set(performance.VIEWS) - {"overhead", "training"}:  # which the suite does not run
         assert f"### {performance.VIEWS[name].title}\n" in text
         assert f"(../bench/results/{folder.name}/{name}.json): commit abc" in text
-    for record in ("suite", "suite-triton", "suite-model"):
-        assert f"### {record}\n" in text and "| racecheck | passed |  |" in text
+    for record in publish.RECORDS.values():
+        assert f"### {Path(record).stem}\n" in text and "| racecheck | passed |  |" in text
+    for picture in (path.name for path in folder.glob("*.png")):
+        assert f"(../bench/results/{folder.name}/{picture})" in text
     assert "| 8x8, 8 x 8 x 8, r=4 | 0.909 / 1.000 | 1.000 / 1.100 | 1.010 / 1.111 |" in text
+
+
+def test_the_sweep_is_shown_by_length_and_the_faster_form_counts(tmp_path):
+    folder = publish.publish(suite_facts.make_out_sweep(tmp_path / "out"), tmp_path / "results")
+    text = "\n".join(performance.section(folder / "sweep.json", None))
+    first, second = text.split("bf16, dropout 0.1, r=64:")
+    assert "bf16, dropout 0.1, r=16:" in first
+    assert "|  | 8 tokens | 16 tokens |" in first
+    assert "| 8x8, 8 x 8 | 1.000 / 1.100 | 1.000 / 1.100 |" in first
+    assert "| 8x8, 8 x 8 | 1.010 / 1.111 | 1.040 / 1.144 |" in second
+
+
+def test_goals_are_met_missed_or_not_measured(tmp_path):
+    """By the worst number of each kind."""
+    folder = publish.publish(suite_facts.make_out_sweep(tmp_path / "out"), tmp_path / "results")
+    lines = {goal.about: goal.line(folder)[1:] for goal in goals.GOALS}
+    assert len(lines) == len(goals.GOALS)
+    assert lines.pop("LoRA in the forward GEMM, r <= 32") == ("1.02", "", "1.000", "met")
+    assert lines.pop("LoRA in the forward GEMM, r = 64") == ("1.03", "", "1.040", "**missed**")
+    step = "forward and backward over the frozen linear's, K = N = 4096"
+    assert lines.pop(step) == ("1.08", "", "0.900", "met")
+    peft = "PEFT's formula over ours, 4096 -> 4096, dropout 0.1"
+    assert lines.pop(peft) == ("", "1.44", "1.500", "met")
+    assert lines.pop("the automatic choice over addmm, steps") == ("1", "", "0.900", "met")
+    assert {line[-1] for line in lines.values()} == {"not measured"}
+
+    publish.publish(suite_facts.make_out(tmp_path / "cuda"), tmp_path / "results")
+    lines = {goal.about: goal.line(folder)[1:] for goal in goals.GOALS}
+    assert lines["our GEMM without LoRA over the vendor's"] == ("1.05", "", "1.100", "**missed**")
+    assert lines["the automatic choice over addmm, layers"][-1] == "not measured", "composed"
+    rows = [
+        {"kernel": "step", "name": "cuda", "over_published": 0.9},
+        {"kernel": "step", "name": "eager", "over_published": 2.0},
+    ]
+    record = {"stages": [{"name": "dram", "summary": {"rows": rows}}, {"name": "layers"}]}
+    (folder / "suite.json").write_text(json.dumps(record))
+    assert goals.GOALS[-2].line(folder)[1:] == ("1", "", "0.900", "met")
 
 
 def test_bold_is_the_automatic_choice_and_an_error_is_no_number():

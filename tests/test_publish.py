@@ -12,9 +12,7 @@ import suite_facts
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import (  # noqa: E402
-    publish,
-)
+from bench import profiles, publish  # noqa: E402
 
 # ---- publishing ----------------------------------------------------------------------------------
 
@@ -40,7 +38,7 @@ def set_status(name: str, status: str):
 def test_publish(out, tmp_path):
     folder = publish.publish(out, tmp_path / "results")
     assert folder.name == "cuda-nvidia-test-1"
-    assert {path.name for path in folder.iterdir()} == set(publish.ENTRIES["cuda"])
+    assert {path.name for path in folder.iterdir()} == set(publish.entry("cuda"))
     with pytest.raises(SystemExit, match="--replace"):
         publish.publish(out, tmp_path / "results")
     assert json.loads((folder / "selfcheck.json").read_text()) == {"of": "cuda"}
@@ -90,28 +88,33 @@ def out_triton(tmp_path):
 
 
 @pytest.fixture
+def out_sweep(tmp_path):
+    return suite_facts.make_out_sweep(tmp_path / "out-sweep")
+
+
+@pytest.fixture
 def out_model(tmp_path):
     return suite_facts.make_out_model(tmp_path / "out-model")
 
 
-def test_profiles_are_published_beside_each_other(out, out_triton, out_model, tmp_path):
+def test_profiles_are_published_beside_each_other(out, out_triton, out_model, out_sweep, tmp_path):
     """In any order; each replaces its own files alone."""
-    outs = {"cuda": out, "triton": out_triton, "model": out_model}
-    every = {name for entry in publish.ENTRIES.values() for name in entry}
+    outs = {"cuda": out, "sweep": out_sweep, "model": out_model, "triton": out_triton}
+    every = {name for profile in profiles.PROFILES for name in publish.entry(profile)}
     for first in outs:
         results = tmp_path / f"results-{first}"
         for profile in (first, *(other for other in outs if other != first)):
             folder = publish.publish(outs[profile], results)
         assert {path.name for path in folder.iterdir()} == every
-        for profile, entry in publish.ENTRIES.items():
-            suite = json.loads((folder / entry[0]).read_text())
+        for profile in profiles.PROFILES:
+            suite = json.loads((folder / publish.RECORDS[profile]).read_text())
             assert publish.profile_of(suite) == profile
             with pytest.raises(SystemExit, match="--replace"):
                 publish.publish(outs[profile], results)
             before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
             publish.publish(outs[profile], results, replace=True)
             changed = {path.name for path, at in before.items() if path.stat().st_mtime_ns != at}
-            assert changed == set(entry)
+            assert changed == set(publish.entry(profile))
 
 
 def test_a_decoder_layer_is_no_evidence_of_another_binary(out_model, tmp_path):

@@ -34,7 +34,7 @@ from lora_kernels.selfcheck import SHAPES, CannotRun
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import evidence, gpu_suite  # noqa: E402
+from bench import evidence, profiles  # noqa: E402
 from bench.stages import Failed, Finished, NotRun  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -447,9 +447,9 @@ def test_the_conclusion_names_what_is_won():
 
 
 def test_the_stage_is_what_the_command_takes_and_the_judge_reads(tmp_path):
-    arguments = gpu_suite.SELFCHECK[2:]
+    arguments = profiles.SELFCHECK[2:]
     parsed = selfcheck_cli._parser().parse_args([*arguments, "--device", "cuda", "--json", "x"])
-    assert gpu_suite.SELFCHECK[1] == "selfcheck" and parsed.no_store and parsed.no_operators
+    assert profiles.SELFCHECK[1] == "selfcheck" and parsed.no_store and parsed.no_operators
     assert shape_classes.classes(
         points(box=[sorted(set(sizes)) for sizes in zip(*parsed.shapes, strict=True)])
     ), "it measures whole classes"

@@ -1,4 +1,4 @@
-"""DRAM bytes: which launch of ncu's CSV is whose, and what is compared with the published bytes."""
+"""What ncu counts: which launch is whose, DRAM bytes beside the published, and what warps wait for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench import evidence, traffic
+from bench import counters, evidence, traffic
 from bench.stages import Failed, Finished, NotRun
 
 
@@ -73,3 +73,78 @@ def test_a_step_is_forward_and_backward_with_the_contract_s_dropout():
         first = call()
         assert [tuple(grad.shape) for grad in first] == [(16, 32), (16, 32), (32, 16)]
         assert not torch.equal(first[1], call()[1]), "a step draws another mask"
+
+
+# ---- counters ------------------------------------------------------------------------------------
+
+
+def raw_page(*launches: dict) -> str:
+    """ncu's raw page: the names, their units, then a line for each launch."""
+    names = ["ID", "Kernel Name", *dict.fromkeys(key for one in launches for key in one)]
+    names.remove("kernel")
+    lines = [",".join(f'"{name}"' for name in names)]
+    lines.append(",".join('""' if name in ("ID", "Kernel Name") else '"%"' for name in names))
+    for i, one in enumerate(launches):
+        values = (i, one["kernel"], *(one.get(name, "n/a") for name in names[2:]))
+        lines.append(",".join(f'"{value}"' for value in values))
+    return "\n".join(["==PROF== Connected", *lines])
+
+
+STALLED = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
+
+
+def test_counters_of_a_call_are_those_of_its_launches(tmp_path):
+    tensor = "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active"
+    shape = {"m": 1, "n": 2, "k": 3}
+    calls = [shape | {"name": "vendor"}, shape | {"name": "two_launches"}]
+    output = f"{traffic.MARK}{json.dumps(calls)}\n"
+    spin = {"kernel": "spin_kernel(long)", counters.TIME: "1,000"}
+    gemm = {
+        "kernel": "gemm", counters.TIME: "2,500,000", tensor: "91.5", counters.L2_HITS: "80.2",
+        STALLED.format("long_scoreboard"): "1.5", STALLED.format("selected"): "9",
+        STALLED.format("barrier"): "0.5", STALLED.format("wait"): "0.7",
+        STALLED.format("sleeping"): "0.1",
+    }  # fmt: skip
+    small = {"kernel": "down_proj", counters.TIME: "100"}
+    path = tmp_path / "counters.csv"
+    path.write_text(raw_page(spin, gemm, spin, small, gemm | {tensor: "88"}))
+    found = evidence.counters(finished(tmp_path, output), path)
+    (vendor,), (down, ours) = (row["launches"] for row in found["rows"])
+    assert vendor["us"] == 2500.0 and vendor["l2_hit_percent"] == 80.2
+    assert vendor["tensor_percent"] == 91.5 and vendor["tensor_metric"] == tensor
+    assert vendor["stalls"] == {"long_scoreboard": 1.5, "wait": 0.7, "barrier": 0.5}
+    assert down["tensor_percent"] is None and down["stalls"] == {}
+    assert ours["tensor_percent"] == 88.0
+    assert found["headline"] == (
+        "1x2x3 vendor: tensor 92 % L2 hits 80 % waits for long_scoreboard, "
+        "1x2x3 two_launches: tensor 88 % L2 hits 80 % waits for long_scoreboard"
+    )
+    path.write_text(raw_page(spin, gemm))
+    with pytest.raises(Failed, match="1 groups"):
+        evidence.counters(finished(tmp_path, output), path)
+    path.write_text("==ERROR== ERR_NVGPUCTRPERM")
+    with pytest.raises(NotRun, match="ERR_NVGPUCTRPERM"):
+        evidence.counters(finished(tmp_path, output, 1), path)
+    path.unlink()
+    with pytest.raises(Failed, match="did not finish"):
+        evidence.counters(finished(tmp_path, "killed"), path)
+
+
+def test_counted_calls_are_the_vendor_s_and_every_form_that_serves(monkeypatch):
+    ops = torch.ops.lora_kernels
+    made = []
+
+    def plan(*arguments):
+        if "one_launch" in arguments:
+            raise RuntimeError("rank")
+        return "a plan"
+
+    monkeypatch.setattr(counters, "SHAPES", ((16, 24, 32),))
+    monkeypatch.setattr(ops, "forward_plan", plan, raising=False)
+    monkeypatch.setattr(ops, "forward_as", lambda *a: made.append(a[-3]), raising=False)
+    found = list(counters.calls("cpu"))
+    assert [about["name"] for about, _ in found] == ["vendor", "plain", "two_launches"]
+    for _, call in found:
+        call()
+    assert made == ["", "two_launches"]
+    assert found[1][0]["plan"] == "a plan" and "plan" not in found[0][0]
