@@ -5,6 +5,7 @@
 # make fuzz       random calls for ten minutes: right, or refused; ARGS="--seconds 60 --seed 7"
 # make bench      the microbenchmark against the unfused baseline, on whatever this machine has
 #
+# make evidence   on a machine with a GPU: all of the next four, with every profile of the suite
 # make gpu        on a machine with a GPU: tests, sanitizers, timings, DRAM bytes, into OUT
 # make publish    what OUT proves, as an entry of bench/results/
 # make dispatch   what bench/results/ proves, as the automatic choice's table in the package
@@ -34,8 +35,8 @@ export HF_HUB_OFFLINE := 1
 OUT ?= bench/out/gpu
 
 .PHONY: build test test-all test-oldest test-peft test-poison fuzz lint bench bench-overhead \
-  bench-memory bench-kernels bench-gemm bench-backward bench-group bench-decode bench-model bench-training gpu \
-  publish dispatch performance tune-triton gates example example-peft clean
+  bench-memory bench-kernels bench-gemm bench-backward bench-group bench-decode bench-model bench-finetune \
+  bench-training gpu evidence publish dispatch performance tune-triton gates example example-peft clean
 
 build: $(STAMP)
 
@@ -127,12 +128,25 @@ bench-decode: build
 bench-model: build
 	$(PY) -m bench.bench_model $(ARGS)
 
+bench-finetune: build
+	$(PY) -m bench.bench_finetune $(ARGS)
+
 bench-training: build
 	$(PY) -m bench.training $(ARGS)
 
 # Builds by itself and without a network: a machine with a GPU may have none.
 gpu:
 	PYTHON=$(PY) bash bench/gpu_suite.sh $(OUT) $(ARGS)
+
+# In turn, each within ten minutes; what one of them does not prove is refused and does not stop the
+# rest. Commit what it wrote and run it again: `automatic` is then what the first run proved.
+evidence: build
+	for profile in cuda sweep model triton; do \
+	  PYTHON=$(PY) bash bench/gpu_suite.sh $(OUT)/$$profile --$$profile $(ARGS); \
+	  $(PY) -m bench.publish $(OUT)/$$profile --replace; \
+	done
+	$(PY) -m bench.dispatch
+	$(PY) -m bench.performance
 
 publish: build
 	$(PY) -m bench.publish $(OUT) $(ARGS)

@@ -356,7 +356,7 @@ def _profile() -> argparse.ArgumentParser:
     """Of what the command line asks for: it says which stages there are."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     which = parser.add_mutually_exclusive_group()
-    for name, what in profiles.OTHERS.items():
+    for name, what in profiles.FLAGS.items():
         which.add_argument(f"--{name}", dest="profile", action="store_const", const=name, help=what)
     which.set_defaults(profile="cuda")
     return parser

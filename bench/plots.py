@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import operator
 import sys
 from pathlib import Path
@@ -28,7 +29,15 @@ def _pyplot():
 
 def _tidy(axis, size: int) -> None:
     axis.spines[["top", "right"]].set_visible(False)
-    axis.tick_params(labelsize=size, length=0)
+    axis.tick_params(which="both", labelsize=size, length=0)
+
+
+def _log(scale) -> None:
+    """Makes an axis's xaxis or yaxis logarithmic, its numbers written out: 1, 2, 5, 10."""
+    scale.axes.set(**{f"{scale.axis_name}scale": "log"})
+    scale.set_major_formatter("{x:g}")
+    scale.set_minor_locator(_pyplot().matplotlib.ticker.LogLocator(subs=(2, 5)))
+    scale.set_minor_formatter("{x:g}")
 
 
 def _contenders(axis, tables: list[dict], names: list[str], value) -> None:
@@ -49,8 +58,8 @@ def _save(figure, path: Path, title: str, machine: dict) -> None:
 def plot_kernels(path: Path, groups: list[dict], machine: dict) -> None:
     """How many times faster than composed each kernel is, a panel per kernel, a bar per call.
 
-    The black line over a call is a copy of as many bytes: about the limit of what reads and writes
-    its operands once, though reads alone may be faster.
+    The black line over a call is its floor: of fused_gemm the frozen GEMM, of the others a copy of
+    as many bytes, about the limit of what reads and writes its operands once.
     """
     plt = _pyplot()
     kernels = list(dict.fromkeys(group["kernel"] for group in groups))
@@ -74,7 +83,7 @@ def plot_kernels(path: Path, groups: list[dict], machine: dict) -> None:
     handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in COLORS.values()]
     handles.append(plt.Line2D([], [], color="black"))
     figure.legend(
-        handles, ["lora_kernels", "torch, own dropout", "copy of the operands' bytes"],
+        handles, ["lora_kernels", "torch, own dropout", "frozen GEMM, or copy of the bytes"],
         loc="outside lower center", ncols=3, frameon=False, fontsize=8,
     )  # fmt: skip
     _save(figure, path, "Kernels", machine)
@@ -87,8 +96,8 @@ def _bars(axis, place: int, ms: dict[str, float]) -> None:
     for i, name in enumerate(present):
         centre = place + (i - (len(present) - 1) / 2) * width
         axis.bar(centre, ms["composed"] / ms[name], width * 0.92, color=COLORS[name])
-    if "copy" in ms:
-        axis.hlines(ms["composed"] / ms["copy"], place - 0.42, place + 0.42, color="black")
+    if (floor := ms.get("frozen", ms.get("copy"))) is not None:
+        axis.hlines(ms["composed"] / floor, place - 0.42, place + 0.42, color="black")
 
 
 def plot_gemm(path: Path, groups: list[dict], machine: dict) -> None:
@@ -227,31 +236,34 @@ def _line(place: int) -> dict:
 
 
 def plot_memory(path: Path, groups: list[dict], machine: dict) -> None:
-    """Bytes a row that autograd keeps, above, and the peak of a step, below, where it was measured.
+    """Bytes a row that autograd keeps, left, and the peak of a step, right, where it was measured.
 
-    A column a dtype and dropout, bars for each layer on a logarithmic scale: none is no bar.
+    A line of panels a dtype and dropout, bars for each layer on a logarithmic scale: none is no
+    bar. PEFT's formula, which PEFT's own layer computes, is left out.
     """
     plt = _pyplot()
-    columns = list(dict.fromkeys((table["dtype"], table["dropout"]) for table in groups))
+    lines = list(dict.fromkeys((table["dtype"], table["dropout"]) for table in groups))
     names = list(dict.fromkeys(row["name"] for table in groups for row in table["rows"]))
+    if any(name.startswith("lora.Linear") for name in names):
+        names = [name for name in names if name not in ("eager", "addmm")]
     what = {"saved_per_row": "bytes a row kept for backward", "peak_mib": "peak of a step, MiB"}
-    most = max(sum((t["dtype"], t["dropout"]) == column for t in groups) for column in columns)
+    most = max(sum((t["dtype"], t["dropout"]) == line for t in groups) for line in lines)
     figure, axes = plt.subplots(
-        len(what), len(columns), squeeze=False, sharey="row", layout="constrained",
-        figsize=(max(4.0, 0.55 * most) * len(columns) + 0.6, 6.4),
+        len(lines), len(what), squeeze=False, layout="constrained",
+        figsize=(2 * max(4.0, 0.42 * most) + 0.6, 2.3 * len(lines) + 0.6),
     )  # fmt: skip
-    for (row, (key, about)), (place, column) in itertools.product(
-        enumerate(what.items()), enumerate(columns)
-    ):
-        axis = axes[row][place]
-        tables = [t for t in groups if (t["dtype"], t["dropout"]) == column]
+    for (row, line), (column, key) in itertools.product(enumerate(lines), enumerate(what)):
+        axis = axes[row][column]
+        tables = [t for t in groups if (t["dtype"], t["dropout"]) == line]
+        if not any(r.get(key) for table in tables for r in table["rows"]):
+            axis.set_visible(False)
+            continue
         _contenders(axis, tables, names, operator.methodcaller("get", key))
-        axis.set_yscale("log")
-        axis.set_xticks(
-            range(len(tables)), [t["label"] for t in tables], rotation=60, ha="right",
-            rotation_mode="anchor",
-        )  # fmt: skip
-        axis.set_title(f"{about}, {column[0]}, dropout {column[1]:g}", loc="left", fontsize=8)
+        _log(axis.yaxis)
+        axis.set_ylim(bottom=1)
+        labels = [table["label"] for table in tables]
+        axis.set_xticks(range(len(tables)), labels, rotation=40, ha="right", rotation_mode="anchor")
+        axis.set_title(f"{what[key]}, {line[0]}, dropout {line[1]:g}", loc="left", fontsize=8)
         _tidy(axis, 6)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(
@@ -263,8 +275,8 @@ def plot_memory(path: Path, groups: list[dict], machine: dict) -> None:
 def plot_roofline(path: Path, groups: list[dict], machine: dict) -> None:
     """FLOP/s over FLOP a byte, a panel a dtype: filled is ours, hollow `composed`.
 
-    The roofs are measured beside them: the fastest copy of a call's bytes, and the fastest frozen
-    GEMM of the vendor's.
+    The roofs are measured beside them: the copy of the most bytes, which no cache holds, and the
+    fastest frozen GEMM of the vendor's.
     """
     plt = _pyplot()
     dtypes = list(dict.fromkeys(table["dtype"] for table in groups))
@@ -273,31 +285,30 @@ def plot_roofline(path: Path, groups: list[dict], machine: dict) -> None:
         1, len(dtypes), squeeze=False, layout="constrained", figsize=(5.2 * len(dtypes) + 0.6, 4.6)
     )
     for dtype, axis in zip(dtypes, axes[0], strict=True):
-        tables = [table for table in groups if table["dtype"] == dtype]
-        roofs = {key: _fastest(tables, name, key) for name, key in
-                 (("copy", "gb_per_s"), ("frozen", "tflops"))}  # fmt: skip
-        intensities = []
-        for table in tables:
+        low, high = math.inf, 0.0  # FLOP a byte
+        for table in [table for table in groups if table["dtype"] == dtype]:
+            color = f"C{kernels.index(table['kernel'])}" if table["kernel"] in kernels else ""
             for row in table["rows"]:
                 if row["name"] in ("kernel", "composed") and row.get("tflops"):
-                    intensities.append(row["tflops"] / row["gb_per_s"] * 1e3)
-                    color = f"C{kernels.index(table['kernel'])}"
+                    filled = color if row["name"] == "kernel" else "none"
+                    intensity = row["tflops"] / row["gb_per_s"] * 1e3
+                    low, high = min(low, intensity), max(high, intensity)
                     axis.plot(
-                        intensities[-1], row["tflops"] * 1e3, "o", markersize=5, color=color,
-                        markerfacecolor=color if row["name"] == "kernel" else "none",
+                        intensity, row["tflops"] * 1e3, "o", markersize=5, color=color,
+                        markerfacecolor=filled,
                     )  # fmt: skip
-        if intensities and None not in roofs.values():
-            memory, compute = roofs["gb_per_s"], roofs["tflops"] * 1e3
-            low, high = min(intensities) / 1.5, max(*intensities, compute / memory) * 1.5
+        if high and (roofs := _roofs(groups, dtype)) is not None:
+            memory, compute = roofs
             ridge = compute / memory
-            axis.plot([low, ridge, high], [low * memory, compute, compute], color="black",
-                      linewidth=0.9)  # fmt: skip
+            ends = low / 1.5, ridge, max(high, ridge) * 1.5
+            axis.plot(ends, (ends[0] * memory, compute, compute), color="black", linewidth=0.9)
+            rate = report.flop_rate(compute / 1e3)
             axis.set_title(
-                f"{dtype}: copy {memory:,.0f} GB/s, frozen GEMM {report.flop_rate(compute / 1e3)}",
-                loc="left", fontsize=9,
+                f"{dtype}: copy {memory:,.0f} GB/s, frozen GEMM {rate}FLOP/s", loc="left",
+                fontsize=9,
             )  # fmt: skip
-        axis.set_xscale("log")
-        axis.set_yscale("log")
+        _log(axis.xaxis)
+        _log(axis.yaxis)
         axis.set_xlabel("FLOP a byte of operands, each once", fontsize=8)
         _tidy(axis, 7)
     axes[0][0].set_ylabel("GFLOP/s", fontsize=8)
@@ -311,9 +322,15 @@ def plot_roofline(path: Path, groups: list[dict], machine: dict) -> None:
     _save(figure, path, "Kernels under measured roofs", machine)
 
 
-def _fastest(tables: list[dict], name: str, key: str) -> float | None:
-    rows = [row for table in tables for row in table["rows"] if row["name"] == name]
-    return max((row[key] for row in rows if row.get(key)), default=None)
+def _roofs(groups: list[dict], dtype: str) -> tuple[float, float] | None:
+    """(GB/s, GFLOP/s), or None where no copy or no frozen GEMM was timed."""
+    rows = [(table["dtype"], row) for table in groups for row in table["rows"]]
+    copies = [row for _, row in rows if row["name"] == "copy"]
+    frozen = [r["tflops"] * 1e3 for of, r in rows if of == dtype and r["name"] == "frozen"]
+    if not copies or not frozen:
+        return None
+    longest = max(copies, key=lambda row: row["gb_per_s"] * row["median_ms"])
+    return longest["gb_per_s"], max(frozen)
 
 
 BY_STAGE = {  # what is drawn of what a stage leaves, by the picture's name

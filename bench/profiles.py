@@ -21,10 +21,11 @@ SWEEP_LIMITS = {
 PROFILES = {
     "cuda": LIMITS, "sweep": SWEEP_LIMITS, "model": MODEL_LIMITS, "triton": TRITON_LIMITS,
 }  # fmt: skip
-OTHERS = {  # profiles beside that of the CUDA kernels
-    "sweep": "every layer, rank and length, memory and counters instead",
-    "model": "a decoder layer and a fine-tune under PEFT instead",
-    "triton": "the Triton kernels instead",
+FLAGS = {
+    "cuda": "the CUDA kernels: the default",
+    "sweep": "every layer, rank and length, memory and counters",
+    "model": "a decoder layer and a fine-tune under PEFT",
+    "triton": "the Triton kernels",
 }
 
 # What rows of dispatch.json are made of. The tests and sanitizers check the operators.

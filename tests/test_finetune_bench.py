@@ -47,9 +47,8 @@ def test_all_learn_what_peft_learns(run, tmp_path):
             assert row["last_loss"] < table["first_loss"] and row["samples"] == 3
             assert row["tokens_per_s"] == pytest.approx(32e3 / row["median_ms"])
         if p == 0:  # the same arithmetic: only rounding differs
-            assert rows["applied"]["last_loss"] == pytest.approx(
-                rows["peft"]["last_loss"], rel=1e-4
-            )
+            peft = rows["peft"]["last_loss"]
+            assert rows["applied"]["last_loss"] == pytest.approx(peft, rel=1e-4)
     found = evidence.finetune(finished(tmp_path, ""), tmp_path / "finetune.json")
     assert set(found["geometric_means"]) == {"applied", "composed"}
     assert "x peft, composed" in found["headline"] and "; held-out loss 5." in found["headline"]

@@ -1,4 +1,4 @@
-"""What ncu counts: which launch is whose, DRAM bytes beside the published, and what warps wait for."""
+"""What ncu counts: which launch is whose, bytes beside the published, what warps wait for."""
 
 from __future__ import annotations
 
