@@ -1,12 +1,14 @@
 """Builds lora_kernels._C if torch and a C++ compiler are found, with its CUDA kernels if nvcc is.
 
 LORA_KERNELS_BUILD    auto (default) | cuda | cpu | python: anything but auto must succeed
-TORCH_CUDA_ARCH_LIST  default "8.0+PTX;9.0a"; a "+PTX" suffix embeds PTX for newer devices
+TORCH_CUDA_ARCH_LIST  default "8.0+PTX;9.0a"; a "+PTX" suffix embeds PTX for newer devices, and 9.0 is
+                      taken for 9.0a: Hopper's kernels need its own instructions
 CUDA_HOME, MAX_JOBS   as in torch
 NVCC_APPEND_FLAGS     nvcc's own: with -lineinfo a profiler shows source lines
 """
 
 import os
+import re
 import runpy
 import shlex
 import shutil
@@ -20,6 +22,7 @@ from setuptools import setup
 BUILD = os.environ.get("LORA_KERNELS_BUILD", "auto")
 DEFAULT_ARCHS = "8.0+PTX;9.0a"
 ARCHS = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
+ARCHS = re.sub(r"\b9\.0(?!a)", "9.0a", ARCHS)  # as images set it for other extensions
 TORCH_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # loads in any torch from 2.11 on
 NVCC_FLAGS = [
     "-O3", "-std=c++17", "-Xptxas=-v,-warn-spills", "-Xcompiler=-fvisibility=hidden",

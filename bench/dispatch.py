@@ -1,7 +1,7 @@
 """`python -m bench.dispatch`: writes lora_kernels/dispatch.json from bench/results/.
 
-An entry gives rows if `bench.publish` would take its suite.json without exceptions (finished, no
-stage failed, tests and every sanitizer passed, a clean commit), its selfcheck passed on the device
+An entry gives rows if `bench.publish` would take its suite.json (finished, no stage failed, tests
+passed, each sanitizer did or is excused in it, a clean commit), its selfcheck passed on the device
 that the suite ran on, and the kernels measured have the hash of this tree's sources. It may hold
 selfcheck.json, of backend cuda, selfcheck-triton.json, or both, each of which is judged alone; the
 latter by suite-triton.json where there is one, which needs the tests of Triton and no sanitizer.

@@ -17,33 +17,36 @@ from . import counters as ncu_counters
 from . import traffic
 from .stages import Failed, Finished, NotRun, exit_code
 
-NO_TESTS = 5  # pytest's exit code when it collected none
-
-_CHECKED = re.compile(r"^checked (\d+) calls of (.+): (\d+) wrong$", re.MULTILINE)
+_CHECKED = re.compile(r"^(?:checked|ran) (\d+) calls of (.+): (\d+) wrong$", re.MULTILINE)
+_NO_TIME = re.compile(r"^no time for (\d+) calls$", re.MULTILINE)
+_FILE = re.compile(r"^(\w+\.py): (.+)$", re.MULTILINE)
 _REFUSED = re.compile(r"^refused (\d+) calls$", re.MULTILINE)
 _ERRORS = re.compile(r"ERROR SUMMARY: (\d+) errors?")
 _HAZARDS = re.compile(r"RACECHECK SUMMARY: (\d+) hazards?")
 
 
-def tests(finished: Finished, report: Path) -> dict:
-    """Of pytest's JUnit file: passed, failed, skipped."""
-    if finished.code == NO_TESTS:
-        raise NotRun("pytest collected no test marked gpu")
-    if not report.exists():
-        raise Failed(f"pytest wrote no report, exit code {finished.code}: {finished.last_line()}")
-    cases = ElementTree.parse(report).getroot().findall(".//testcase")
+def tests(finished: Finished, reports: Path) -> dict:
+    """Of bench.gpu_tests and its JUnit files: passed, failed, skipped, and how each file ended."""
+    cases = [
+        case
+        for report in sorted(reports.glob("*.xml"))
+        for case in ElementTree.parse(report).getroot().findall(".//testcase")
+    ]
     bad = [c for c in cases if c.find("failure") is not None or c.find("error") is not None]
     skipped = sum(case.find("skipped") is not None for case in cases)
     counts = {
         "passed": len(cases) - len(bad) - skipped, "failed": len(bad), "skipped": skipped,
     }  # fmt: skip
-    if bad:
-        raise Failed(f"{len(bad)} of {len(cases)} tests, the first {bad[0].get('name')}")
+    ends = dict(_FILE.findall(finished.text()))
+    killed = [f"{name} {end}" for name, end in ends.items() if end.startswith("killed")]
+    if bad or killed:
+        first = f", the first {bad[0].get('name')}" if bad else ""
+        raise Failed("; ".join([f"{len(bad)} of {len(cases)} tests{first}", *killed]))
     exit_code(finished)
     if counts["passed"] == 0:
-        raise NotRun(f"no test ran, {skipped} were skipped")
+        raise NotRun(f"no test ran, {skipped} were skipped" if skipped else "no test is marked gpu")
     note = f", {skipped} skipped" if skipped else ""
-    return counts | {"headline": f"{counts['passed']} tests{note}"}
+    return counts | {"headline": f"{counts['passed']} tests of {len(ends)} files{note}"}
 
 
 def sanitizer(finished: Finished, tool: str) -> dict:
@@ -74,10 +77,14 @@ def sanitizer(finished: Finished, tool: str) -> dict:
     headline = f"0 errors in {calls} calls of {', '.join(ops)}"
     if refused:
         headline += f", {refused} refused"
+    unchecked = int(found[1]) if (found := _NO_TIME.search(text)) else 0
+    if unchecked:
+        headline += f", no time for {unchecked}"
     if tool == "racecheck":
         headline += " (it sees shared memory only)"
     return {
-        "calls": calls, "ops": ops, "errors": 0, "refused": refused, "headline": headline,
+        "calls": calls, "ops": ops, "errors": 0, "refused": refused, "unchecked": unchecked,
+        "headline": headline,
     }  # fmt: skip
 
 

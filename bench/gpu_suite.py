@@ -106,10 +106,11 @@ class Suite:
             self._timing("kernels", ["bench.bench_kernels"], evidence.kernels),
             self._timing("gemm", ["bench.bench_gemm"], evidence.gemm),
             self._timing("backward", ["bench.bench_backward"], evidence.gemm),
-            self._timing("group", ["bench.bench_group"], evidence.group),
+            self._timing("group", ["bench.bench_group", *profiles.BACKENDS], evidence.group),
             self._timing("decode", ["bench.bench_decode"], evidence.gemm, self.logs),
             self._timing(
-                "layers", ["bench", "--plot", str(self.logs / "layers.png")], evidence.layers
+                "layers", [*profiles.LAYERS, "--plot", str(self.logs / "layers.png")],
+                evidence.layers,
             ),
             Stage(
                 "dram", self.limits["dram"], self._dram,
@@ -137,7 +138,7 @@ class Suite:
         return [
             Stage(
                 "triton", self.limits["triton"], self._triton_tests,
-                lambda finished: evidence.tests(finished, self.logs / "triton.xml"),
+                lambda finished: evidence.tests(finished, self.logs / "triton"),
             ),
             Stage(
                 "selfcheck-triton", self.limits["selfcheck-triton"],
@@ -226,13 +227,10 @@ class Suite:
         return self._pytest("tests", "not triton")
 
     def _pytest(self, name: str, which: str) -> list[str]:
-        return [
-            sys.executable, "-m", "pytest", "-m", "gpu", "-k", which, "-q", "-p",
-            "no:cacheprovider", f"--junitxml={self.logs / name}.xml",
-        ]  # fmt: skip
+        return [sys.executable, "-m", "bench.gpu_tests", str(self.logs / name), "-k", which]
 
     def _tested(self, finished: Finished) -> dict:
-        return evidence.tests(finished, self.logs / "tests.xml")
+        return evidence.tests(finished, self.logs / "tests")
 
     def _sanitizer(self, tool: str) -> Stage:
         def command() -> list[str]:
@@ -242,7 +240,8 @@ class Suite:
             return [
                 traffic.cuda_tool("compute-sanitizer"), "--tool", tool, "--error-exitcode", "1",
                 "--report-api-errors", "no", "--target-processes", "application-only",
-                sys.executable, "-m", "bench.sanitize",
+                "--launch-timeout", "60", "--show-backtrace", "device",
+                sys.executable, "-m", "bench.sanitize", *(["--run-only"] * (tool == "initcheck")),
             ]  # fmt: skip
 
         # Uncached, each tensor is an allocation of its own: the tool sees where it ends, and what

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Builds, tests, sanitizes and measures the CUDA kernels: `bench/gpu_suite.sh OUT`, see gpu_suite.py;
-# with --triton tests, measures and tunes the Triton kernels.
+# Builds, tests, sanitizes and measures the CUDA kernels: `bench/gpu_suite.sh OUT`, see gpu_suite.py.
 set -euo pipefail
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1

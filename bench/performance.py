@@ -201,10 +201,12 @@ def source(path: Path, machine: Table, commit: str | None, dirty: bool | None) -
 def suite(path: Path) -> list[str]:
     """What a run of gpu_suite.sh said of each stage."""
     found = json.loads(path.read_text())
-    lines = [
-        [stage["name"], stage["status"], stage.get("summary", {}).get("headline", "")]
-        for stage in found["stages"]
-    ]
+    excused = found.get("excused", {})
+    lines = []
+    for stage in found["stages"]:
+        name, headline = stage["name"], stage.get("summary", {}).get("headline", "")
+        said = f"excused: {excused[name]}; {stage['reason']}" if name in excused else headline
+        lines.append([name, stage["status"], said])
     said = source(path, found["device"], found["commit"], found["dirty"])
     return ["", f"### {path.stem}", "", said, "", *markdown(["stage", "status", "result"], lines)]
 

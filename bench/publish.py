@@ -15,13 +15,13 @@ import json
 import re
 import sys
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from lora_kernels.triton_kernels import digest
 
-from . import gpu_suite, plots, profiles, provenance, report, shapes
+from . import gpu_suite, plots, profiles, provenance, report
 from .stages import FAILED, NOT_RUN, PASSED, TIMED_OUT
 
 # by backend, the stage whose file bench.dispatch reads
@@ -74,17 +74,21 @@ def entry(profile: str) -> tuple[str, ...]:
     return RECORDS[profile], *(f"{stage}.json" for stage in RESULTS[profile]), *drawn
 
 
-def objections(suite: dict, allow_not_run: Sequence[str] = ()) -> list[str]:
-    """Why this record proves nothing, apart from the code's origin (see `doubts`)."""
+def objections(suite: dict) -> list[str]:
+    """Why this record proves nothing, apart from the code's origin (see `doubts`).
+
+    What it says under "excused", by sanitizer and with a reason, is no objection.
+    """
     if suite["schema"] != gpu_suite.SCHEMA:
         return [f"schema {suite['schema']}, expected {gpu_suite.SCHEMA}"]
-    status = {stage["name"]: stage["status"] for stage in suite["stages"]}
+    excused = set(suite.get("excused", ())).intersection(profiles.SANITIZERS)
+    status = {s["name"]: s["status"] for s in suite["stages"] if s["name"] not in excused}
     found = [] if suite["finished"] else ["the suite was cut off"]
     found += [f"stage {n} {s}" for n, s in status.items() if s in (FAILED, TIMED_OUT)]
     found += [
         f"stage {name} was not run"
         for name in NEEDED[profile_of(suite)]
-        if status.get(name, NOT_RUN) == NOT_RUN and name not in allow_not_run
+        if status.get(name, NOT_RUN) == NOT_RUN and name not in excused
     ]
     return found
 
@@ -118,15 +122,17 @@ def result_of(out: Path, name: str) -> str:
 
 
 def publish(
-    out: Path, results: Path, *, allow_dirty: bool = False, allow_not_run: Sequence[str] = (),
-    replace: bool = False,
+    out: Path, results: Path, *, allow_dirty: bool = False,
+    excuses: Mapping[str, str] | None = None, replace: bool = False,
 ) -> Path:  # fmt: skip
     """Writes the entry and returns its folder; raises SystemExit where that is refused."""
     path = out / "suite.json"
     if not path.is_file():
         raise SystemExit(f"bench.publish: {out} has no suite.json: expected an OUT of gpu_suite.sh")
     suite = json.loads(path.read_text())
-    found = objections(suite, allow_not_run)
+    if excuses:
+        suite["excused"] = dict(excuses)
+    found = objections(suite)
     if not found and not allow_dirty:
         found = [f"{doubt} (--allow-dirty)" for doubt in doubts(suite, Here.now())]
     if found:
@@ -148,6 +154,14 @@ def publish(
     return folder
 
 
+def _excuse(text: str) -> tuple[str, str]:
+    name, _, reason = text.partition("=")
+    if name not in profiles.SANITIZERS or not reason.strip():
+        names = ", ".join(profiles.SANITIZERS)
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected STAGE=REASON, STAGE of {names}")
+    return name, reason.strip()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.publish",
@@ -162,13 +176,13 @@ def main() -> int:
         help="take it although the measured code is not that of a commit, or not this tree's",
     )  # fmt: skip
     parser.add_argument(
-        "--allow-not-run", metavar="NAME[,NAME]", default=[],
-        type=shapes.listed(shapes.one_of("stage", profiles.SANITIZERS)),
-        help=f"stages that may be missing, of {', '.join(profiles.SANITIZERS)}",
+        "--excuse", metavar="STAGE=REASON", default=[], action="append", type=_excuse,
+        help=f"take it although this stage, of {', '.join(profiles.SANITIZERS)}, did not run or "
+        "failed; the reason, such as a known false report of the tool's version, is published",
     )  # fmt: skip
     args = parser.parse_args()
     folder = publish(
-        args.out, args.results, allow_dirty=args.allow_dirty, allow_not_run=args.allow_not_run,
+        args.out, args.results, allow_dirty=args.allow_dirty, excuses=dict(args.excuse),
         replace=args.replace,
     )  # fmt: skip
     print(

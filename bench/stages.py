@@ -18,12 +18,20 @@ from pathlib import Path
 PASSED, FAILED, TIMED_OUT, NOT_RUN = "passed", "failed", "timed out", "not run"
 SKIP_MARK = "not run: "  # begins the line by which a command says why it did nothing
 REAP_SECONDS = 5.0  # a process stuck in the driver may ignore even SIGKILL
+DEADLINE = (
+    "STAGE_DEADLINE"  # variable of a command's environment: when it is killed, as time.time()
+)
 
 
 def skip(reason: str) -> int:
     """Says that the command did nothing, and why; returns its exit code."""
     print(SKIP_MARK + reason)
     return 77
+
+
+def seconds_left() -> float:
+    """Of the stage whose command this process is, or was started by; infinite outside of one."""
+    return float(os.environ.get(DEADLINE, "inf")) - time.time()
 
 
 class NotRun(Exception):
@@ -110,12 +118,14 @@ def execute(
     The output goes to a file, not through a pipe: a process that outlives the group cannot make
     this one wait for the pipe to close.
     """
+    deadline = min(time.time() + limit, time.time() + seconds_left())
     with log.open("wb") as output:
         output.write(f"$ {' '.join(command)}\n".encode())
         output.flush()
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, cwd=cwd,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **environment}, start_new_session=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", DEADLINE: str(deadline), **environment},
+            start_new_session=True,
         )  # fmt: skip
         try:
             return process.wait(limit)

@@ -49,17 +49,18 @@ class HostTimer:
 
 
 class CudaTimer:
-    """Milliseconds of one call between two CUDA events, after the L2 cache was overwritten.
+    """Milliseconds of one call between two CUDA events, with an L2 cache full of something else.
 
-    The host runs ahead during the overwrite, so a call's launches are queued unless there are many.
+    That is read, not written: lines to be written back would count for the call. The host runs
+    ahead meanwhile, so a call's launches are queued unless there are many.
     """
 
     def __init__(self):
-        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+        self._flush = torch.zeros(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
 
     def __call__(self, call: Call) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._flush.zero_()
+        self._flush.amax()
         start.record()
         call()
         end.record()

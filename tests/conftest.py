@@ -37,6 +37,9 @@ os.environ["LORA_KERNELS_CACHE"] = os.path.join(os.path.dirname(__file__), "no_s
 if has_kernel("forward", "CPU"):
     backends.multiply_natively()  # the same kernels on every processor; test_native_gemm.py: native
 torch.set_num_threads(1)  # xdist runs one worker a core; test_dropout.py tries more
+# Criterion C1 allows one rounding of a product, and cuBLAS may round the parts of one to 16 bits.
+torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 MEMORY = 2 << 30  # bytes that a worker may hold before it gives back what it has freed
 POISON = "-ftrivial-auto-var-init=pattern"  # of scratch on the stack: since GCC 12, clang 8
 TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's

@@ -14,7 +14,8 @@ from lora_kernels import dropout
 # (M, K), (N, r, own options) of each projection, options of the call, and what it launches; `turns`
 # is in how many timings it runs. Some have no mask, no rank or no bias, and most scales differ.
 # Together: several tiles of rows, of columns and of a cluster; odd ranks, whose h is copied out; no
-# columns; operands that are copied, one weight that decides how all lie; an h made by itself.
+# columns; operands that are copied, one weight that decides how all lie; an h made by itself;
+# copies for a GEMM that has no h to wait for.
 FORWARD_GROUPS = [
     (
         (270, 72),
@@ -46,6 +47,12 @@ FORWARD_GROUPS = [
         ],
         dict(multiprocessors=4, transposed=["a3"], turns=3),
         ["pack", "down_proj_sm80", "down_proj_sm90", "fused_gemm_sm90"],
+    ),
+    (
+        (20, 136),
+        [(41, 0, dict(bias=True)), (72, 16, {})],
+        dict(multiprocessors=2, transposed=["weight0"], turns=3),
+        ["pack", "fused_gemm_sm90", "decode"],
     ),
 ]
 # Together: dx masked and not, in several tiles of rows and of columns; odd ranks, which leave gaps

@@ -172,6 +172,8 @@ KILLED = [
     host(OPERAND, "stride of the packed row", "columns > 0 ? (columns + 7) / 8 * 8 : 8",
          "columns > 0 ? columns : 8"),
     host(OPERAND, "odd strides taken as good", "(rows == 1 || m.row_stride % 8 == 0)", "true"),
+    host(GEMM_PLAN, "TMA past the end of a row", "args.N % 8 == 0 && !tma_operand",
+         "!tma_operand"),
     host(GEMM_PLAN, "packed operands in one place", "offset += operand->bytes();",
          "offset += operand->bytes() / 2;"),
     host(GEMM_HEADER, "whole boxes of both blocks", ": plan.tile_n / 2;", ": plan.tile_n;"),

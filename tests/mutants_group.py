@@ -88,6 +88,8 @@ KILLED = [
             "group->raster = raster_of(outputs, tile, request.group);",
             "group->raster = group->plans[0].raster;", "forward"),
     # forward
+    host(FORWARD_HEADER, "early behind copies alone",
+         "adapted |= plan.alone[i].kernel != Kernel::none;", "adapted |= args[i].down.r > 0;"),
     host(FORWARD, "h made twice", "plan.joined[plan.joined_count++] = i;\n  else\n",
          "plan.joined[plan.joined_count++] = i;\n"),
     host(FORWARD_HEADER, "last h not made", "launcher.down_proj_group(joined, plan.joined_count,",

@@ -124,6 +124,7 @@ FORWARD = [
     ((100, 136, 200, 0), dict(PINNED), {}),
     ((20, 264, 72, 16), dict(PINNED, form="two_launches", tile_n=256), {"mn_major": True}),
     ((20, 24, 1333, 7), dict(PINNED, form="one_launch", multiprocessors=2), {}),
+    ((1, 76, 72, 8), dict(PINNED, form="two_launches"), {}),
 ]
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from devices import moved
 from torch import Tensor
 
 import lora_kernels as lk
@@ -160,8 +161,8 @@ def sharded(problem: Problem, row0: int, col0: int) -> Problem:
 
 def on_device(problem: Problem) -> Problem:
     """The same on the current CUDA device."""
-    moved = {n: v.cuda() for n, v in vars(problem).items() if isinstance(v, Tensor)}
-    return replace(problem, **moved)
+    found = {n: moved(v, "cuda") for n, v in vars(problem).items() if isinstance(v, Tensor)}
+    return replace(problem, **found)
 
 
 def run_on_device(problem: Problem, backend: str | None) -> dict[str, Tensor]:

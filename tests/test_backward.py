@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from devices import moved
 from emulator.suite import SCHEDULES
 from test_forward import DTYPES, SCALE, SEEDS, SHAPES, THRESHOLD, VIEWS, bits
 from test_kernels import UNIT, close
@@ -377,7 +378,7 @@ def test_every_item_waits_for_smaller_numbers_only(emulated):
 
 def on_device(step: Step, form: str, wanted=NAMES, tile_n=0, runs=2) -> dict[str, torch.Tensor]:
     """The gradients of `runs` runs, which give the same bits."""
-    operands = (t.cuda() for t in (step.dy, step.x, step.weight, step.a, step.b, step.h))
+    operands = (moved(t, "cuda") for t in (step.dy, step.x, step.weight, step.a, step.b, step.h))
     seed = None if step.seed is None else torch.tensor(step.seed, device="cuda")
     keep = 1 if seed is None else (dropout.RANGE - THRESHOLD) / dropout.RANGE
     step.db_scale = UP * keep  # ops divide by q where there is a mask: not in dB

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from devices import moved
 from test_kernels import close
 
 from lora_kernels import dropout
@@ -58,7 +59,7 @@ def check(h, x, down, seed, scale=-1.5):
     """C1 against float64. The factor 1/q is the caller's, inside `scale`."""
     xd = x.double()
     if seed is not None:
-        mask = dropout.reference_mask(torch.tensor(seed), *x.shape, THRESHOLD)
+        mask = dropout.reference_mask(torch.tensor(seed, device=x.device), *x.shape, THRESHOLD)
         xd = torch.where(mask, xd, 0)
     total = abs(scale) * xd.abs() @ down.double().abs().T
     close(h, scale * xd @ down.double().T, total, x.shape[1] + 4)
@@ -199,7 +200,7 @@ def test_a_build_without_sm90a_has_no_sm90_plan(emulated):
 def test_on_the_gpu(shape, dtype, mn_major, seed):
     """The same on a device; twice, bit for bit the same."""
     x, down = problem(shape, dtype, mn_major)
-    on = {"x": x.cuda(), "down": down.cuda()}
+    on = {"x": moved(x, "cuda"), "down": moved(down, "cuda")}
     seeds = None if seed is None else torch.tensor(seed, device="cuda")
     keep = 1 if seed is None else (dropout.RANGE - THRESHOLD) / dropout.RANGE
     calls = [
@@ -207,7 +208,7 @@ def test_on_the_gpu(shape, dtype, mn_major, seed):
         for _ in range(2)
     ]
     assert torch.equal(*calls)
-    check(calls[0].cpu(), x, down, seed)
+    check(calls[0], on["x"], on["down"], seed)
 
 
 @pytest.mark.gpu

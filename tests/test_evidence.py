@@ -32,6 +32,9 @@ def test_sanitizer(tmp_path):
     done = finished(tmp_path, "refused 3 calls\n" + CHECKED + CLEAN)
     assert evidence.sanitizer(done, "memcheck")["refused"] == 3
     assert evidence.sanitizer(done, "memcheck")["headline"].endswith("dropout_mask, 3 refused")
+    done = finished(tmp_path, "no time for 7 calls\n" + CHECKED.replace("checked", "ran") + CLEAN)
+    found = evidence.sanitizer(done, "initcheck")
+    assert found["unchecked"] == 7 and found["headline"].endswith("dropout_mask, no time for 7")
     bad = [
         ("memcheck", banner + CHECKED, 0, "no summary"),  # the tool never attached
         ("memcheck", banner + CHECKED + NO_RACE, 0, "no summary"),
@@ -52,26 +55,34 @@ def test_sanitizer(tmp_path):
         evidence.sanitizer(finished(tmp_path, CHECKED.replace("4", "0") + CLEAN), "memcheck")
 
 
-def test_pytest_report(tmp_path):
-    report = tmp_path / "tests.xml"
+def test_reports_of_test_files(tmp_path):
+    reports = tmp_path / "reports"
+    reports.mkdir()
 
-    def judge(*cases: str, code: int = 0) -> dict:
+    def judge(*cases: str, code: int = 0, said: str = "test_a.py: exit code 0\n") -> dict:
+        """Two files: one of `cases`, and one of a test that passed."""
         found = "".join(f'<testcase name="t{i}">{case}</testcase>' for i, case in enumerate(cases))
-        report.write_text(f"<testsuites><testsuite>{found}</testsuite></testsuites>")
-        return evidence.tests(finished(tmp_path, "", code), report)
+        for name, of in (("test_a", found), ("test_b", '<testcase name="b"/>' * bool(cases))):
+            text = f"<testsuites><testsuite>{of}</testsuite></testsuites>"
+            (reports / f"{name}.xml").write_text(text)
+        return evidence.tests(finished(tmp_path, said, code), reports)
 
-    assert judge("", "", "<skipped/>")["headline"] == "2 tests, 1 skipped"
-    with pytest.raises(Failed, match="1 of 2 tests, the first t1"):
+    both = "test_a.py: exit code 0\ntest_b.py: exit code 0\n"
+    found = judge("", "", "<skipped/>", said=both)
+    assert found["headline"] == "3 tests of 2 files, 1 skipped"
+    with pytest.raises(Failed, match=r"1 of 3 tests, the first t1$"):
         judge("", "<failure/>", code=1)
-    with pytest.raises(Failed, match="exit code 3"):
-        judge("", code=3)
+    with pytest.raises(Failed, match=r"0 of 2 tests; test_a\.py killed after 9 s$"):
+        judge("", code=1, said="test_a.py: killed after 9 s\n")
+    with pytest.raises(Failed, match=r"exit code 1: test_a\.py: exit code 2"):  # it did not import
+        judge("", code=1, said="test_a.py: exit code 2\n")
+    with pytest.raises(NotRun, match="no test is marked"):
+        judge(code=0)
+    for report in reports.iterdir():
+        report.unlink()
+    (reports / "test_a.xml").write_text("<a><testcase name='t'><skipped/></testcase></a>")
     with pytest.raises(NotRun, match="1 were skipped"):
-        judge("<skipped/>")
-    with pytest.raises(NotRun, match="collected no test"):
-        judge(code=evidence.NO_TESTS)
-    report.unlink()
-    with pytest.raises(Failed, match="no report"):
-        evidence.tests(finished(tmp_path, "", 2), report)
+        evidence.tests(finished(tmp_path, both), reports)
 
 
 def test_kernels_json_is_what_the_judge_reads(tmp_path, monkeypatch, capsys):

@@ -22,6 +22,7 @@ from lora_kernels import backend as backends
 from lora_kernels import dropout
 
 CSRC = Path(__file__).parents[1] / "csrc"
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 ON_GPU = ["composed", "cuda"]
 
 
@@ -258,7 +259,11 @@ def test_fault_38_no_memory_on_the_device(name):
     before = p.run(name)
     held = torch.cuda.memory_allocated()
     x = p.x[:1].expand(1 << 32, 512)
-    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+    # The stable ABI of torch 2.11 and 2.12 hands on that a call failed, not why.
+    kind, said = torch.OutOfMemoryError, "CUDA out of memory"
+    if name == "cuda" and TORCH < (2, 13):
+        kind, said = RuntimeError, "API call failed|CUDA out of memory"
+    with pytest.raises(kind, match=said):
         lk.fused_lora_linear(x, p.weight, p.lora_a, p.lora_b, backend=name)
     assert torch.cuda.memory_allocated() == held
     after = p.run(name)

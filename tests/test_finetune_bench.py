@@ -66,7 +66,7 @@ def test_a_backend_that_learns_too_little_fails(run):
     try:
         code, result, said = run("--backend", "deaf")
     finally:
-        backend._BACKENDS.pop("deaf")
+        backend.unregister("deaf")
     assert code == 1 and "FAILED deaf, fp32 p=0.1: wrong: it learnt 0.0000" in said
     assert [row["name"] for row in result["groups"][0]["rows"] if "error" in row] == ["deaf"]
 

@@ -90,8 +90,10 @@ def test_tests_of_triton_run_with_triton_alone():
     modules = ["rich", "matplotlib", "pytest", "hypothesis", "numpy"]
     facts = {"device_name": "NVIDIA Test", "modules": modules, "triton": "3.7.1"}
     of_cuda, of_triton = (commands(profile, facts) for profile in ("cuda", "triton"))
-    assert "-m pytest -m gpu -k not triton " in of_cuda["tests"]
-    assert "-m pytest -m gpu -k triton " in of_triton["triton"]
+    assert of_cuda["tests"] == "-m bench.gpu_tests logs/tests -k not triton"
+    assert of_triton["triton"] == "-m bench.gpu_tests logs/triton -k triton"
+    for stage in ("group", "layers"):
+        assert "--backend cuda,composed" in of_cuda[stage], "Triton compiles in its own profile"
     assert "--backend triton" in of_triton["selfcheck-triton"]
     assert "--json out/selfcheck-triton.json" in of_triton["selfcheck-triton"]
     assert of_triton["tune-triton"].startswith("-m bench.tune_triton --dry-run")
@@ -99,6 +101,15 @@ def test_tests_of_triton_run_with_triton_alone():
     names = set(profiles.TRITON_LIMITS) - {"probe", "build"}
     assert all("has no module triton" in of_triton[name] for name in names)
     assert "no module pytest" in commands("triton", facts | {"modules": []})["triton"]
+
+
+def test_initcheck_alone_compares_nothing(tmp_path, monkeypatch):
+    (tmp_path / "compute-sanitizer").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    found = commands("cuda", {"device_name": "NVIDIA Test", "modules": []})
+    for tool in profiles.SANITIZERS:
+        assert f"--tool {tool} --error-exitcode 1 " in found[tool]
+        assert found[tool].endswith("--run-only") == (tool == "initcheck")
 
 
 PATIENT = ["--limit", "probe=90"]  # where other tests keep the processors busy

@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from devices import moved
 from emulator.suite import SCHEDULES
 from test_backward import NAMES, UP, Step, assert_near
 from test_forward import DTYPES, SCALE, THRESHOLD, Layer, bits
@@ -337,8 +338,8 @@ def seeds_on_device(each) -> list:
 
 
 def on_device(each, *names) -> list[list]:
-    moved = ([getattr(one, name) for one in each] for name in names)
-    return [[None if t is None else t.cuda() for t in part] for part in moved]
+    found = ([getattr(one, name) for one in each] for name in names)
+    return [[None if t is None else moved(t, "cuda") for t in part] for part in found]
 
 
 BIG = {"big": (4096, 2048, ((2048, 16), (512, 16), (512, 16)))}
@@ -349,7 +350,7 @@ BIG = {"big": (4096, 2048, ((2048, 16), (512, 16), (512, 16)))}
 @pytest.mark.parametrize("shape", (GROUPS | BIG).values(), ids=GROUPS | BIG)
 def test_forward_on_the_gpu(hopper, shape, seed):
     each = layers(shape, seed=seed)
-    ops, seeds, x = torch.ops.lora_kernels, seeds_on_device(each), each[0].x.cuda()
+    ops, seeds, x = torch.ops.lora_kernels, seeds_on_device(each), moved(each[0].x, "cuda")
     operands = [*on_device(each, "weight", "a", "b", "bias"), seeds]
     keep = 1 if seed is None else (dropout.RANGE - THRESHOLD) / dropout.RANGE
     scales = [SCALE * keep] * len(each), [1.0] * len(each)
@@ -371,7 +372,7 @@ def test_backward_on_the_gpu(hopper, shape, seed):
         one.db_scale = UP * keep  # ops divide by q where there is a mask: not in dB
     yes = [True] * count
     call = functools.partial(
-        torch.ops.lora_kernels.backward_group, each[0].x.cuda(),
+        torch.ops.lora_kernels.backward_group, moved(each[0].x, "cuda"),
         *on_device(each, "dy", "weight", "a", "b", "h"), seeds_on_device(each), THRESHOLD,
         [SCALE] * count, [UP * keep] * count, yes, yes, True, yes, yes, yes,
     )  # fmt: skip

@@ -12,7 +12,7 @@ import suite_facts
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import profiles, publish  # noqa: E402
+from bench import performance, profiles, publish  # noqa: E402
 
 # ---- publishing ----------------------------------------------------------------------------------
 
@@ -74,9 +74,37 @@ def test_publish_refuses_what_is_no_evidence(out, tmp_path, change, why, dirt):
             publish.publish(out, tmp_path / "results", allow_dirty=True)
 
 
-def test_a_missing_tool_can_be_allowed(out, tmp_path):
-    edit(out, set_status("racecheck", "not run"))
-    publish.publish(out, tmp_path / "results", allow_not_run=["racecheck"])
+@pytest.mark.parametrize("status", ["not run", "failed"])
+def test_a_sanitizer_can_be_excused_with_a_reason_that_is_published(
+    out, tmp_path, monkeypatch, capsys, status
+):
+    def excuse(*reasons: str) -> None:
+        found = [f"--excuse={reason}" for reason in reasons]
+        target = ["--results", str(tmp_path / "results"), "--allow-dirty"]
+        monkeypatch.setattr(sys, "argv", ["publish", str(out), *target, *found])
+        publish.main()
+
+    def change(record: dict) -> None:
+        set_status("racecheck", status)(record)
+        next(s for s in record["stages"] if s["name"] == "racecheck")["reason"] = "3 errors"
+
+    edit(out, change)
+    for wrong in ("racecheck", "racecheck= ", "tests=slow"):
+        with pytest.raises(SystemExit):
+            excuse(wrong)
+        assert "expected STAGE=REASON, STAGE of memcheck" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="racecheck"):
+        excuse("memcheck=another")
+    excuse("racecheck=it blames an mbarrier")
+    (folder,) = (tmp_path / "results").iterdir()
+    record = json.loads((folder / "suite.json").read_text())
+    assert record["excused"] == {"racecheck": "it blames an mbarrier"}
+    assert publish.objections(record) == [], "and so has the automatic choice none"
+    said = "\n".join(performance.suite(folder / "suite.json"))
+    assert f"| racecheck | {status} | excused: it blames an mbarrier; 3 errors |" in said
+    record["excused"] = {"tests": "slow"}
+    set_status("tests", "failed")(record)
+    assert "stage tests failed" in publish.objections(record), "nothing but a tool is excused"
 
 
 # ---- publishing the other profiles ---------------------------------------------------------------

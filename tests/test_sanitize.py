@@ -92,20 +92,60 @@ def test_operands_reach_the_device_as_they_lie():
         torch.rand(4, 6)[:0],
         torch.rand(4, 6)[:, :0],
     ):
-        moved = sanitize._moved(t, "cpu")
+        moved = sanitize.moved(t, "cpu")
         assert torch.equal(moved, t) and moved.stride() == t.stride()
         assert moved.storage_offset() == t.storage_offset()
-    moved = sanitize._moved(x, "meta")
+    moved = sanitize.moved(x, "meta")
     assert moved.stride() == (7, 1) and moved.storage_offset() == 1
 
 
-def sanitized(monkeypatch, kernel, plan=lambda *args: "a plan", op: str = "forward_as") -> int:
+def test_operators_take_turns_and_none_is_left_out():
+    ops = ("dropout_mask", "weight_grad", "forward_as")
+    found = sanitize.turns(ops)
+    counts = {op: sum(1 for _ in sanitize.calls(op)) for op in ops}
+    assert {op: sum(call.op == op for call in found) for op in ops} == counts
+    assert [call.op for call in found[:6]] == list(ops) * 2
+    first = [call.args for call in found[:60] if call.op == "forward_as"]
+    assert len({args[0].shape for args in first}) > 2, "not one shape after another"
+    assert {args[0].dtype for args in first} == {torch.bfloat16, torch.float16}
+    assert {args[5] is None for args in first} == {True, False}
+
+
+def sanitized(
+    monkeypatch, kernel, plan=lambda *args: "a plan", op: str = "forward_as", arguments=()
+) -> int:
     ops = torch.ops.lora_kernels
     monkeypatch.setattr(ops, op, kernel, raising=False)
     monkeypatch.setattr(ops, op.replace("_as", "_plan"), plan, raising=False)
     monkeypatch.setattr(sanitize.schemas, "runs_here", lambda name, device: name == op)
-    monkeypatch.setattr(sys, "argv", ["sanitize", "--device", "cpu"])
+    monkeypatch.setattr(sys, "argv", ["sanitize", "--device", "cpu", *arguments])
     return sanitize.main()
+
+
+def test_the_end_of_the_time_is_told(monkeypatch, capsys):
+    def right(*args):
+        return composed.forward(*args[:-3])
+
+    left = iter([100.0] * 5 + [1.0])
+    monkeypatch.setattr(sanitize.stages, "seconds_left", lambda: next(left))
+    total = sum(1 for _ in sanitize.calls("forward_as"))
+    assert sanitized(monkeypatch, right) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[-2:] == [f"no time for {total - 5} calls", "checked 5 calls of forward_as: 0 wrong"]
+
+
+def test_run_only_compares_nothing_and_does_not_say_it_did(monkeypatch, capsys):
+    runs = []
+
+    def wrong(*args):
+        runs.append(args)
+        return tuple(t + 1 for t in composed.forward(*args[:-3]))
+
+    assert sanitized(monkeypatch, wrong, arguments=("--run-only",)) == 0
+    total = sum(1 for _ in sanitize.calls("forward_as"))
+    assert f"ran {total} calls of forward_as: 0 wrong" in capsys.readouterr().out
+    assert len(runs) == 2 * total
+    assert sanitized(monkeypatch, wrong) == 1
 
 
 def test_sanitized_forward_as_is_checked(monkeypatch, capsys, tmp_path):

@@ -72,13 +72,15 @@ int run_forward_group(const ForwardArgs* args, int count, const ForwardGroupPlan
   PackJobs before, after;
   before.add(plan.x, workspace);
   DownProjArgs each[kMaxGroup], joined[kMaxGroup];
-  bool adapted = false;
+  // Whether a launch that waits for all before it makes an h: only behind one may fused_gemm start
+  // early. What decode serves makes its own h, afterwards.
+  bool adapted = plan.joined_count > 0;
   for (int i = 0; i < count; ++i) {
     each[i] = down_args_of(args[i], plan, i, workspace);
+    adapted |= plan.alone[i].kernel != Kernel::none;
     if (plan.h_padded[i])
       after.jobs[after.count++] = {each[i].h,           each[i].M, each[i].r,
                                    args[i].down.h.data, each[i].M, each[i].r};
-    adapted |= each[i].r > 0;
   }
   joined_args_of(args, plan, workspace, joined);
   for (int i = 0; i < plan.joined_count; ++i) before.add(plan.lora_a[plan.joined[i]], workspace);

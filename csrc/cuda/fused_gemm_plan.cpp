@@ -160,7 +160,8 @@ FusedGemmPlan plan_fused_gemm(const FusedGemmArgs& args, const Target& target,
                           : tma_operand(args.up, args.N, args.r);
   if (plan.r == 0) plan.h.packed = plan.up.packed = false;  // nothing is loaded of them
   if (args.bias.data != nullptr) plan.bias = tma_operand(args.bias, 1, args.N);
-  plan.y_vectors = !tma_operand(args.y, args.M, args.N).packed;
+  // A TMA store writes whole 16 bytes, past the end of a row that does not end on them.
+  plan.y_vectors = args.N % 8 == 0 && !tma_operand(args.y, args.M, args.N).packed;
   plan.raster = raster_of(output, tile, request.group);
   plan.clusters = at_a_time(plan.kernel, target, plan.raster);
   return plan;

@@ -283,6 +283,7 @@ void for_box(const TensorMap& m, uint32_t address, int column, int row, F f) {
 void load_tensor(uint32_t to, const TensorMap& map, uint32_t barrier, int column, int row,
                  uint16_t blocks, Place at) {
   if (to % 128) machine->fail("misaligned: TMA load into shared memory", at);
+  if (column % 8) machine->fail("misaligned: TMA load of a column not on 16 bytes", at);
   auto known = snapshot(warp());
   const TensorMap m = map;  // the kernel's copy lives no longer than its thread
   for (unsigned rank = 0; rank < 16; ++rank) {
@@ -313,6 +314,7 @@ void load_tensor(uint32_t to, const TensorMap& map, uint32_t barrier, int column
 
 void store_tensor(const TensorMap& map, uint32_t from, int column, int row, Place at) {
   if (from % 128) machine->fail("misaligned: TMA store from shared memory", at);
+  if (column % 8) machine->fail("misaligned: TMA store to a column not on 16 bytes", at);
   Warp& w = warp();
   auto known = snapshot(w);
   // Threads of one warp that store each get a number of their own.
@@ -326,10 +328,11 @@ void store_tensor(const TensorMap& map, uint32_t from, int column, int row, Plac
     const Access read{reads, known.get(), Proxy::async, "TMA store", at};
     const Access write{writes, known.get(), Proxy::async, "TMA store", at};
     for_box(m, from, column, row, [&](uint32_t address, const uint16_t* to, int elements) {
+      if (elements == 0) return;
       uint16_t chunk[8];
-      for (int i = 0; i < elements; i += 2)  // what lies outside the matrix is not read
+      for (int i = 0; i < 8; i += 2)
         shared->read(address + static_cast<uint32_t>(i) * 2, chunk + i, 4, read);
-      for (int i = 0; i < elements; ++i)
+      for (int i = 0; i < 8; ++i)  // whole 16 bytes, also where a row ends within them
         global.write(const_cast<uint16_t*>(to + i), chunk + i, 2, write);
     });
   });

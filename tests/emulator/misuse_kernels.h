@@ -268,6 +268,33 @@ void misaligned_matrix(bool wrong) {
   uint32_t r[4];
   load_matrix_x4(r, shared_base() + threadIdx.x % 32 * 16 + (wrong ? 8 : 0));
 }
+void load_of_a_column_off_16_bytes(bool wrong) {
+  const uint32_t barrier = make_barrier(1);
+  if (threadIdx.x == 0) {
+    barrier_arrive_expect(barrier, kTile);
+    tma_load(shared_base(), &in_map, barrier, wrong ? 4 : 8, 0);
+  }
+  barrier_wait(barrier, 0);
+}
+void store_to_a_column_off_16_bytes(bool wrong) {
+  fill_tile(shared_base());
+  fence_async_shared();
+  block_sync();
+  if (threadIdx.x != 0) return;
+  tma_store(&out_map, shared_base(), wrong ? 4 : 8, 0);
+  tma_store_commit();
+  tma_store_wait_read<0>();
+}
+// Beside a row of 60 columns, of which the last four share 16 bytes with what another thread
+// writes.
+void store_past_the_end_of_a_row(bool wrong) {
+  static TensorMap whole{memory.out, 56, 1, 64, 64, 64}, part{memory.out, 60, 1, 64, 64, 64};
+  fill_tile(shared_base());
+  fence_async_shared();
+  block_sync();
+  if (threadIdx.x == 0) store_tile(wrong ? part : whole, shared_base());
+  if (threadIdx.x == 64) store_global(memory.out + 60, uint16_t{1});
+}
 void registers_past_the_pool(bool wrong) {
   // 3 warpgroups of 168 registers use the pool up: 40 + 2 * 232 fits it, 40 + 2 * 240 does not.
   if (warp_of_thread() < 4)

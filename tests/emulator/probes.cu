@@ -48,15 +48,18 @@ cudaError_t run_gemm_of(const void* a, const void* b, void* c, int M, int N, int
 
 }  // namespace
 
-extern "C" int probe_gemm(const void* a, const void* b, void* c, int M, int N, int K, int tile_n,
-                          int trans_a, int trans_b) {
+// Exported whatever the library's flags say.
+#define LK_EXPORT extern "C" __attribute__((visibility("default")))
+
+LK_EXPORT int probe_gemm(const void* a, const void* b, void* c, int M, int N, int K, int tile_n,
+                         int trans_a, int trans_b) {
   return tile_n == 256 ? run_gemm_of<256>(a, b, c, M, N, K, trans_a, trans_b)
                        : run_gemm_of<128>(a, b, c, M, N, K, trans_a, trans_b);
 }
 
 // words: the ticket and the flags, zero.
-extern "C" int probe_relay(const void* in, void* h, void* out, uint32_t* words, int tiles,
-                           int blocks) {
+LK_EXPORT int probe_relay(const void* in, void* h, void* out, uint32_t* words, int tiles,
+                          int blocks) {
   CUtensorMap h_map, out_map;
   cudaError_t error = encode_tensor_map({h, 64, 64 * tiles, 64, 64, Dtype::bf16}, &h_map);
   if (error == cudaSuccess)
