@@ -77,6 +77,7 @@ def plot_kernels(path: Path, groups: list[dict], machine: dict) -> None:
         ]
         axis.set_xticks(range(len(shown)), labels)
         axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
+        _log(axis.yaxis)
         axis.set_title(kernel, loc="left", fontsize=9)
         _tidy(axis, 7)
     figure.supylabel("times faster than composed (higher is better)", fontsize=8)

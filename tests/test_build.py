@@ -172,3 +172,20 @@ def test_embedded_architectures():
     found = Counter(re.findall(r"\.(sm_\w+\.\w+)$", listed, re.MULTILINE))
     sources = len(list((ROOT / "csrc/cuda").glob("*.cu")))
     assert found == {"sm_80.cubin": sources, "sm_80.ptx": sources, "sm_90a.cubin": sources}
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        ("8.0;9.0", "8.0;9.0a"), ("9.0+PTX", "9.0a+PTX"), ("9.0a 8.6", "9.0a 8.6"),
+        ("8.9,9.0", "8.9,9.0a"), ("", "8.0+PTX;9.0a"),
+    ],
+)  # fmt: skip
+def test_hopper_is_built_with_its_own_instructions(given, taken, monkeypatch):
+    """Also where an image asks for 9.0, of which the kernels for sm_80 would be all there is."""
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", given)
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
+    source = (ROOT / "setup.py").read_text()
+    found: dict = {}
+    exec(source[: source.index("def cuda_home")], found)
+    assert found["ARCHS"] == taken
