@@ -49,7 +49,7 @@ def run(path: Path, which: str, reports: Path, seconds: float) -> str:
     limit = min(seconds, stages.seconds_left() - MARGIN)
     if limit <= 0:
         return "killed before it began"
-    code = stages.execute(command, limit, log, {}, ROOT)
+    code = stages.execute(command, limit, log, {}, ROOT, own_group=False)
     return f"killed after {limit:.0f} s" if code is None else f"exit code {code}"
 
 

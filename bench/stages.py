@@ -102,37 +102,42 @@ class NoMonitor:
         return contextlib.nullcontext({})
 
 
-def kill_group(process: subprocess.Popen) -> None:
-    """Kills a process that leads its group, with the group."""
+def kill(process: subprocess.Popen, with_group: bool = True) -> None:
+    """Kills a process; if it leads a group, with the group."""
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+        if with_group:
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(REAP_SECONDS)
 
 
 def execute(
-    command: list[str], limit: float, log: Path, environment: Mapping[str, str], cwd: Path
-) -> int | None:
+    command: list[str], limit: float, log: Path, environment: Mapping[str, str], cwd: Path,
+    own_group: bool = True,
+) -> int | None:  # fmt: skip
     """Runs a command with its output in `log`: its exit code, or None if the limit ended it.
 
+    With it ends what it has started, unless it has no group of its own: then that ends with ours.
     The output goes to a file, not through a pipe: a process that outlives the group cannot make
     this one wait for the pipe to close.
     """
-    deadline = min(time.time() + limit, time.time() + seconds_left())
+    deadline = time.time() + min(limit, seconds_left())
     with log.open("wb") as output:
         output.write(f"$ {' '.join(command)}\n".encode())
         output.flush()
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, cwd=cwd,
             env={**os.environ, "PYTHONUNBUFFERED": "1", DEADLINE: str(deadline), **environment},
-            start_new_session=True,
+            start_new_session=own_group,
         )  # fmt: skip
         try:
             return process.wait(limit)
         except subprocess.TimeoutExpired:
             return None
         finally:  # also where the command left children behind, or we were interrupted
-            kill_group(process)
+            kill(process, own_group)
 
 
 def _attempt(stage: Stage, limit: float, log: Path, cwd: Path) -> tuple[str, str, dict]:

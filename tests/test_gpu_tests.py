@@ -69,6 +69,22 @@ def test_what_there_is_no_time_for_is_not_begun(folder, tmp_path, monkeypatch, c
     assert capsys.readouterr().out.count("killed before it began") == 5
 
 
+def test_what_runs_ends_with_the_stage(tmp_path):
+    """A file of tests that is running is of the same group as what runs it."""
+    child = "import os; print(os.getpgrp())"
+    groups = []
+    for own in (True, False):
+        log = tmp_path / "log"
+        command = [sys.executable, "-c", child]
+        assert stages.execute(command, 60, log, {}, tmp_path, own_group=own) == 0
+        groups.append(int(log.read_text().splitlines()[-1]))
+    assert groups[0] != os.getpgrp() and groups[1] == os.getpgrp()
+    started = time.monotonic()
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    assert stages.execute(command, 1, log, {}, tmp_path, own_group=False) is None
+    assert time.monotonic() - started < 30
+
+
 def test_a_command_knows_when_its_stage_ends(tmp_path, monkeypatch):
     monkeypatch.delenv(stages.DEADLINE, raising=False)
     assert stages.seconds_left() == float("inf")
