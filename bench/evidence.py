@@ -11,6 +11,7 @@ import math
 import re
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 from . import counters as ncu_counters
@@ -252,13 +253,7 @@ def selfcheck(finished: Finished, path: Path) -> dict:
 
 def dram(finished: Finished, csv: Path) -> dict:
     """Of ncu around bench.traffic: the rows of `traffic.rows`."""
-    text = csv.read_text(errors="replace") if csv.exists() else ""
-    if (why := traffic.refusal(finished.text() + text)) is not None:
-        raise NotRun(why)
-    exit_code(finished)
-    rows = traffic.rows(finished.text(), text)
-    if not rows:
-        raise NotRun("no call was profiled")
+    rows = _profiled(finished, csv, traffic.rows)
     by_kernel = defaultdict(list)
     for row in rows:
         if row["name"] == "kernel":
@@ -274,13 +269,7 @@ def dram(finished: Finished, csv: Path) -> dict:
 
 def counters(finished: Finished, csv: Path) -> dict:
     """Of ncu around bench.counters: the rows of `counters.rows`."""
-    text = csv.read_text(errors="replace") if csv.exists() else ""
-    if (why := traffic.refusal(finished.text() + text)) is not None:
-        raise NotRun(why)
-    exit_code(finished)
-    rows = ncu_counters.rows(finished.text(), text)
-    if not rows:
-        raise NotRun("no call was profiled")
+    rows = _profiled(finished, csv, ncu_counters.rows)
     parts = []
     for row in rows:
         longest = max(row["launches"], key=lambda launch: launch["us"] or 0.0)
@@ -290,6 +279,18 @@ def counters(finished: Finished, csv: Path) -> dict:
         said += [f"waits for {waits}"] if waits else []
         parts.append(f"{row['m']}x{row['n']}x{row['k']} {row['name']}: {' '.join(said)}")
     return {"rows": rows, "headline": ", ".join(parts)}
+
+
+def _profiled(finished: Finished, csv: Path, rows: Callable[[str, str], list[dict]]) -> list[dict]:
+    """What `rows` finds in a process's output and in ncu's CSV."""
+    text = csv.read_text(errors="replace") if csv.exists() else ""
+    if (why := traffic.refusal(finished.text() + text)) is not None:
+        raise NotRun(why)
+    exit_code(finished)
+    found = rows(finished.text(), text)
+    if not found:
+        raise NotRun("no call was profiled")
+    return found
 
 
 def _geometric_mean(values: list[float]) -> float:

@@ -24,6 +24,8 @@ samples that the contenders of a table took in turns; **bold** is what the call 
 """
 NO_GPU = """
 No GPU has measured anything yet: the table of the automatic choice is empty, and `composed` runs.
+
+## Goals on an H100
 """
 
 Table = dict[str, Any]  # a group of a result: what was timed, and its `rows`
@@ -102,7 +104,10 @@ VIEWS = {  # by the file's name, in the order of the page
         "A fine-tune under PEFT",
         "The same steps of one small model on one text: tokens a second / loss on held-out text "
         "afterwards / MiB that a step holds at most.",
-        lambda t: f"{t['model']}, {t['steps']} steps, r={t['rank']}, before {t['first_loss']:.4f}",
+        lambda t: (
+            f"{t['model']}, {t['steps']} steps, r={t['rank']}, adapters {t['adapters']}, before "
+            f"{t['first_loss']:.4f}"
+        ),
         _trained, _dropout,
     ),
     "layers": View(
@@ -224,6 +229,10 @@ def section(path: Path, commit: str | None) -> list[str]:
     return found + tables(view, view.prepare(result["groups"]))
 
 
+def goals_of(folder: Path) -> list[str]:
+    return ["", *markdown(goals.HEADER, [goal.line(folder) for goal in goals.GOALS])]
+
+
 def entry(folder: Path) -> list[str]:
     """All that one device has measured."""
     files = [folder / f"{name}.json" for name in VIEWS if (folder / f"{name}.json").exists()]
@@ -237,8 +246,7 @@ def entry(folder: Path) -> list[str]:
     found = ["", f"## {about}"]
     commits = {}
     if folder.name.startswith("cuda-"):
-        lines = [goal.line(folder) for goal in goals.GOALS]
-        found += ["", "### Goals", "", *markdown(goals.HEADER, lines)]
+        found += ["", "### Goals", *goals_of(folder)]
     for path in records:
         found += suite(path)
         record = json.loads(path.read_text())
@@ -251,8 +259,9 @@ def entry(folder: Path) -> list[str]:
 def page(results: Path) -> str:
     folders = sorted(folder for folder in results.iterdir() if folder.is_dir())
     gpus = any(folder.name.startswith("cuda-") for folder in folders)
-    lines = [line for folder in sorted(folders, key=_gpus_first) for line in entry(folder)]
-    return HEAD + ("" if gpus else NO_GPU) + "\n".join(lines) + "\n"
+    lines = [] if gpus else [NO_GPU.rstrip(), *goals_of(results / "no-gpu")]
+    lines += [line for folder in sorted(folders, key=_gpus_first) for line in entry(folder)]
+    return HEAD + "\n".join(lines) + "\n"
 
 
 def _gpus_first(folder: Path) -> tuple[bool, str]:
