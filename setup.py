@@ -1,8 +1,8 @@
 """Builds lora_kernels._C if torch and a C++ compiler are found, with its CUDA kernels if nvcc is.
 
 LORA_KERNELS_BUILD    auto (default) | cuda | cpu | python: anything but auto must succeed
-TORCH_CUDA_ARCH_LIST  default "8.0+PTX;9.0a"; a "+PTX" suffix embeds PTX for newer devices, and 9.0 is
-                      taken for 9.0a: Hopper's kernels need its own instructions
+TORCH_CUDA_ARCH_LIST  default "8.0+PTX;9.0a"; a "+PTX" suffix embeds PTX for newer devices, and
+                      9.0 is taken for 9.0a: Hopper's kernels need its own instructions
 CUDA_HOME, MAX_JOBS   as in torch
 NVCC_APPEND_FLAGS     nvcc's own: with -lineinfo a profiler shows source lines
 """

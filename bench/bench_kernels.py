@@ -175,6 +175,7 @@ def main() -> int:
     for name in sorted(set(args.kernel) - set(kernels)):
         console.print(f"{name}: no kernel for {args.device} here, the op is composed; left out")
     timer, groups = timing.make_timer(args.device), []
+    settings = {"rounds": args.rounds, "seconds_per_table": args.seconds}
     cases = shapes.cases(args)
     with report.progress(console) as bar:
         task = bar.add_task("", total=len(cases))
@@ -193,8 +194,8 @@ def main() -> int:
                         "rank": case.rank, "dtype": case.dtype, "dropout": p, "rows": rows,
                     })  # fmt: skip
                 console.print(report.table(f"{case}  dropout {p:g}", lines, COLUMNS))
+                report.write(args.json, "kernels", machine, settings, {"groups": groups})
             bar.advance(task)
-    settings = {"rounds": args.rounds, "seconds_per_table": args.seconds}
     failures = [
         f"{group['kernel']} -> {group['what']}, {group['label']}: {row['error']}"
         for group in groups

@@ -6,6 +6,7 @@ import contextlib
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 
 FIELDS = {  # nvidia-smi's name -> ours, with the unit
@@ -72,15 +73,21 @@ class Monitor:
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[dict]:
-        """Polls `now` until the block ends, then fills the dict: samples, lowest, highest."""
+        """Polls `now` until the block ends, then fills the dict: series, lowest, highest.
+
+        A sample of the series is [time.time(), value of each of FIELDS]: with the time at which a
+        table of a benchmark had `ended`, it tells the state of the GPU under each timing.
+        """
         found: dict = {}
         samples: list[dict] = []
+        times: list[float] = []
         done = threading.Event()
 
         def poll() -> None:
             while not done.wait(PERIOD):
                 if (sample := self.now()) is None:
                     return
+                times.append(round(time.time(), 1))
                 samples.append(sample)
 
         thread = threading.Thread(target=poll, daemon=True)
@@ -90,7 +97,8 @@ class Monitor:
         finally:
             done.set()
             thread.join(TIMEOUT + 1)
-            found["samples"] = len(samples)
+            rows = zip(times, (sample.values() for sample in samples), strict=False)
+            found["series"] = [[at, *values] for at, values in rows]
             for key, pick in (("lowest", min), ("highest", max)):
                 found[key] = {name: _extreme(pick, samples, name) for name in FIELDS.values()}
 

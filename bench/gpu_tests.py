@@ -27,9 +27,9 @@ FIRST = (
 )  # fmt: skip
 
 
-def files(tests: Path = TESTS) -> list[Path]:
+def files() -> list[Path]:
     """Those with a test marked gpu, in the order of FIRST, then by name."""
-    marked = [path for path in tests.glob("test_*.py") if "mark.gpu" in path.read_text()]
+    marked = [path for path in TESTS.glob("test_*.py") if "mark.gpu" in path.read_text()]
 
     def place(path: Path) -> tuple[int, str]:
         name = path.stem.removeprefix("test_")

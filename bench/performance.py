@@ -28,6 +28,7 @@ No GPU has measured anything yet: the table of the automatic choice is empty, an
 ## Goals on an H100
 """
 
+STATE = {"sm_mhz": "SM MHz", "celsius": "°C", "watts": "W"}  # of gpu_state.FIELDS
 Table = dict[str, Any]  # a group of a result: what was timed, and its `rows`
 
 
@@ -211,9 +212,20 @@ def suite(path: Path) -> list[str]:
     for stage in found["stages"]:
         name, headline = stage["name"], stage.get("summary", {}).get("headline", "")
         said = f"excused: {excused[name]}; {stage['reason']}" if name in excused else headline
-        lines.append([name, stage["status"], said])
+        lines.append([name, stage["status"], said, *map(_range(stage.get("gpu", {})), STATE)])
     said = source(path, found["device"], found["commit"], found["dirty"])
-    return ["", f"### {path.stem}", "", said, "", *markdown(["stage", "status", "result"], lines)]
+    header = ["stage", "status", "result", *STATE.values()]
+    return ["", f"### {path.stem}", "", said, "", *markdown(header, lines)]
+
+
+def _range(gpu: Table) -> Callable[[str], str]:
+    """Of a value of the GPU's state, the lowest and the highest while a stage ran."""
+
+    def found(key: str) -> str:
+        ends = [gpu.get(end, {}).get(key) for end in ("lowest", "highest")]
+        return "" if None in ends else " to ".join(f"{end:g}" for end in ends)
+
+    return found
 
 
 def section(path: Path, commit: str | None) -> list[str]:

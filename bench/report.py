@@ -246,7 +246,12 @@ def finish(
 
 
 def write(path: Path, benchmark: str, machine: dict, settings: dict, content: dict) -> None:
-    """One record, whole or as far as a run has come: whatever ends it, what it measured is kept."""
+    """One record, whole or as far as a run has come: whatever ends it, what it measured is kept.
+
+    Its tables get the time, by the host's clock, at which they were there: `ended`.
+    """
+    for group in content.get("groups", ()):
+        group.setdefault("ended", round(time.time(), 1))
     head = {"schema": SCHEMA, "benchmark": benchmark, "environment": machine, "settings": settings}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(_dump(head | content) + "\n")

@@ -14,9 +14,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench import evidence, gpu_tests, stages
 from bench.stages import Failed, Finished
 
+MARK = "pytest.mark." + "gpu"  # not a text by which this file is found
 FILES = {
     "test_zeros.py": "def test_right(): pass",
-    "test_forward.py": "def test_right(): pass\n@pytest.mark.gpu\ndef test_wrong(): assert 0",
+    "test_forward.py": f"def test_right(): pass\n@{MARK}\ndef test_wrong(): assert 0",
     "test_dropout.py": "def test_slow():\n    import time\n    time.sleep(60)",
     "test_broken.py": "import no_such_module\ndef test_it(): pass",
     "test_triton_it.py": "def test_it(): assert 0",
@@ -27,19 +28,19 @@ FILES = {
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     for name, body in FILES.items():
-        marked = f"import pytest\npytestmark = pytest.mark.gpu\n{body}\n"
+        marked = f"import pytest\npytestmark = {MARK}\n{body}\n"
         (tmp_path / name).write_text(marked if body else "def test_it(): assert 0")
     monkeypatch.setattr(gpu_tests, "TESTS", tmp_path)
-    monkeypatch.setattr(gpu_tests.files, "__defaults__", (tmp_path,))
     return tmp_path
 
 
-def test_the_order_is_simple_kernels_first(folder):
+def test_the_order_is_simple_kernels_first(folder, monkeypatch):
     names = [path.name for path in gpu_tests.files()]
     assert names == [
         "test_dropout.py", "test_forward.py", "test_broken.py", "test_triton_it.py", "test_zeros.py"
     ]  # fmt: skip
-    real = [path.stem.removeprefix("test_") for path in gpu_tests.files(Path(__file__).parent)]
+    monkeypatch.setattr(gpu_tests, "TESTS", Path(__file__).parent)
+    real = [path.stem.removeprefix("test_") for path in gpu_tests.files()]
     assert tuple(real[: len(gpu_tests.FIRST)]) == gpu_tests.FIRST
 
 

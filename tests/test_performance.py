@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from pathlib import Path
 
 import suite_facts
@@ -12,7 +13,7 @@ import suite_facts
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import goals, performance, publish  # noqa: E402
+from bench import goals, performance, publish, report  # noqa: E402
 
 
 def test_the_page_is_what_the_results_say():
@@ -41,6 +42,31 @@ def test_a_device_with_every_result_has_every_section(tmp_path):
     for picture in (path.name for path in folder.glob("*.png")):
         assert f"(../bench/results/{folder.name}/{picture})" in text
     assert "| 8x8, 8 x 8 x 8, r=4 | 0.909 / 1.000 | 1.000 / 1.100 | 1.010 / 1.111 |" in text
+
+
+def test_a_stage_is_shown_with_the_state_of_the_gpu(tmp_path):
+    gpu = {"lowest": {"sm_mhz": 1755.0, "celsius": 41.0, "watts": None},
+           "highest": {"sm_mhz": 1980.0, "celsius": 63.0, "watts": None}}  # fmt: skip
+    stages = [
+        {"name": "layers", "status": "passed", "summary": {"headline": "fast"}, "gpu": gpu},
+        {"name": "tests", "status": "not run", "gpu": {}},
+    ]
+    path = tmp_path / "suite.json"
+    path.write_text(json.dumps({"stages": stages, "device": {}, "commit": "abc", "dirty": False}))
+    lines = performance.suite(path)
+    assert "| layers | passed | fast | 1755 to 1980 | 41 to 63 |  |" in lines
+    assert "| tests | not run |  |  |  |  |" in lines
+
+
+def test_every_table_is_written_with_the_time_it_was_there(tmp_path):
+    """Which the series of the GPU's state is compared with."""
+    tables, path = [{"rows": []}], tmp_path / "x.json"
+    begin = time.time()
+    for _ in range(2):
+        report.write(path, "x", {}, {}, {"groups": tables})
+        tables.append({"rows": []})
+    first, second = (table["ended"] for table in json.loads(path.read_text())["groups"])
+    assert begin - 0.1 <= first <= second <= time.time() + 0.1
 
 
 def test_the_sweep_is_shown_by_length_and_the_faster_form_counts(tmp_path):

@@ -110,8 +110,11 @@ def test_gpu_state_is_sampled_and_a_dead_nvidia_smi_asked_once(tmp_path, monkeyp
     monkeypatch.setattr(gpu_state, "PERIOD", 0.05)
     monitor = gpu_state.Monitor(program=str(program))
     stage = Stage("timing", 20, python("import time; time.sleep(0.5)"), sampled=True)
+    begin = time.time()
     (record,) = run(tmp_path, stage, monitor=monitor)
-    assert record["gpu"]["samples"] > 0 and record["gpu"]["before"]["watts"] is None
+    assert record["gpu"]["series"] and record["gpu"]["before"]["watts"] is None
+    for at, *values in record["gpu"]["series"]:
+        assert begin - 0.1 <= at <= time.time() and values == [1980, 2619, 41, None, 100]
     assert record["gpu"]["lowest"]["sm_mhz"] == record["gpu"]["after"]["sm_mhz"] == 1980
     program.write_text("#!/bin/sh\nexit 9\n")
     assert monitor.now() is None and "9" in monitor.problem
