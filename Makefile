@@ -33,6 +33,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 export HF_HUB_OFFLINE := 1
 
 OUT ?= bench/out/gpu
+PROFILES := cuda sweep model triton
 
 .PHONY: build test test-all test-oldest test-peft test-poison fuzz lint bench bench-overhead \
   bench-memory bench-kernels bench-gemm bench-backward bench-group bench-decode bench-model bench-finetune \
@@ -138,13 +139,15 @@ bench-training: build
 gpu:
 	PYTHON=$(PY) bash bench/gpu_suite.sh $(OUT) $(ARGS)
 
-# In turn, each within ten minutes; what one of them does not prove is refused and does not stop the
-# rest. Commit what it wrote and run it again: `automatic` is then what the first run proved.
+# Each profile within ten minutes; what one of them does not prove is refused and does not stop the
+# rest. All are run before any is published, which changes the tree. Commit what it wrote and run it
+# again: `automatic` is then what the first run proved.
 evidence: build
-	for profile in cuda sweep model triton; do \
-	  PYTHON=$(PY) bash bench/gpu_suite.sh $(OUT)/$$profile --$$profile $(ARGS); \
-	  $(PY) -m bench.publish $(OUT)/$$profile --replace; \
+	@test ! -e $(OUT) || { echo "evidence: $(OUT) is there already; name a new folder: OUT=..." >&2; exit 1; }
+	for profile in $(PROFILES); do \
+	  PYTHON=$(PY) bash bench/gpu_suite.sh $(OUT)/$$profile --$$profile $(ARGS) || true; \
 	done
+	for profile in $(PROFILES); do $(PY) -m bench.publish $(OUT)/$$profile --replace || true; done
 	$(PY) -m bench.dispatch
 	$(PY) -m bench.performance
 

@@ -195,3 +195,15 @@ def test_a_binary_older_than_its_sources_is_not_current(tmp_path):
     before = provenance.sources_hash(tmp_path)
     (tmp_path / "csrc/a.cu").write_text("b")
     assert provenance.sources_hash(tmp_path) != before
+
+
+def test_all_profiles_are_run_before_any_is_published():
+    """To publish changes the tree, and a run of a changed tree is no evidence."""
+    said = subprocess.run(
+        ["make", "-n", "evidence", f"PYTHON={sys.executable}"], cwd=ROOT, capture_output=True,
+        text=True, check=True,
+    ).stdout  # fmt: skip
+    assert f"for profile in {' '.join(profiles.PROFILES)}; do" in said
+    steps = ("bench/gpu_suite.sh", "-m bench.publish", "-m bench.dispatch", "-m bench.performance")
+    places = [said.index(step) for step in steps]
+    assert places == sorted(places) and said.rindex(steps[0]) < places[1]
