@@ -5,7 +5,8 @@
 # make fuzz       random calls for ten minutes: right, or refused; ARGS="--seconds 60 --seed 7"
 # make bench      the microbenchmark against the unfused baseline, on whatever this machine has
 #
-# make evidence   on a machine with a GPU: all of the next four, with every profile of the suite
+# make evidence   on a machine with a GPU: all of the next four, with every profile of the suite, in
+#                 about 40 minutes; PYTHON=python3 takes the interpreter that has torch there
 # make gpu        on a machine with a GPU: tests, sanitizers, timings, DRAM bytes, into OUT
 # make publish    what OUT proves, as an entry of bench/results/
 # make dispatch   what bench/results/ proves, as the automatic choice's table in the package
@@ -33,7 +34,6 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 export HF_HUB_OFFLINE := 1
 
 OUT ?= bench/out/gpu
-PROFILES := cuda sweep model triton
 
 .PHONY: build test test-all test-oldest test-peft test-poison fuzz lint bench bench-overhead \
   bench-memory bench-kernels bench-gemm bench-backward bench-group bench-decode bench-model bench-finetune \
@@ -135,21 +135,14 @@ bench-finetune: build
 bench-training: build
 	$(PY) -m bench.training $(ARGS)
 
-# Builds by itself and without a network: a machine with a GPU may have none.
+# They build by themselves and without a network, which a machine with a GPU may not have: with the
+# interpreter that has torch there.
+GPU_PY = $(if $(wildcard $(PY)),$(PY),$(or $(PYTHON),python3))
 gpu:
-	PYTHON=$(PY) bash bench/gpu_suite.sh $(OUT) $(ARGS)
+	PYTHON=$(GPU_PY) bash bench/gpu_suite.sh $(OUT) $(ARGS)
 
-# Each profile within ten minutes; what one of them does not prove is refused and does not stop the
-# rest. All are run before any is published, which changes the tree. Commit what it wrote and run it
-# again: `automatic` is then what the first run proved.
-evidence: build
-	@test ! -e $(OUT) || { echo "evidence: $(OUT) is there already; name a new folder: OUT=..." >&2; exit 1; }
-	for profile in $(PROFILES); do \
-	  PYTHON=$(PY) bash bench/gpu_suite.sh $(OUT)/$$profile --$$profile $(ARGS) || true; \
-	done
-	for profile in $(PROFILES); do $(PY) -m bench.publish $(OUT)/$$profile --replace || true; done
-	$(PY) -m bench.dispatch
-	$(PY) -m bench.performance
+evidence:
+	$(GPU_PY) -m bench.all_profiles $(OUT) $(ARGS)
 
 publish: build
 	$(PY) -m bench.publish $(OUT) $(ARGS)

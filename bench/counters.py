@@ -1,8 +1,8 @@
 """`ncu ... python -m bench.counters`: what an SM does in a GEMM, the vendor's and ours.
 
-Each GEMM runs once under ncu's own sections of compute, memory and warps, whose values `rows` picks
-by pattern: the share of time in which the tensor pipe works, L2 hits, and what warps wait for. The
-calls are told apart as in `bench.traffic`. Run it by `ncu_command`.
+Each GEMM runs once under ncu's own sections of compute, memory and warps, of which `rows` picks the
+share of time in which the tensor pipe works, L2 hits, and what warps wait for. The calls are told
+apart as in `bench.traffic`. Run it by `ncu_command`.
 """
 
 from __future__ import annotations
@@ -22,14 +22,9 @@ SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis",
 SHAPES = ((8448, 4096, 4096), (8192, 4096, 4096), (8192, 14336, 4096))
 RANK, DROPOUT = 16, 0.1
 STALLS = 3  # of the reasons for waiting, how many are named
+ISSUING = ("selected", "not_selected")  # what no warp waits for
 TIME, L2_HITS = "gpu__time_duration.sum", "lts__t_sector_hit_rate.pct"
-# Which metric stands for the tensor pipe depends on ncu's version; the first that is there counts.
-TENSOR = tuple(
-    f"sm__{name}.avg.pct_of_peak_sustained_{over}"
-    for name in ("pipe_tensor_cycles_active", "pipe_tensor_op_hmma_cycles_active",
-                 "inst_executed_pipe_tensor_op_hmma", "inst_executed_pipe_tensor")
-    for over in ("elapsed", "active")
-)  # fmt: skip
+TENSOR = "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed"
 _STALL = re.compile(
     r"smsp__average_warps?_(?:issue|latency_issue)_stalled_(\w+?)(?:_per\w+)?\.ratio"
 )
@@ -40,8 +35,9 @@ def ncu_command(log: Path) -> list[str]:
     sections = [part for name in SECTIONS for part in ("--section", name)]
     return [
         traffic.cuda_tool("ncu"), "--clock-control", "none", "--profile-from-start", "off",
-        *sections, "--page", "raw", "--print-units", "base",
-        "--csv", "--log-file", str(log), sys.executable, "-m", "bench.counters",
+        *sections, "--metrics", f"{TIME},{L2_HITS},{TENSOR}", "--page", "raw",
+        "--print-units", "base", "--csv", "--log-file", str(log),
+        sys.executable, "-m", "bench.counters",
     ]  # fmt: skip
 
 
@@ -61,16 +57,14 @@ def summary(launch: dict) -> dict:
     waits = {
         name[1]: value
         for key, value in launch.items()
-        if (name := _STALL.fullmatch(key)) and name[1] != "selected" and value is not None
+        if (name := _STALL.fullmatch(key)) and name[1] not in ISSUING and value is not None
     }
     longest = sorted(waits, key=waits.__getitem__, reverse=True)[:STALLS]
-    tensor = next((key for key in TENSOR if launch.get(key) is not None), None)
     nanoseconds = launch.get(TIME)
     return {
         "kernel": launch["kernel"][:120],
         "us": None if nanoseconds is None else nanoseconds * 1e-3,
-        "tensor_metric": tensor, "tensor_percent": launch.get(tensor),
-        "l2_hit_percent": launch.get(L2_HITS),
+        "tensor_percent": launch.get(TENSOR), "l2_hit_percent": launch.get(L2_HITS),
         "stalls": {name: waits[name] for name in longest},
     }  # fmt: skip
 

@@ -20,6 +20,7 @@ from .stages import Failed, Finished, NotRun, exit_code
 
 _CHECKED = re.compile(r"^(?:checked|ran) (\d+) calls of (.+): (\d+) wrong$", re.MULTILINE)
 _NO_TIME = re.compile(r"^no time for (\d+) calls$", re.MULTILINE)
+_NEVER = re.compile(r"^no call of (.+) was made$", re.MULTILINE)
 _FILE = re.compile(r"^(\w+\.py): (.+)$", re.MULTILINE)
 _REFUSED = re.compile(r"^refused (\d+) calls$", re.MULTILINE)
 _ERRORS = re.compile(r"ERROR SUMMARY: (\d+) errors?")
@@ -47,7 +48,8 @@ def tests(finished: Finished, reports: Path) -> dict:
     if counts["passed"] == 0:
         raise NotRun(f"no test ran, {skipped} were skipped" if skipped else "no test is marked gpu")
     note = f", {skipped} skipped" if skipped else ""
-    return counts | {"headline": f"{counts['passed']} tests of {len(ends)} files{note}"}
+    ran = sum(end == "exit code 0" for end in ends.values())
+    return counts | {"headline": f"{counts['passed']} tests of {ran} files{note}"}
 
 
 def sanitizer(finished: Finished, tool: str) -> dict:
@@ -78,6 +80,8 @@ def sanitizer(finished: Finished, tool: str) -> dict:
     headline = f"0 errors in {calls} calls of {', '.join(ops)}"
     if refused:
         headline += f", {refused} refused"
+    if (found := _NEVER.search(text)) is not None:
+        raise Failed(f"there was no time for any call of {found[1]}")
     unchecked = int(found[1]) if (found := _NO_TIME.search(text)) else 0
     if unchecked:
         headline += f", no time for {unchecked}"

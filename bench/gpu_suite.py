@@ -124,7 +124,7 @@ class Suite:
         return [
             self._timing("sweep", profiles.SWEEP, evidence.gemm),
             self._timing("steps", steps, evidence.layers),
-            self._timing("memory", ["bench.bench_memory"], evidence.memory),
+            self._timing("memory", profiles.MEMORY, evidence.memory),
             Stage(
                 "counters", self.limits["counters"], self._counters,
                 lambda finished: evidence.counters(finished, self.logs / "counters.csv"),

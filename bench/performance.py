@@ -58,7 +58,8 @@ def _number(row: Table, key: str, form: str) -> str | None:
 
 def _milliseconds(row: Table) -> str | None:
     if row.get("median_ms") is None:
-        return "wrong" if row.get("error") else None
+        error = row.get("error", "")
+        return "wrong" if "wrong" in error else "left out" if error else None
     return report.digits(row["median_ms"])
 
 

@@ -40,11 +40,12 @@ SELFCHECK_TRITON = [
 # Compilation, by Triton or by torch, has time in the profiles `triton` and `sweep`.
 BACKENDS = ["--backend", "cuda,composed"]
 LAYERS = ["bench", "--skip", "compiled", *BACKENDS]
+MEMORY = ["bench.bench_memory", *BACKENDS]
 TUNE = ["bench.tune_triton", "--dry-run", "--seconds", "100"]
 LARGE = ("llama-3.1-8b", "qwen2.5-32b", "llama-3.1-70b")
 SWEEP = [
     "bench.bench_gemm", "--preset", ",".join(LARGE), "--tokens", "2048,4096,8192,16384",
-    "--rank", "8,16,64,128", "--seconds", "0.1",
+    "--rank", "8,16,32,64,128", "--seconds", "0.1",
 ]  # fmt: skip
 # The layers of K = N = 4096, 5120 and 8192 and those of grouped queries.
 STEPS = [

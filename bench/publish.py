@@ -5,7 +5,8 @@ that device has of the others. None of them needs the tests or sanitizers of the
 
 Refuses an OUT whose stages failed, were killed, or did not prove the kernels right, and one from a
 tree that differed from its commit, or whose kernel sources are not those of this tree: a committed
-number must belong to committed code.
+number must belong to committed code. What other profiles measured of the CUDA kernels needs an
+entry beside it that proves these kernels right.
 """
 
 from __future__ import annotations
@@ -37,6 +38,14 @@ NEEDED = {  # stages, by profile
     "cuda": ("tests", *profiles.SANITIZERS), "sweep": ("sweep",), "model": ("model",),
     "triton": ("triton",),
 }  # fmt: skip
+
+
+EXCUSABLE = (  # not what proves the kernels right, but for tools that may blame right ones
+    *profiles.SANITIZERS,
+    *(name for profile, limits in profiles.PROFILES.items() for name in limits
+      if name not in ("probe", "build", *NEEDED[profile])),
+)  # fmt: skip
+OF_CUDA = ("sweep", "model")  # profiles that time the CUDA kernels and do not test them
 
 
 def slug(device_name: str) -> str:
@@ -77,11 +86,11 @@ def entry(profile: str) -> tuple[str, ...]:
 def objections(suite: dict) -> list[str]:
     """Why this record proves nothing, apart from the code's origin (see `doubts`).
 
-    What it says under "excused", by sanitizer and with a reason, is no objection.
+    What it says under "excused", by stage and with a reason, is no objection.
     """
     if suite["schema"] != gpu_suite.SCHEMA:
         return [f"schema {suite['schema']}, expected {gpu_suite.SCHEMA}"]
-    excused = set(suite.get("excused", ())).intersection(profiles.SANITIZERS)
+    excused = set(suite.get("excused", ())).intersection(EXCUSABLE)
     status = {s["name"]: s["status"] for s in suite["stages"] if s["name"] not in excused}
     found = [] if suite["finished"] else ["the suite was cut off"]
     found += [f"stage {n} {s}" for n, s in status.items() if s in (FAILED, TIMED_OUT)]
@@ -91,6 +100,17 @@ def objections(suite: dict) -> list[str]:
         if status.get(name, NOT_RUN) == NOT_RUN and name not in excused
     ]
     return found
+
+
+def unproven(suite: dict, folder: Path) -> str | None:
+    """Why nothing in a device's entry proves the kernels that this suite timed; None if it does."""
+    path = folder / RECORDS["cuda"]
+    record = json.loads(path.read_text()) if path.exists() else None
+    if record is None or objections(record):
+        return f"{path} does not prove these kernels right: publish the profile `cuda` first"
+    if record["sources_sha256"] != suite["sources_sha256"]:
+        return f"{path} is of other kernel sources: publish the profile `cuda` of these first"
+    return None
 
 
 def doubts(suite: dict, here: Here) -> list[str]:
@@ -139,6 +159,8 @@ def publish(
         raise SystemExit("bench.publish: refused:\n  " + "\n  ".join(found))
     folder = results / slug(suite["device"]["device_name"])
     profile = profile_of(suite)
+    if profile in OF_CUDA and (why := unproven(suite, folder)) is not None:
+        raise SystemExit(f"bench.publish: refused:\n  {why}")
     record, *files = entry(profile)
     if any((folder / name).exists() for name in (record, *files)) and not replace:
         raise SystemExit(f"bench.publish: {folder} has them; pass --replace to overwrite them")
@@ -156,8 +178,8 @@ def publish(
 
 def _excuse(text: str) -> tuple[str, str]:
     name, _, reason = text.partition("=")
-    if name not in profiles.SANITIZERS or not reason.strip():
-        names = ", ".join(profiles.SANITIZERS)
+    if name not in EXCUSABLE or not reason.strip():
+        names = ", ".join(EXCUSABLE)
         raise argparse.ArgumentTypeError(f"got {text!r}; expected STAGE=REASON, STAGE of {names}")
     return name, reason.strip()
 
@@ -177,8 +199,8 @@ def main() -> int:
     )  # fmt: skip
     parser.add_argument(
         "--excuse", metavar="STAGE=REASON", default=[], action="append", type=_excuse,
-        help=f"take it although this stage, of {', '.join(profiles.SANITIZERS)}, did not run or "
-        "failed; the reason, such as a known false report of the tool's version, is published",
+        help="take it although this stage failed, or a sanitizer did not run; the reason, such as "
+        "a known false report of the tool's version, is published",
     )  # fmt: skip
     args = parser.parse_args()
     folder = publish(

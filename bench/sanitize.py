@@ -244,17 +244,25 @@ def wrong(call: Call, got: tuple[Tensor, ...]) -> str | None:
     return None
 
 
-def turns(ops: Sequence[str]) -> list[Call]:
-    """All calls of the operators, one of each in turn; those of one in an order that is mixed.
+def kind(call: Call) -> str:
+    """The operator, and the form that it is told to take."""
+    form = f" {call.args[-3] or 'plain'}" if call.op.endswith("_as") else ""
+    return call.op + form
 
-    However few there is time for, they have every operator, and few of its arguments in common.
+
+def turns(ops: Sequence[str]) -> list[Call]:
+    """All calls of the operators, one of each kind in turn; those of one in an order that is mixed.
+
+    However few there is time for, they have every kind, and few of its arguments in common.
     """
-    mixed = []
+    mixed: dict[str, list[Call]] = {}
     for op in ops:
-        mixed.append(list(calls(op)))
-        random.Random(0).shuffle(mixed[-1])
-    found = (call for turn in itertools.zip_longest(*mixed) for call in turn)
-    return [call for call in found if call is not None]
+        for call in calls(op):
+            mixed.setdefault(kind(call), []).append(call)
+    for found in mixed.values():
+        random.Random(0).shuffle(found)
+    in_turn = (call for turn in itertools.zip_longest(*mixed.values()) for call in turn)
+    return [call for call in in_turn if call is not None]
 
 
 def run(call: Call, device: str) -> list[tuple[Tensor, ...]]:
@@ -346,15 +354,18 @@ def main() -> int:
         backend.multiply_natively()  # the bound allows one rounding
     checked = failed = not_served = 0
     found = turns(ops)
+    tried, ran = set(), {}
     for place, call in enumerate(found):
         if stages.seconds_left() < MARGIN:
             print(f"no time for {len(found) - place} calls")
             break
+        tried.add(kind(call))
         if (why := refused(call, device)) is not None:
             not_served += 1
             print(f"not served {_described(call)}: {why}")
             continue
         checked += 1
+        ran[kind(call)] = None
         if args.run_only:
             run(call, device)
         elif (problem := check(call, device)) is not None:
@@ -362,8 +373,10 @@ def main() -> int:
             print(f"WRONG {_described(call)}: {problem}")
     if not_served:
         print(f"refused {not_served} calls")
-    ran = "ran" if args.run_only else "checked"
-    print(f"{ran} {checked} calls of {', '.join(ops)}: {failed} wrong")
+    if never := [name for name in dict.fromkeys(map(kind, found)) if name not in tried]:
+        print(f"no call of {', '.join(never)} was made")
+    did = "ran" if args.run_only else "checked"
+    print(f"{did} {checked} calls of {', '.join(ran)}: {failed} wrong")
     return 1 if failed else 0
 
 

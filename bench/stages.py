@@ -7,6 +7,7 @@ broken torch must not keep the record from being written.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -133,7 +134,7 @@ def execute(
             start_new_session=own_group,
         )  # fmt: skip
         try:
-            return process.wait(limit)
+            return process.wait(None if limit == math.inf else limit)
         except subprocess.TimeoutExpired:
             return None
         finally:  # also where the command left children behind, or we were interrupted

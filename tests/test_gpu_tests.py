@@ -42,6 +42,7 @@ def test_the_order_is_simple_kernels_first(folder, monkeypatch):
     monkeypatch.setattr(gpu_tests, "TESTS", Path(__file__).parent)
     real = [path.stem.removeprefix("test_") for path in gpu_tests.files()]
     assert tuple(real[: len(gpu_tests.FIRST)]) == gpu_tests.FIRST
+    assert len(real) > len(gpu_tests.FIRST)
 
 
 def test_one_file_s_end_is_not_another_s(folder, tmp_path, monkeypatch, capsys):

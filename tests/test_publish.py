@@ -92,7 +92,7 @@ def test_a_sanitizer_can_be_excused_with_a_reason_that_is_published(
     for wrong in ("racecheck", "racecheck= ", "tests=slow"):
         with pytest.raises(SystemExit):
             excuse(wrong)
-        assert "expected STAGE=REASON, STAGE of memcheck" in capsys.readouterr().err
+        assert "expected STAGE=REASON, STAGE of memcheck, " in capsys.readouterr().err
     with pytest.raises(SystemExit, match="racecheck"):
         excuse("memcheck=another")
     excuse("racecheck=it blames an mbarrier")
@@ -126,12 +126,12 @@ def out_model(tmp_path):
 
 
 def test_profiles_are_published_beside_each_other(out, out_triton, out_model, out_sweep, tmp_path):
-    """In any order; each replaces its own files alone."""
+    """In any order after the CUDA kernels' own; each replaces its own files alone."""
     outs = {"cuda": out, "sweep": out_sweep, "model": out_model, "triton": out_triton}
     every = {name for profile in profiles.PROFILES for name in publish.entry(profile)}
     for first in outs:
         results = tmp_path / f"results-{first}"
-        for profile in (first, *(other for other in outs if other != first)):
+        for profile in dict.fromkeys(("cuda", first, *outs)):
             folder = publish.publish(outs[profile], results)
         assert {path.name for path in folder.iterdir()} == every
         for profile in profiles.PROFILES:
@@ -143,6 +143,38 @@ def test_profiles_are_published_beside_each_other(out, out_triton, out_model, ou
             publish.publish(outs[profile], results, replace=True)
             changed = {path.name for path, at in before.items() if path.stat().st_mtime_ns != at}
             assert changed == set(publish.entry(profile))
+
+
+@pytest.mark.parametrize("profile", publish.OF_CUDA)
+def test_times_of_kernels_that_nothing_proves_are_refused(profile, out, tmp_path):
+    other = suite_facts.MAKERS[profile](tmp_path / "other")
+    results = tmp_path / "results"
+    with pytest.raises(SystemExit, match="publish the profile `cuda` first"):
+        publish.publish(other, results)
+    folder = publish.publish(out, results)
+    for change, why in (
+        (lambda record: record.update(sources_sha256="0"), "of other kernel sources"),
+        (set_status("tests", "failed"), "does not prove these kernels right"),
+    ):
+        before = (folder / "suite.json").read_text()
+        record = json.loads(before)
+        change(record)
+        (folder / "suite.json").write_text(json.dumps(record))
+        with pytest.raises(SystemExit, match=why):
+            publish.publish(other, results)
+        (folder / "suite.json").write_text(before)
+    publish.publish(other, results)
+
+
+def test_a_side_stage_that_failed_can_be_excused_and_leaves_no_file(out, tmp_path):
+    publish.publish(out, tmp_path / "results")
+    other = suite_facts.make_out_sweep(tmp_path / "other")
+    edit(other, set_status("memory", "timed out"))
+    with pytest.raises(SystemExit, match="stage memory timed out"):
+        publish.publish(other, tmp_path / "results")
+    folder = publish.publish(other, tmp_path / "results", excuses={"memory": "slow disk"})
+    assert (folder / "sweep.json").exists() and not (folder / "memory.json").exists()
+    assert {"tests", "sweep", "triton", "model", "build"}.isdisjoint(publish.EXCUSABLE)
 
 
 def test_a_decoder_layer_is_no_evidence_of_another_binary(out_model, tmp_path):

@@ -12,6 +12,7 @@ from suite_facts import finished
 from test_evidence import CLEAN, ROOT
 
 from bench import evidence, sanitize
+from bench.stages import Failed
 from lora_kernels import composed
 
 
@@ -104,11 +105,17 @@ def test_operators_take_turns_and_none_is_left_out():
     found = sanitize.turns(ops)
     counts = {op: sum(1 for _ in sanitize.calls(op)) for op in ops}
     assert {op: sum(call.op == op for call in found) for op in ops} == counts
-    assert [call.op for call in found[:6]] == list(ops) * 2
+    kinds = list(dict.fromkeys(map(sanitize.kind, found)))
+    assert [sanitize.kind(call) for call in found[: len(kinds)]] == kinds, "each once, first"
+    assert {k.split(" ")[0] for k in kinds} == set(ops)
+    assert {f"forward_as {form}" for form in (*sanitize.FORMS, "decode", "plain")} < set(kinds)
     first = [call.args for call in found[:60] if call.op == "forward_as"]
     assert len({args[0].shape for args in first}) > 2, "not one shape after another"
     assert {args[0].dtype for args in first} == {torch.bfloat16, torch.float16}
     assert {args[5] is None for args in first} == {True, False}
+
+
+FORMS = ", ".join(dict.fromkeys(map(sanitize.kind, sanitize.turns(["forward_as"]))))
 
 
 def sanitized(
@@ -122,7 +129,7 @@ def sanitized(
     return sanitize.main()
 
 
-def test_the_end_of_the_time_is_told(monkeypatch, capsys):
+def test_the_end_of_the_time_is_told(monkeypatch, capsys, tmp_path):
     def right(*args):
         return composed.forward(*args[:-3])
 
@@ -131,7 +138,13 @@ def test_the_end_of_the_time_is_told(monkeypatch, capsys):
     total = sum(1 for _ in sanitize.calls("forward_as"))
     assert sanitized(monkeypatch, right) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[-2:] == [f"no time for {total - 5} calls", "checked 5 calls of forward_as: 0 wrong"]
+    assert said[-2:] == [f"no time for {total - 5} calls", f"checked 5 calls of {FORMS}: 0 wrong"]
+    left = iter([100.0] * 2 + [1.0])
+    assert sanitized(monkeypatch, right) == 0
+    said = capsys.readouterr().out
+    assert f"no call of {', '.join(FORMS.split(', ')[2:])} was made" in said.splitlines()
+    with pytest.raises(Failed, match=f"no time for any call of {FORMS.split(', ')[2]}"):
+        evidence.sanitizer(finished(tmp_path, said + CLEAN), "memcheck")
 
 
 def test_run_only_compares_nothing_and_does_not_say_it_did(monkeypatch, capsys):
@@ -143,7 +156,7 @@ def test_run_only_compares_nothing_and_does_not_say_it_did(monkeypatch, capsys):
 
     assert sanitized(monkeypatch, wrong, arguments=("--run-only",)) == 0
     total = sum(1 for _ in sanitize.calls("forward_as"))
-    assert f"ran {total} calls of forward_as: 0 wrong" in capsys.readouterr().out
+    assert f"ran {total} calls of {FORMS}: 0 wrong" in capsys.readouterr().out
     assert len(runs) == 2 * total
     assert sanitized(monkeypatch, wrong) == 1
 
@@ -160,7 +173,7 @@ def test_sanitized_forward_as_is_checked(monkeypatch, capsys, tmp_path):
     total = sum(1 for _ in sanitize.calls("forward_as"))
     misaligned = sum(call.args[0].storage_offset() for call in sanitize.calls("forward_as"))
     assert sanitized(monkeypatch, right) == 0
-    assert f"checked {total} calls of forward_as: 0 wrong" in capsys.readouterr().out
+    assert f"checked {total} calls of {FORMS}: 0 wrong" in capsys.readouterr().out
     assert sanitized(monkeypatch, right, refuses_misaligned) == 0
     done = finished(tmp_path, capsys.readouterr().out + CLEAN)
     found = evidence.sanitizer(done, "memcheck")
