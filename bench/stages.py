@@ -19,9 +19,7 @@ from pathlib import Path
 PASSED, FAILED, TIMED_OUT, NOT_RUN = "passed", "failed", "timed out", "not run"
 SKIP_MARK = "not run: "  # begins the line by which a command says why it did nothing
 REAP_SECONDS = 5.0  # a process stuck in the driver may ignore even SIGKILL
-DEADLINE = (
-    "STAGE_DEADLINE"  # variable of a command's environment: when it is killed, as time.time()
-)
+DEADLINE = "STAGE_DEADLINE"  # of a command's environment: when it is killed, in time.time()
 
 
 def skip(reason: str) -> int:
