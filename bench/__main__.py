@@ -202,10 +202,7 @@ def main() -> int:
     content = {"groups": run.groups, "summary": summary, "failures": run.failures}
     report.plot(args.plot, run.groups, machine)
     console.print(f"wrote {args.plot}")
-    report.finish(console, args.json, "layers", machine, settings, content)
-    for failure in run.failures:
-        console.print(f"FAILED {failure}", style="bold red")
-    return 1 if run.failures else 0
+    return report.finish(console, args.json, "layers", machine, settings, content)
 
 
 if __name__ == "__main__":

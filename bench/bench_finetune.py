@@ -293,10 +293,7 @@ def main() -> int:
                 report.write(args.json, "finetune", machine, settings, {"groups": tables})
     failures = report.failures(tables, lambda table: f"{table['dtype']} p={table['dropout']:g}")
     content = {"groups": tables, "failures": failures}
-    report.finish(console, args.json, "finetune", machine, settings, content)
-    for failure in failures:
-        console.print(f"FAILED {failure}", style="bold red")
-    return 1 if failures else 0
+    return report.finish(console, args.json, "finetune", machine, settings, content)
 
 
 if __name__ == "__main__":

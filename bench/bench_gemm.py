@@ -313,18 +313,11 @@ def run(
     head = {"rank": ("rank", str), "dropout": ("dropout", "{:g}".format), "tables": ("tables", str)}
     means = {key: column for key, column in COLUMNS.items() if key in RATIOS}
     console.print(report.table("geometric mean over layers", summary, head | means))
-    failures = [
-        f"{row['name']}, {group['label']} M={group['m']} r={group['rank']} "
-        f"p={group['dropout']:g}: {row['error']}"
-        for group in groups
-        for row in group["rows"]
-        if "error" in row
-    ]
+    failures = report.failures(
+        groups, lambda table: "{label} M={m} r={rank} p={dropout:g}".format(**table)
+    )
     content = {"groups": groups, "summary": summary, "failures": failures}
-    report.finish(console, args.json, name, machine, settings, content)
-    for failure in failures:
-        console.print(f"FAILED {failure}", style="bold red")
-    return 1 if failures else 0
+    return report.finish(console, args.json, name, machine, settings, content)
 
 
 @torch.no_grad()

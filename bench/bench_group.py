@@ -195,12 +195,9 @@ def main() -> int:
             })  # fmt: skip
         report.write(args.json, "group", machine, settings, {"groups": tables})
     failures = report.failures(tables, lambda table: f"{table['label']} p={table['dropout']:g}")
-    report.finish(
+    return report.finish(
         console, args.json, "group", machine, settings, {"groups": tables, "failures": failures}
     )
-    for failure in failures:
-        console.print(f"FAILED {failure}", style="bold red")
-    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -203,10 +203,7 @@ def main() -> int:
         if "error" in row
     ]
     content = {"groups": groups, "failures": failures}
-    report.finish(console, args.json, "kernels", machine, settings, content)
-    for failure in failures:
-        console.print(f"FAILED {failure}", style="bold red")
-    return 1 if failures else 0
+    return report.finish(console, args.json, "kernels", machine, settings, content)
 
 
 if __name__ == "__main__":

@@ -311,8 +311,7 @@ def main() -> int:
         "automatic_choice": chosen,
     }
     content["triton_launches"] = launches
-    report.finish(console, args.json, "overhead", machine, settings, content)
-    return 0
+    return report.finish(console, args.json, "overhead", machine, settings, content)
 
 
 if __name__ == "__main__":

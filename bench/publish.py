@@ -1,7 +1,7 @@
 """`python -m bench.publish OUT`: makes the suite's OUT a result under bench/results/<device>/.
 
 An OUT of another profile becomes suite-PROFILE.json and the files of its stages there, beside what
-that device has of the others. None of them needs the tests or sanitizers of the CUDA kernels.
+that device has of the others. None of them runs the tests or sanitizers of the CUDA kernels.
 
 Refuses an OUT whose stages failed, were killed, or did not prove the kernels right, and one from a
 tree that differed from its commit, or whose kernel sources are not those of this tree: a committed

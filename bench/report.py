@@ -12,7 +12,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -229,8 +229,11 @@ def _dump(record: dict) -> str:
 
 def finish(
     console: Console, path: Path, benchmark: str, machine: dict, settings: dict, content: dict
-) -> None:
-    """Writes one run: what it was, the `environment` it began in, its settings, and `content`."""
+) -> int:
+    """Writes one run: what it was, the `environment` it began in, its settings, and `content`.
+
+    Prints the content's `failures`, if there are any, and returns the benchmark's exit code.
+    """
     others = _cpus_used_by_others()
     machine = machine | {"cpus_used_by_others": others}
     if others is not None and others > BUSY * os.cpu_count():
@@ -243,6 +246,14 @@ def finish(
         machine = machine | {"gpu_afterwards": gpu_state()}
     write(path, benchmark, machine, settings, content)
     console.print(f"wrote {path}")
+    return conclude(console, content.get("failures", ()))
+
+
+def conclude(console: Console, failures: Sequence[str]) -> int:
+    """Prints what failed; the exit code."""
+    for failure in failures:
+        console.print(f"FAILED {failure}", style="bold red")
+    return 1 if failures else 0
 
 
 def write(path: Path, benchmark: str, machine: dict, settings: dict, content: dict) -> None:

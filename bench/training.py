@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import operator
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -282,20 +283,13 @@ def main() -> int:
             title = f"{args.steps} steps, {dtype}, {tolerance.TRAINING_SEEDS} sets of masks"
             console.print(report.table(title, groups[-1]["rows"], COLUMNS))
             report.write(args.json, "training", machine, settings, {"groups": groups})
-    failures = [
-        f"{row['name']}, {found['dtype']}: {row['error']}"
-        for found in groups
-        for row in found["rows"]
-        if "error" in row
-    ]
+    failures = report.failures(groups, operator.itemgetter("dtype"))
     plot(args.plot, groups, machine)
     console.print(f"wrote {args.plot}")
     content = {"groups": groups, "failures": failures}
     report.write(args.json, "training", machine, settings, content)
     console.print(f"wrote {args.json}")
-    for failure in failures:
-        console.print(f"FAILED {failure}", style="bold red")
-    return 1 if failures else 0
+    return report.conclude(console, failures)
 
 
 if __name__ == "__main__":
