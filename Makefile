@@ -6,7 +6,7 @@
 # make bench      the microbenchmark against the unfused baseline, on whatever this machine has
 #
 # make evidence   on a machine with a GPU: all of the next four, with every profile of the suite, in
-#                 about 40 minutes; PYTHON=python3 takes the interpreter that has torch there
+#                 at most 40 minutes; PYTHON=python3 takes the interpreter that has torch there
 # make gpu        on a machine with a GPU: tests, sanitizers, timings, DRAM bytes, into OUT
 # make publish    what OUT proves, as an entry of bench/results/
 # make dispatch   what bench/results/ proves, as the automatic choice's table in the package

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Seconds, in all less than 9.5 minutes. What a stage leaves is the next one's: a probe that finds
-# torch in the disk's cache leaves the build some 40 s. Timed tables take at most half.
+# torch in the disk's cache leaves the build most of its own. Timed tables take at most half.
 LIMITS = {
     "probe": 50, "build": 55, "tests": 95,
     "memcheck": 32, "racecheck": 32, "initcheck": 32, "synccheck": 32,
